@@ -1,0 +1,106 @@
+"""A LoRA anchor on the reference's own network: there under a name of ours, silent unless asked, and removed without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from deradiff.anchors import Anchor, LoraWeights
+from deradiff.families import family_of
+
+
+class Adapter:
+    """A LoRA anchor attached to the pipeline's denoiser. Outside `with adapter.on():` the network computes what it did before.
+
+    Adapters that the user loaded keep working, alone for the reference and together with this one for the anchor.
+    Raises ValueError, before the network is touched, for a LoRA that does not fit it.
+    """
+
+    def __init__(self, pipe: Any, anchor: Anchor, name: str) -> None:
+        family = family_of(pipe)
+        self.denoiser, self.name = getattr(pipe, family.denoiser), name
+        weights = anchor.lora(pipe)
+        _check_fits(self.denoiser, family.denoiser, weights, f"the LoRA anchor {anchor.source}", f"the {family.name} pipeline")
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.denoiser.parameters()]
+        active = [(layer, layer.active_adapters[:]) for layer in lora_layers(self.denoiser)]
+        # The arguments of the pipelines' own `load_lora_weights`, so that lam = 1 is the stock pipeline bit for bit.
+        self.denoiser.load_lora_adapter(
+            dict(weights.state), prefix=family.denoiser, adapter_name=name, network_alphas=weights.alphas, metadata=weights.metadata,
+            low_cpu_mem_usage=True, _pipeline=pipe,
+        )  # fmt: skip
+        self.layers = [layer for layer in lora_layers(self.denoiser) if name in layer.scaling]
+        for layer in self.layers:
+            layer._active_adapter = []
+            layer.lora_dropout[name].eval()
+        for layer, names in active:
+            layer._active_adapter = names
+        for parameter, requires_grad in trainable:  # peft freezes what it wraps
+            parameter.requires_grad_(requires_grad)
+
+    @contextmanager
+    def on(self, strength: float = 1.0) -> Iterator[None]:
+        """The network with the adapter, its scale multiplied by `strength`."""
+        # Assigned directly: peft's public switches also flip requires_grad, for the user's adapters too, at every step.
+        before = [(layer, layer._active_adapter, layer._disable_adapters, layer.scaling[self.name]) for layer in self.layers]
+        for layer in self.layers:
+            others = [] if layer.disable_adapters else layer.active_adapters
+            layer._active_adapter, layer._disable_adapters = [*others, self.name], False
+            layer.scaling[self.name] *= strength
+        try:
+            yield
+        finally:
+            for layer, active, disabled, scale in before:
+                layer._active_adapter, layer._disable_adapters, layer.scaling[self.name] = active, disabled, scale
+
+    def output(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The anchor's output, from the reference's own forward."""
+        with self.on():
+            return forward(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Take the adapter off, and unwrap the layers that have no other."""
+        for path, layer in [(path, layer) for path, layer in self.denoiser.named_modules() if layer in self.layers]:
+            if list(layer.scaling) == [self.name]:
+                self.denoiser.set_submodule(path, layer.base_layer)
+            else:
+                layer.delete_adapter(self.name)
+        self.denoiser.peft_config.pop(self.name, None)
+        if not self.denoiser.peft_config:
+            del self.denoiser.peft_config
+            vars(self.denoiser).pop("_hf_peft_config_loaded", None)  # of the class: False
+
+
+def lora_layers(denoiser: nn.Module) -> list[Any]:
+    """The layers of a network that peft has wrapped."""
+    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _check_fits(denoiser: nn.Module, prefix: str, weights: LoraWeights, anchor: str, pipeline: str) -> None:
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    if any(layer.merged for layer in lora_layers(denoiser)):
+        raise ValueError("the pipeline has LoRA weights fused into it, which would hide the anchor's: call pipe.unfuse_lora() first")
+    foreign = [key for key in weights.state if not key.startswith(f"{prefix}.")]
+    if foreign or not weights.state:
+        found = f"has layers elsewhere ({foreign[0]})" if foreign else "has no layer"
+        raise ValueError(f"{anchor} {found}: realign mixes outputs of the {prefix}, and needs a LoRA on it alone")
+    state = {key.removeprefix(f"{prefix}."): value for key, value in weights.state.items()}
+    if not any("lora_A" in key for key in state):
+        state = convert_unet_state_dict_to_peft(state)
+    modules = dict(denoiser.named_modules())
+    for key, value in state.items():
+        path, _, part = key.rpartition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        if path not in modules:
+            raise ValueError(f"{anchor} does not bind to {pipeline}, which has no layer {path}: give an anchor of its family")
+        side, size = (1, value.shape[1]) if part == "A.weight" else (0, value.shape[0])
+        weight = modules[path].weight
+        if weight.shape[side] != size:
+            raise ValueError(
+                f"{anchor} does not fit {pipeline}: its layer {path} is for size {size}, the pipeline's is {weight.shape[side]}"
+            )

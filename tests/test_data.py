@@ -1,0 +1,175 @@
+"""Tables, pairs, the order of examples, the shapes world, and the cache."""
+
+import io
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deradiff.data import feedback, shapes
+from deradiff.data.cache import Cache
+from deradiff.data.pairs import CaptionedImages, Examples, Pairs, generator_of, pixels, schedule
+from deradiff.data.tables import decode, read_table, write_pair_table, write_table
+from tests.tiny_pipelines import tiny_pipeline
+
+
+def png(value, size=(8, 8)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pair_file(tmp_path):
+    """Four rows: image 0 wins, image 1 wins, a tie, and image 0 wins."""
+    path = tmp_path / "pairs.parquet"
+    write_pair_table(path, [png(i) for i in range(4)], [png(100 + i) for i in range(4)], [1.0, 0.0, 0.5, 1.0], list("abca"))
+    return path
+
+
+def test_pairs_put_the_winner_first_and_drop_ties(pair_file):
+    pairs = Pairs(str(pair_file))
+    assert len(pairs) == 3 and pairs.dropped == 1 and pairs.captions == ["a", "b", "a"]
+    assert [[np.asarray(p)[0, 0, 0] for p in pairs.pictures(i)] for i in range(3)] == [[0, 100], [101, 1], [3, 103]]
+
+
+def test_rows_without_a_label_are_dropped(tmp_path):
+    path = tmp_path / "p.parquet"
+    columns = {"jpg_0": [png(0)] * 2, "jpg_1": [png(1)] * 2, "label_0": [1.0, 1.0], "caption": ["a", "b"], "has_label": [True, False]}
+    write_table(path, columns)
+    assert Pairs(str(path)).captions == ["a"]
+
+
+def test_mistakes_in_tables_are_told(tmp_path, pair_file):
+    with pytest.raises(ValueError, match=r"nowhere\.parquet does not exist"):
+        Pairs(str(tmp_path / "nowhere.parquet"))
+    with pytest.raises(ValueError, match="lacks the column image"):
+        CaptionedImages(str(pair_file))
+    write_pair_table(tmp_path / "ties.parquet", [png(0)], [png(1)], [0.5], ["a"])
+    with pytest.raises(ValueError, match="no pair with a winner"):
+        Pairs(str(tmp_path / "ties.parquet"))
+
+
+def test_a_folder_of_captioned_images(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(50 * i))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "dark"}\n{"file_name": "1.png", "caption": "light"}\n')
+    images = CaptionedImages(str(tmp_path))
+    assert sorted(images.captions) == ["dark", "light"]
+    assert np.asarray(images.pictures(images.captions.index("light"))[0]).max() == 50
+
+
+def test_decode_makes_rgb_of_what_is_not():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 4), (10, 20, 30, 128)).save(buffer, format="PNG")
+    assert decode({"bytes": buffer.getvalue()}).mode == "RGB"
+    with pytest.raises(OSError):
+        decode(b"not an image")
+
+
+def test_pixels_keep_the_centre_and_the_range():
+    wide = Image.new("RGB", (16, 8), (255, 255, 255))
+    wide.paste((0, 0, 0), (4, 0, 12, 8))
+    assert pixels(wide, 8).shape == (3, 8, 8) and pixels(wide, 8).max() == -1
+
+
+def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
+    places = [p for step in range(15) for p in schedule(count=10, seed=3, pairs_per_step=4, step=step)]
+    for epoch in range(6):
+        assert Counter(i for e, i in places if e == epoch) == Counter(range(10))
+    assert [i for e, i in places if e == 0] != [i for e, i in places if e == 1]
+
+
+def test_random_choices_belong_to_the_example_and_its_epoch(pair_file):
+    draw = lambda seed, epoch, index: torch.randn(4, generator=generator_of(seed, epoch, index)).tolist()  # noqa: E731
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({tuple(draw(*k)) for k in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 12, 0)]}) == 5
+    item = Examples(Pairs(str(pair_file)), seed=0).item(epoch=1, index=2)
+    assert torch.randn(4, generator=item.generator).tolist() == draw(0, 1, 2) and item.caption == "a"
+
+
+def test_captions_of_the_shapes_world_are_split_once_and_for_all():
+    train, held = shapes.training_captions(), shapes.held_out_captions()
+    assert len(train) + len(held) == len(set(shapes.CAPTIONS)) == 300 and not set(train) & set(held)
+    for words in (shapes.RADII, shapes.HUES, shapes.SHAPES, shapes.BACKGROUNDS):  # every word is seen in training
+        assert all(any(f" {w} " in f"{c} " for c in train) for w in words)
+    with pytest.raises(ValueError, match="no caption of the shapes world"):
+        shapes.scene_of("a red fox in the snow")
+
+
+def circle(saturation, offset=0.0, width=1.0):
+    """A red circle drawn here, not by the world's renderer."""
+    y, x = np.mgrid[0:32, 0:32] - 15.5
+    cover = np.clip(0.5 - (np.hypot(x - offset, y) - 10) / width, 0, 1)[..., None]
+    colour = np.array([1, 1 - saturation, 1 - saturation])
+    return Image.fromarray(((cover * colour + (1 - cover)) * 255).astype(np.uint8))
+
+
+def test_rewards_prefer_what_they_are_named_for():
+    prompts = ["a large red circle on a white background"] * 2
+    pale_strong = shapes.vivid([circle(0.5), circle(1.0)], prompts)
+    assert pale_strong[1] > pale_strong[0] + 1
+    assert shapes.vivid([circle(1.0)], ["a large green circle on a white background"])[0] < pale_strong[0]
+    soft_sharp = shapes.crisp([circle(1.0, width=4), circle(1.0, width=1)], prompts)
+    assert soft_sharp[1] > soft_sharp[0] + 1
+    off_centred = shapes.crisp([circle(1.0, offset=4), circle(1.0)], prompts)
+    assert off_centred[1] > off_centred[0] + 1
+
+
+def test_rewards_are_standardised_over_the_worlds_renders():
+    rng = np.random.default_rng(5)
+    scenes = [shapes.SCENES[i] for i in rng.integers(0, 300, 2000)]
+    images, prompts = [Image.fromarray(p) for p in shapes.render(scenes, rng)], [str(s) for s in scenes]
+    for reward in (shapes.vivid, shapes.crisp):
+        score = reward(images, prompts)
+        assert abs(score.mean()) < 0.1 and abs(score.std() - 1) < 0.1
+
+
+def test_labels_are_bradley_terry_draws(tmp_path):
+    path = tmp_path / "p.parquet"
+    shapes.write_pairs(path, 1500, seed=0, reward="crisp")
+    rows = read_table(str(path), "train", ("jpg_0", "jpg_1", "label_0", "caption"))
+    sides = [[decode(b) for b in rows[c]] for c in ("jpg_0", "jpg_1")]
+    difference = shapes.crisp(sides[0], rows["caption"]) - shapes.crisp(sides[1], rows["caption"])
+    agree = np.mean((difference.numpy() > 0) == (np.array(rows["label_0"]) == 1))
+    assert agree == pytest.approx(torch.sigmoid(2 * difference.abs()).mean().item(), abs=0.03)  # not 1: the labels are noisy
+
+
+def test_a_scorer_labels_pairs_of_one_caption(tmp_path, monkeypatch):
+    images, out = tmp_path / "images.parquet", tmp_path / "pairs.parquet"
+    write_table(images, {"image": [png(v) for v in (0, 200, 90, 91)], "caption": ["a", "a", "b", "b"]})
+    brightness = lambda pictures, prompts: torch.tensor([float(np.asarray(p).mean()) for p in pictures])  # noqa: E731
+    monkeypatch.setattr("deradiff.scorers.load_scorer", lambda name, checkpoint=None: brightness)
+    feedback.write_scored_pairs(out, str(images), count=20, scorer="clip")
+    pairs = Pairs(str(out))
+    for i, caption in enumerate(pairs.captions):
+        winner, loser = (int(np.asarray(p).mean()) for p in pairs.pictures(i))
+        assert (winner, loser) == {"a": (200, 0), "b": (91, 90)}[caption]
+
+
+def test_cache_holds_what_the_pipeline_encodes_and_goes_on_where_it_stopped(tmp_path, pair_file):
+    from deradiff.data.cache import encode_images
+    from deradiff.families import encode_prompts
+
+    pipe, pairs = tiny_pipeline("sdxl"), Pairs(str(pair_file))
+    cache = Cache(tmp_path / "cache", pipe, pairs, resolution=64)
+    cache.build()
+    images = torch.stack([pixels(p, 64) for p in pairs.pictures(1)])
+    torch.testing.assert_close(cache.latents(1), encode_images(pipe.vae, images))
+    texts, expected = cache.texts(["b", ""]), encode_prompts(pipe, ["b", ""])
+    assert set(texts) == set(expected) == {"encoder_hidden_states", "text_embeds"}
+    for key in texts:
+        torch.testing.assert_close(texts[key], expected[key])
+    missing = next(cache.folder.glob("texts-*"))
+    times = {f: f.stat().st_mtime_ns for f in cache.folder.glob("latents-*")}
+    missing.unlink()
+    Cache(tmp_path / "cache", pipe, pairs, resolution=64).build()
+    assert missing.is_file() and {f: f.stat().st_mtime_ns for f in times} == times
+
+
+def test_cache_of_other_weights_is_another_folder(tmp_path, pair_file):
+    pairs = Pairs(str(pair_file))
+    folders = {Cache(tmp_path, tiny_pipeline("sd15", seed), pairs, r).folder for seed, r in [(0, 64), (1, 64), (0, 32)]}
+    assert len(folders) == 3

@@ -1,0 +1,118 @@
+"""`python -m train` as a user types it: what it leaves behind, what resumes it, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from configs.tracking import TrackingConfig
+from deradiff.anchors import read_card
+from deradiff.data import shapes
+from tests.tiny_pipelines import save_tiny
+from train.config import DataConfig, DPOConfig, FinetuneConfig, ModelConfig, OptimConfig, TrainConfig
+from train.stage import run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny("sd15", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    return TrainConfig(
+        model=ModelConfig(name="x", base=str(base), resolution=64), data=DataConfig(source="shapes_pairs", count=12),
+        optim=OptimConfig(lr=1e-3, per_pair=False, batch_size=2, accumulation=2), dpo=DPOConfig(beta=500.0), finetune=FinetuneConfig(rank=4, alpha=8),
+        tracking=TrackingConfig(kind="none"), steps=3, log_every=1, checkpoint_every=2, runs=str(tmp_path), cpu=True,
+    )  # fmt: skip
+
+
+def go(config):
+    return run(config, Path(config.runs) / "train" / config.run_name())
+
+
+def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(config, base):
+    folder = go(config)
+    assert folder.parent.name == "x-dpo-lora-beta500-seed0"
+    card = json.loads((folder / "anchor.json").read_text())
+    wanted = {"base_model": str(base), "family": "sd15", "method": "lora", "beta": 500.0, "beta_convention": "mean-half", "steps": 3, "pairs_seen": 12, "seed": 0}
+    assert {k: card[k] for k in wanted} == wanted and card["flops"] > 0 and card["gpu_hours"] > 0
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(folder)
+    layer = next(m for m in pipe.unet.modules() if hasattr(m, "lora_alpha"))
+    assert next(iter(layer.lora_alpha.values())) == 8 and next(iter(layer.r.values())) == 4
+    assert any(p.abs().max() > 0 for n, p in pipe.unet.named_parameters() if "lora_B" in n)
+    rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    keys = {"step", "loss", "implicit_accuracy", "margin", "model_mse", "reference_mse", "lr", "grad_norm", "pairs_per_second"}
+    assert keys <= set(rows[0]) and rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and rows[0]["lr"] == pytest.approx(1e-3 * 2000 / 500)
+
+
+def test_a_full_anchor_is_a_unet_folder_and_the_base_is_untouched(config, base):
+    folder = go(replace(config, finetune=FinetuneConfig(method="full")))
+    trained, stock = UNet2DConditionModel.from_pretrained(folder / "unet"), UNet2DConditionModel.from_pretrained(base / "unet")
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), stock.parameters()))
+    assert read_card(str(folder)).method == "full"
+
+
+def test_the_same_command_resumes_and_another_config_is_refused(config, capsys):
+    folder = go(config)
+    before = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+    assert go(replace(config, tracking=TrackingConfig(kind="none", project="other"))) == folder
+    assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match=r"holds a run of another config: steps \(3 there, 5 here\)"):
+        go(replace(config, steps=5))
+
+
+def test_training_does_not_depend_on_the_cache(config):
+    cached = go(config)
+    plain = go(replace(config, name="plain", data=replace(config.data, cache=False)))
+    from safetensors.torch import load_file
+
+    a, b = (load_file(f / "pytorch_lora_weights.safetensors") for f in (cached, plain))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+def test_from_captioned_images_to_an_anchor(config, tmp_path):
+    """The whole road of the docs page: CLIP, autoencoder, base model, scored pairs, anchor."""
+    shapes.write_images(tmp_path / "pictures.parquet", 24, seed=0)
+    images = DataConfig(source="table", path=str(tmp_path / "pictures.parquet"))
+    fresh = ModelConfig(name="tiny", base=None, resolution=32, channels=[16, 32], clip_width=32)
+    small = replace(config, objective="contrastive", model=fresh, data=images, steps=2)
+    clip = go(small)
+    vae = go(replace(small, objective="autoencoder", optim=replace(config.optim, ema=0.9)))
+    pipeline = go(replace(small, objective="pretrain", model=replace(fresh, clip=str(clip), vae=str(vae))))
+    scored = DataConfig(source="scored_pairs", path=images.path, count=8, scorer="clip", scorer_checkpoint=str(clip))
+    anchor = go(replace(config, model=ModelConfig(name="mine", base=str(pipeline), resolution=32), data=scored))
+    scorer = go(replace(small, objective="preference", model=replace(fresh, clip=str(clip)), data=scored))
+    assert (anchor / "anchor.json").is_file() and (scorer / "model.safetensors").is_file()
+    assert StableDiffusionPipeline.from_pretrained(pipeline)(shapes.CAPTIONS[0], num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "typed, said",
+    [
+        (["dpo.bta=1"], "dpo.bta"),
+        (["dpo.beta=strong"], "dpo.beta"),
+        (["dpo.beta=0"], "dpo.beta must be above 0, not 0.0"),
+        (["objective=pretrain"], "objective=pretrain learns from captioned images, which data.source=shapes_pairs does not give"),
+        (["model.base=runs/nowhere"], "there is no pipeline folder runs/nowhere"),
+        (["model=tiny"], "objective=dpo needs a base model"),
+        (["data=table", "data.path=nowhere.parquet", "model.base={base}"], "data.path nowhere.parquet does not exist"),
+        (["model.resolution=30"], "model.resolution must be a multiple of 8, not 30"),
+        (["finetune.method=dora"], "finetune.method must be one of lora, full, not 'dora'"),
+        (["steps=0"], "steps must be above 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_in_one_sentence(typed, said, base, tmp_path):
+    typed = [t.format(base=base) for t in typed]
+    command = [sys.executable, "-m", "train", "tracking=none", f"runs={tmp_path}", *typed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.glob("train/*/checkpoints"))

@@ -1,0 +1,175 @@
+"""From a config to the data and the objective that the training loop takes; every mistake is found before a weight is loaded."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from deradiff.data.cache import Cache
+from deradiff.data.pairs import CaptionedImages, Pairs
+from deradiff.dpo import BETA_CONVENTION
+from deradiff.families import Family, checkpoint_family, family_of, load_pipeline
+from deradiff.objectives import Objective
+from deradiff.runs import locate, slug
+from train.config import OBJECTIVES, DataConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from deradiff.anchors import AnchorCard
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check(config: TrainConfig) -> Family | None:
+    """Read the indexes of everything the run needs; raises ValueError in a sentence. Returns the base model's family."""
+    for key, folder in (("model.clip", config.model.clip), ("model.vae", config.model.vae)):
+        if folder and (key == "model.clip" or not config.model.base) and not (Path(locate(folder)) / "config.json").is_file():
+            raise ValueError(f"{key}={folder} is no model folder: it has no config.json")
+    if config.data.scorer_checkpoint or config.data.source == "scored_pairs":
+        from deradiff.scorers import check_scorer
+
+        check_scorer(config.data.scorer, config.data.scorer_checkpoint)
+    return checkpoint_family(config.model.base, config.model.revision) if config.model.base else None
+
+
+def make_data(config: TrainConfig, accelerator: Accelerator) -> CaptionedImages:
+    """The run's data; what has to be drawn or labelled first is written below runs/data once, by the main process."""
+    data = config.data
+    with accelerator.main_process_first():
+        path = _drawn(data, Path(config.runs) / "data", config.seed) if data.source != "table" else Path(data.path or "")
+    reader = Pairs if OBJECTIVES[config.objective] else CaptionedImages
+    rows = reader(str(path), split=data.split, revision=data.revision, limit=data.limit)
+    if isinstance(rows, Pairs):
+        accelerator.print(f"train: {len(rows)} pairs with a winner, {rows.dropped} ties and unlabelled rows dropped")
+    return rows
+
+
+def _drawn(data: DataConfig, folder: Path, seed: int) -> Path:
+    from deradiff.data import feedback, shapes
+
+    if data.source == "scored_pairs":
+        path = folder / f"{slug(Path(data.path or '').stem)}-pairs-{data.scorer}-{data.count}.parquet"
+        if not path.is_file():
+            feedback.write_scored_pairs(path, str(data.path), data.count, data.scorer, data.scorer_checkpoint)
+        return path
+    kind = "images" if data.source == "shapes_images" else f"pairs-{data.scorer}"
+    path = folder / f"shapes-{kind}-{data.count}.parquet"
+    if not path.is_file():
+        if data.source == "shapes_images":
+            shapes.write_images(path, data.count, seed=0)
+        else:
+            shapes.write_pairs(path, data.count, seed=1, reward=data.scorer)
+    return path
+
+
+def make_objective(config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None) -> Objective:
+    """The networks of the run, ready to train."""
+    from deradiff import tiny
+    from deradiff.objectives.autoencoder import Autoencoder
+    from deradiff.objectives.clip import Contrastive, Preference
+
+    resolution = config.model.resolution
+    torch.manual_seed(config.seed)  # the initial weights of new networks
+    if config.objective == "autoencoder":
+        return Autoencoder(tiny.make_vae(), resolution, data)
+    if config.objective == "contrastive":
+        tokenizer = tiny.make_tokenizer(sorted(set(data.captions)))
+        clip = tiny.make_clip(tokenizer, resolution, width=config.model.clip_width)
+        return Contrastive(clip, tokenizer, tiny.make_image_processor(resolution))
+    if config.objective == "preference":
+        return Preference(*tiny.load_clip(locate(str(config.model.clip))))
+    return _diffusion(config, data, accelerator, card)
+
+
+def _diffusion(config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None) -> Objective:
+    from deradiff.objectives.diffusion import DPO, Pretrain
+
+    pipe = base_pipeline(config)
+    network = getattr(pipe, family_of(pipe).denoiser)
+    full = config.objective == "pretrain" or config.finetune.method == "full"
+    network.to(torch.float32 if full else DTYPES[config.precision]).requires_grad_(full)
+    if not full:
+        add_lora(network, config, family_of(pipe))
+    if config.model.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    cache = None
+    if config.data.cache:
+        pipe.to(accelerator.device)
+        cache = Cache(Path(config.runs) / "cache", pipe, data, config.model.resolution)
+        cache.build(accelerator.process_index, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+    if config.objective == "pretrain":
+        return Pretrain(pipe, config.model.resolution, cache, config.data.caption_dropout)
+    assert card is not None
+    return DPO(pipe, config.model.resolution, cache, config.data.caption_dropout, beta=config.dpo.beta, card=card)
+
+
+def base_pipeline(config: TrainConfig) -> Any:
+    """The base model, or a new one around the trained parts that the config names."""
+    from diffusers import AutoencoderKL
+
+    from deradiff import tiny
+
+    if config.model.base:
+        pipe = load_pipeline(config.model.base, config.model.revision, DTYPES[config.precision])
+        if config.model.vae:
+            pipe.vae = AutoencoderKL.from_pretrained(locate(config.model.vae), dtype=DTYPES[config.precision])
+        return pipe
+    clip, tokenizer, _ = tiny.load_clip(locate(str(config.model.clip)))
+    vae = AutoencoderKL.from_pretrained(locate(str(config.model.vae)))
+    return tiny.make_pipeline(tiny.text_tower(clip), tokenizer, vae, config.model.resolution, tuple(config.model.channels))
+
+
+def add_lora(network: Any, config: TrainConfig, family: Family) -> None:
+    """A trainable adapter on the family's layers, its weights in float32. Raises ValueError where it would bind no layer."""
+    from peft import LoraConfig
+
+    names = [n for n, _ in network.named_modules()]
+    if not any(n.endswith(family.lora_targets) for n in names):
+        raise ValueError(f"the LoRA targets {', '.join(family.lora_targets)} match no layer of {config.model.base}")
+    lora = LoraConfig(
+        r=config.finetune.rank, lora_alpha=config.finetune.alpha, target_modules=list(family.lora_targets), init_lora_weights="gaussian"
+    )
+    network.add_adapter(lora)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def make_card(config: TrainConfig, family: Family, pairs_per_step: int, device: str) -> AnchorCard:
+    """The anchor's card, but for what the run costs."""
+    import accelerate
+    import diffusers
+    import peft
+    import transformers
+
+    from deradiff.anchors import AnchorCard
+
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft, accelerate)} | {
+        "python": platform.python_version()
+    }
+    return AnchorCard(
+        base_model=str(config.model.base), base_revision=config.model.revision, family=family.name, method=config.finetune.method,
+        beta=config.dpo.beta, beta_convention=BETA_CONVENTION, objective=config.objective, steps=config.steps,
+        pairs_seen=config.steps * pairs_per_step, dataset=config.data.path or config.data.source, seed=config.seed,
+        git_commit=git_commit(), versions=versions, device=device,
+    )  # fmt: skip
+
+
+def flops(objective: Any, config: TrainConfig, pairs_per_step: int) -> float:
+    """FLOPs of the whole run, counted on the denoiser's own config."""
+    from deradiff.compute import denoiser_flops, dpo_step_flops
+
+    _, height, width = objective.latent_shape
+    forward = denoiser_flops(objective.network.config, height, width, objective.pipe.tokenizer.model_max_length)
+    return config.steps * dpo_step_flops(forward, pairs_per_step, config.finetune.method, config.model.gradient_checkpointing)
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that runs, or None outside one."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() or None

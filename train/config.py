@@ -1,0 +1,171 @@
+"""The train stage's config: what is trained, from what, on what, and how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from configs.tracking import TrackingConfig
+
+OBJECTIVES = {  # objective: does it learn from pairs?
+    "dpo": True, "pretrain": False, "contrastive": False, "preference": True, "autoencoder": False,
+}  # fmt: skip
+SOURCES = {  # source: does it give pairs? None: the table's own columns decide
+    "table": None, "shapes_images": False, "shapes_pairs": True, "scored_pairs": True,
+}  # fmt: skip
+
+
+def choice(key: str, value: str, allowed: object) -> None:
+    names = list(allowed)  # type: ignore[call-overload]
+    if value not in names:
+        raise ValueError(f"{key} must be one of {', '.join(names)}, not {value!r}")
+
+
+def positive(key: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{key} must be above 0, not {value}")
+
+
+@dataclass
+class ModelConfig:
+    """name: what the run directory is called by. base: a pipeline folder, hub id or `asset:...`. vae: an autoencoder in place of the base's own.
+    base null starts a new small model from its parts: vae, a CLIP folder, and the channels of the UNet's levels. resolution: pixels of a side."""
+
+    name: str = "shapes"
+    base: str | None = None
+    revision: str | None = None
+    vae: str | None = None
+    resolution: int = 512
+    clip: str | None = None
+    channels: list[int] = field(default_factory=lambda: [48, 96])
+    clip_width: int = 64
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resolution <= 0 or self.resolution % 8:
+            raise ValueError(f"model.resolution must be a multiple of 8, not {self.resolution}")
+
+
+@dataclass
+class FinetuneConfig:
+    """method: `lora` or `full`. rank, alpha: the LoRA's; its update is scaled by alpha / rank."""
+
+    method: str = "lora"
+    rank: int = 16
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        choice("finetune.method", self.method, ("lora", "full"))
+        positive("finetune.rank", self.rank)
+        positive("finetune.alpha", self.alpha)
+
+
+@dataclass
+class DataConfig:
+    """source: `table` reads data.path (parquet, folder of captioned images, or hub id); `shapes_images` and `shapes_pairs` draw `count` rows of the
+    shapes world (pairs labelled on `scorer.name`, vivid or crisp); `scored_pairs` pairs up the captioned images of data.path and lets a scorer label them."""
+
+    source: str = "table"
+    path: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    limit: int | None = None
+    count: int = 4000
+    scorer: str = "vivid"
+    scorer_checkpoint: str | None = None
+    caption_dropout: float = 0.1
+    cache: bool = True
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        choice("data.source", self.source, SOURCES)
+        positive("data.count", self.count)
+        if not self.source.startswith("shapes") and not self.path:
+            raise ValueError("data.path is missing; give a parquet file, a folder of captioned images, or a hub data set such as org/name")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"data.caption_dropout must lie in [0, 1], not {self.caption_dropout}")
+
+
+@dataclass
+class DPOConfig:
+    """beta: the KL strength in the convention `mean-half` (deradiff.dpo): diffusers' SD1.5 example calls half of it beta."""
+
+    beta: float = 2000.0
+
+    def __post_init__(self) -> None:
+        positive("dpo.beta", self.beta)
+
+
+@dataclass
+class OptimConfig:
+    """lr: per pair of a step where `per_pair` is set, as the published launchers scale it; the rate of a step otherwise.
+    rule: `inverse_beta` multiplies it by 2000 / beta (the paper), `fixed` does not (its code). The actual rate is printed."""
+
+    name: str = "adamw"
+    lr: float = 1e-8
+    per_pair: bool = True
+    rule: str = "inverse_beta"
+    warmup: int = 0
+    decay: str = "constant"
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    ema: float = 0.0
+    batch_size: int = 1
+    accumulation: int = 128
+
+    def __post_init__(self) -> None:
+        choice("optim.name", self.name, ("adamw", "adafactor"))
+        choice("optim.rule", self.rule, ("inverse_beta", "fixed"))
+        choice("optim.decay", self.decay, ("constant", "cosine"))
+        for key in ("lr", "batch_size", "accumulation"):
+            positive(f"optim.{key}", getattr(self, key))
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"optim.ema must lie in [0, 1), not {self.ema}")
+
+
+@dataclass
+class TrainConfig:
+    """One run. name: its folder below runs/train; null composes it from model, objective, method, beta and seed."""
+
+    objective: str = "dpo"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="shapes_pairs"))
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    steps: int = 2000
+    seed: int = 0
+    precision: str = "no"
+    cpu: bool = False
+    log_every: int = 10
+    checkpoint_every: int = 200
+    name: str | None = None
+    runs: str = "runs"
+
+    def __post_init__(self) -> None:
+        choice("objective", self.objective, OBJECTIVES)
+        choice("precision", self.precision, ("no", "fp16", "bf16"))
+        for key in ("steps", "log_every", "checkpoint_every"):
+            positive(key, getattr(self, key))
+        pairs, given = OBJECTIVES[self.objective], SOURCES[self.data.source]
+        if given is not None and pairs != given:
+            wanted = "pairs" if pairs else "captioned images"
+            raise ValueError(f"objective={self.objective} learns from {wanted}, which data.source={self.data.source} does not give")
+        if self.objective == "dpo" and not self.model.base:
+            raise ValueError(
+                "objective=dpo needs a base model; give model=sd15, model=sdxl, model=shapes or model.base=<pipeline folder or hub id>"
+            )
+        if self.objective == "pretrain" and not (self.model.base or (self.model.clip and self.model.vae)):
+            raise ValueError("objective=pretrain needs model.base, or both model.clip and model.vae to start a new model from")
+        if self.objective == "preference" and not self.model.clip:
+            raise ValueError("objective=preference needs model.clip=<CLIP folder> to start from")
+
+    def run_name(self) -> str:
+        if self.name:
+            return self.name
+        parts = [self.model.name, self.objective]
+        if self.objective == "dpo":
+            rule = "" if self.optim.rule == "inverse_beta" else f"-{self.optim.rule}"
+            parts += [self.finetune.method, f"beta{self.dpo.beta:g}{rule}"]
+        return "-".join([*parts, f"seed{self.seed}"])

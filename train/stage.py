@@ -1,0 +1,76 @@
+"""`python -m train`: one run of one objective, resumed by the same command."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from configs.entry import entry
+from configs.tracking import tracker
+from train.config import TrainConfig
+
+COSMETIC = ("runs", "tracking", "log_every", "checkpoint_every", "data.workers", "cpu")  # what a resumed run may change
+
+
+def run(config: TrainConfig, run_dir: Path) -> Path:
+    """Train, save and describe; returns the folder of what was trained (`anchor/`, `pipeline/`, `clip/` or `vae/`)."""
+    from train import build
+
+    family = build.check(config)
+
+    from accelerate import Accelerator
+
+    from deradiff.data.pairs import Examples
+    from deradiff.runs import claim
+    from deradiff.training import train
+
+    optim = config.optim
+    accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.precision, gradient_accumulation_steps=optim.accumulation)
+    per_step = optim.batch_size * optim.accumulation * accelerator.num_processes
+    options = _options(config, per_step)
+    if accelerator.is_main_process:
+        claim(run_dir, asdict(config), COSMETIC)
+    data = build.make_data(config, accelerator)
+    card = build.make_card(config, family, per_step, _device(accelerator)) if family and config.objective == "dpo" else None
+    objective = build.make_objective(config, data, accelerator, card)
+    accelerator.print(f"train: {run_dir}: {config.steps} steps of {per_step} examples, learning rate {options.learning_rate:.4g}")
+    with tracker(config.tracking, "train", run_dir, asdict(config), accelerator.is_main_process) as track:
+        progress = train(objective, Examples(data, config.seed), options, run_dir, accelerator, track.log)
+        folder = run_dir
+        if accelerator.is_main_process:
+            if card:
+                gpu_hours = progress.seconds / 3600 * accelerator.num_processes
+                objective.card = replace(card, gpu_hours=gpu_hours, flops=build.flops(objective, config, per_step))  # type: ignore[attr-defined]
+            folder = objective.save(run_dir)
+            track.artifact(run_dir.name, "anchor" if card else "model", folder)
+            print(f"train: {folder} ({progress.step} steps, {progress.seconds:.0f} s of training)")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder
+
+
+def _options(config: TrainConfig, per_step: int) -> Any:
+    from deradiff.dpo import learning_rate
+    from deradiff.training import TrainingOptions
+
+    optim = config.optim
+    rule = optim.rule if config.objective == "dpo" else "fixed"
+    rate = learning_rate(optim.lr, rule, config.dpo.beta, per_step if optim.per_pair else 1)
+    return TrainingOptions(
+        steps=config.steps, batch_size=optim.batch_size, accumulation=optim.accumulation, learning_rate=rate, warmup=optim.warmup, decay=optim.decay,
+        optimizer=optim.name, weight_decay=optim.weight_decay, clip=optim.clip if optim.name != "adafactor" else 0.0, ema=optim.ema, seed=config.seed,
+        workers=config.data.workers, log_every=config.log_every, checkpoint_every=config.checkpoint_every,
+    )  # fmt: skip
+
+
+def _device(accelerator: Any) -> str:
+    import platform
+
+    import torch
+
+    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"cpu ({platform.machine()})"
+    return f"{accelerator.num_processes} x {name}"
+
+
+main = entry("train", TrainConfig, run)
