@@ -247,3 +247,12 @@ def test_the_true_rewards_are_scorers(name: str) -> None:
     assert scorer([], []).shape == (0,)
     with pytest.raises(ValueError, match="1 pictures and 0 prompts"):
         scorer(images[:1], [])
+
+
+def test_colourful_is_hasler_and_suesstrunks_measure():
+    halves = Image.new("RGB", (4, 2), (255, 0, 0))
+    halves.paste((0, 0, 255), (2, 0, 4, 2))
+    # red-green 255 and 0; yellow-blue 127.5 and -255: standard deviations 127.5 and 191.25, means 127.5 and -63.75
+    expected = np.hypot(127.5, 191.25) + 0.3 * np.hypot(127.5, 63.75)
+    grey, found = load_scorer("colourful")([Image.new("RGB", (3, 3), (90, 90, 90)), halves], ["", ""]).tolist()
+    assert grey == 0 and found == pytest.approx(expected)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import glob
 import json
-import pickle
 import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def read_state(file: Path, device: str) -> dict[str, Tensor]:
                     return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (it is no dict)
                 return {name: torch.empty(held.get_slice(name).get_shape(), device="meta") for name in held.keys()}  # noqa: SIM118
         state = torch.load(file, weights_only=True, map_location=device, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+    except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
         raise ValueError(f"{file} holds no plain tensors, and deradiff unpickles nothing else ({type(error).__name__})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -39,4 +39,4 @@ _TABLE = (
 
 RECIPES = {recipe.name: recipe for recipe in _TABLE}
 
-REWARDS = ("vivid", "crisp")  # of the shapes world, known in closed form
+REWARDS = ("vivid", "crisp", "colourful")  # formulas: the first two of the shapes world
