@@ -1,7 +1,7 @@
 """The shipped models of the shapes world: measured, written as fp16, and compared with what the experiments make now.
 
-    python -m benchmarks.shapes_assets ship      writes deradiff/assets/shapes from runs/train/shapes-* and measures it
-    python -m benchmarks.shapes_assets compare   measures runs/train/shapes-* and compares it with what is shipped
+python -m benchmarks.shapes_assets ship      writes deradiff/assets/shapes from runs/train/shapes-* and measures it
+python -m benchmarks.shapes_assets compare   measures runs/train/shapes-* and compares it with what is shipped
 """
 
 from __future__ import annotations

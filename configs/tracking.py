@@ -71,8 +71,8 @@ def tracker(tracking: TrackingConfig, stage: str, run_dir: Path, config: dict[st
         return
     import wandb
 
-    keyed = bool(os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or wandb.api.api_key)
     try:
+        keyed = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
         run = wandb.init(
             project=tracking.project, group=tracking.group or None, job_type=stage, name=run_dir.name, id=f"{stage}-{run_dir.name}"[:128],
             dir=str(run_dir), config=config, mode=None if keyed else "offline", resume="allow", settings=wandb.Settings(silent=True),

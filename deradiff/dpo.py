@@ -46,7 +46,7 @@ def kl_strength(beta: float, elements: int, alpha_bars: Tensor) -> float:
 def learning_rate(base: float, rule: str, beta: float, per_step: int = 1) -> float:
     """The actual learning rate. base: per pair of a step; per_step: pairs of a step, or 1 where base is not to be scaled by them.
 
-    `inverse_beta`: base * per_step * 2000 / beta, the form of the DiffusionDPO paper (section 5.1). `fixed`: the same for every beta, as its code.
+    `inverse_beta`: base * per_step * 2000 / beta, the form that the DiffusionDPO paper states. `fixed`: without beta, as its code.
     """
     if rule not in ("inverse_beta", "fixed"):
         raise ValueError(f"the learning-rate rule must be inverse_beta or fixed, not {rule!r}")
@@ -54,7 +54,10 @@ def learning_rate(base: float, rule: str, beta: float, per_step: int = 1) -> flo
 
 
 def shared_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, scheduler: Any) -> tuple[Tensor, Tensor]:
-    """Noisy latents and the network's target, each (P, B, C, H, W): the P pictures of an example share noise (B, C, H, W) and timesteps (B,)."""
+    """Noisy latents and the network's target, each (P, B, C, H, W).
+
+    The P pictures of an example share noise (B, C, H, W) and timesteps (B,).
+    """
     both, t = noise.expand_as(latents).flatten(0, 1), timesteps.repeat(len(latents))
     clean = latents.flatten(0, 1)
     noisy = scheduler.add_noise(clean, both, t)

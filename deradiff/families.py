@@ -49,7 +49,7 @@ def family_of(pipe: Any) -> Family:
 
 
 def model_index(base: str, revision: str | None = None) -> dict[str, Any]:
-    """`model_index.json` of a pipeline folder, hub id or `asset:` name, without loading a weight. Raises ValueError naming what is missing."""
+    """`model_index.json` of a pipeline folder, hub id or `asset:` name; no weight is loaded. Raises ValueError naming what is missing."""
     base = locate(base)
     if Path(base).is_dir():
         file = Path(base) / "model_index.json"
@@ -73,7 +73,7 @@ def checkpoint_family(base: str, revision: str | None = None) -> Family:
 
 
 def load_pipeline(base: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline of a folder, hub id or `asset:` name, safety checker off (as the published evaluation), progress bars off. Raises ValueError."""
+    """The pipeline of a folder, hub id or `asset:` name; safety checker off, as in the published evaluation. Raises ValueError."""
     import diffusers
 
     base = locate(base)

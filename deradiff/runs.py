@@ -15,14 +15,13 @@ SAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
 
 
 def locate(text: str) -> str:
-    """A path or hub id as it is written; `asset:<name>` is a folder that ships with deradiff. Raises ValueError for an asset it does not have."""
+    """A path or hub id as it is written; `asset:<name>` is a folder that ships with deradiff. Raises ValueError for one that does not."""
     if not text.startswith("asset:"):
         return text
     folder = ASSETS / text.removeprefix("asset:")
     if not folder.is_dir():
-        raise ValueError(
-            f"deradiff ships no {text}; it has {', '.join(sorted(f'asset:{p.relative_to(ASSETS)}' for p in ASSETS.glob('*/*') if p.is_dir()))}"
-        )
+        shipped = sorted(f"asset:{path.relative_to(ASSETS)}" for path in ASSETS.glob("*/*") if path.is_dir())
+        raise ValueError(f"deradiff ships no {text}; it ships {', '.join(shipped)}")
     return str(folder)
 
 

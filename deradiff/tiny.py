@@ -78,21 +78,18 @@ def make_pipeline(text_encoder: nn.Module, tokenizer: Any, vae: nn.Module, side:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     vae_config: Any = vae.config
-    plain, levels = "DownBlock2D", len(channels)
+    levels = len(channels)
     unet = UNet2DConditionModel(
-        sample_size=side // 2 ** (len(vae_config.block_out_channels) - 1), in_channels=vae_config.latent_channels, out_channels=vae_config.latent_channels,
-        block_out_channels=channels, layers_per_block=1, cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=8, norm_num_groups=8,
-        down_block_types=(plain,) + ("CrossAttnDownBlock2D",) * (levels - 1), up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
+        sample_size=side // 2 ** (len(vae_config.block_out_channels) - 1), block_out_channels=channels, layers_per_block=1,
+        in_channels=vae_config.latent_channels, out_channels=vae_config.latent_channels, norm_num_groups=8,
+        cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=8,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
+        up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
     )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
         timestep_spacing="trailing",
-    )
+    )  # fmt: skip
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

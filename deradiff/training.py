@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from deradiff.checkpoints import Checkpoints, MetricsFile, Progress, assign
 from deradiff.data.pairs import Examples, schedule
 from deradiff.objectives import Batch, Objective
 
@@ -49,13 +45,10 @@ class TrainingOptions:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
 
-
-@dataclass
-class Progress:
-    """What a run has done so far; kept in its checkpoints. seconds: wall-clock of training, over all its sittings."""
-
-    step: int = 0
-    seconds: float = 0.0
+    @property
+    def max_norm(self) -> float:
+        """What gradients are clipped to; Adafactor clips its own updates, and clipping twice would change the recipe."""
+        return self.clip if self.clip and self.optimizer != "adafactor" else math.inf
 
 
 class MicroBatches(Dataset):
@@ -100,34 +93,6 @@ def make_optimizer(parameters: list[nn.Parameter], options: TrainingOptions) -> 
     )
 
 
-class Checkpoints:
-    """`checkpoints/step-000200/`: trained weights and average as safetensors, optimiser state as tensors; written aside, then renamed."""
-
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self.folder, self.keep = run_dir / "checkpoints", keep
-
-    def newest(self) -> Path | None:
-        whole = sorted(p for p in self.folder.glob("step-*") if (p / "progress.json").is_file())
-        return whole[-1] if whole else None
-
-    def write(self, weights: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        part = self.folder / f".part-{os.getpid()}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, tensors in weights.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
-        torch.save(optimizer.state_dict(), part / "optimizer.pt")
-        (part / "progress.json").write_text(json.dumps(asdict(progress)))
-        for file in part.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        final = self.folder / f"step-{progress.step:06d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            shutil.rmtree(old)
-
-
 class Average:
     """Exponential moving average of the trained weights: decay min(ema, (1 + step) / (10 + step)), as Karras et al. warm it up."""
 
@@ -145,27 +110,25 @@ def train(
     objective: Objective, examples: Examples, options: TrainingOptions, run_dir: Path, accelerator: Accelerator,
     log: Callable[[Metrics, int], None] = lambda metrics, step: None,
 ) -> Progress:  # fmt: skip
-    """Train `objective.network` to `options.steps`, from the newest checkpoint in run_dir if there is one; leaves the trained weights in it.
+    """Train `objective.network` to `options.steps`, from run_dir's newest checkpoint if there is one; leaves the trained weights in it.
 
     Every logged step is a line of run_dir/metrics.jsonl and a call of `log`. The result does not depend on where a run was interrupted.
     Raises FloatingPointError where gradients stop being finite; the last checkpoint then still holds good weights.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     for module in objective.frozen:
         module.to(accelerator.device).eval()
     objective.network.to(accelerator.device).train()
     trained = {n: p for n, p in objective.network.named_parameters() if p.requires_grad}
     average = Average(trained, options.ema) if options.ema else None
+    kept = {"weights": trained} | ({"average": average.weights} if average else {})
     network, optimizer = accelerator.prepare(objective.network, make_optimizer(list(trained.values()), options))
-    checkpoints, progress = Checkpoints(run_dir, options.keep_checkpoints), Progress()
-    if newest := checkpoints.newest():
-        progress = _resume(newest, trained, average, optimizer)
-    _rewind_metrics(run_dir / "metrics.jsonl", progress.step, accelerator)
-
-    data = MicroBatches(objective, examples, options, progress.step, accelerator)
-    batches = iter(DataLoader(data, batch_size=None, num_workers=options.workers, persistent_workers=options.workers > 0))
-    bar = tqdm(total=options.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process, mininterval=2)
+    checkpoints = Checkpoints(run_dir, options.keep_checkpoints)
+    progress = checkpoints.resume(optimizer, **kept)
+    batches = iter(_loader(objective, examples, options, progress.step, accelerator))
+    metrics = MetricsFile(run_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
+    bar = tqdm(total=options.steps, initial=progress.step, unit="step", disable=metrics is None, mininterval=2)
     started, window = time.perf_counter() - progress.seconds, _Window(options, accelerator)
+
     while progress.step < options.steps:
         rate = learning_rate_at(progress.step, options)
         for group in optimizer.param_groups:
@@ -176,11 +139,10 @@ def train(
                 accelerator.backward(loss)
                 window.add({"loss": loss.detach(), **terms})
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(trained.values(), options.clip or math.inf)
-                    if not torch.isfinite(norm) and accelerator.mixed_precision != "fp16":
-                        raise FloatingPointError(
-                            f"step {progress.step}: the gradient is not finite; {checkpoints.newest()} holds the last good weights"
-                        )
+                    norm = accelerator.clip_grad_norm_(trained.values(), options.max_norm)
+                    if not torch.isfinite(norm) and accelerator.mixed_precision != "fp16":  # fp16's scaler skips such a step itself
+                        last = checkpoints.newest() or "no checkpoint"
+                        raise FloatingPointError(f"step {progress.step}: the gradient is not finite; {last} holds the last good weights")
                 optimizer.step()
                 optimizer.zero_grad()
         progress.step += 1
@@ -189,54 +151,24 @@ def train(
         if average:
             average.update(trained, progress.step)
         if progress.step % options.log_every == 0 or progress.step == options.steps:
-            metrics = window.close(lr=rate, grad_norm=float(norm))
-            bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "implicit_accuracy", "accuracy", "psnr")})
-            if accelerator.is_main_process:
-                _append(run_dir / "metrics.jsonl", {"step": progress.step, **metrics})
-                log(metrics, progress.step)
-        if accelerator.is_main_process and (progress.step % options.checkpoint_every == 0 or progress.step == options.steps):
-            weights = {"weights": trained} | ({"average": average.weights} if average else {})
-            checkpoints.write(weights, optimizer, progress)
+            row = window.close(lr=rate, grad_norm=float(norm))
+            bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k in ("loss", "implicit_accuracy", "accuracy", "psnr")})
+            if metrics:
+                metrics.append({"step": progress.step, **row})
+                log(row, progress.step)
+        if metrics and (progress.step % options.checkpoint_every == 0 or progress.step == options.steps):
+            checkpoints.write(progress, optimizer, **kept)
+
     bar.close()
     accelerator.wait_for_everyone()
     if average:
-        _assign(trained, average.weights)
+        assign(trained, average.weights)
     return progress
 
 
-@torch.no_grad()
-def _assign(trained: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    for name, tensor in trained.items():
-        tensor.copy_(weights[name])
-
-
-def _resume(folder: Path, trained: dict[str, Tensor], average: Average | None, optimizer: Any) -> Progress:
-    _assign(trained, load_file(folder / "weights.safetensors"))
-    if average:
-        average.weights = {k: v.to(trained[k].device) for k, v in load_file(folder / "average.safetensors").items()}
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-    return Progress(**json.loads((folder / "progress.json").read_text()))
-
-
-def _rewind_metrics(file: Path, step: int, accelerator: Accelerator) -> None:
-    """Drop the lines that a killed run logged after its last checkpoint, and a torn last line: they are about to be written again."""
-    if not accelerator.is_main_process or not file.is_file():
-        return
-    from deradiff.runs import write_atomic
-
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    write_atomic(file, "".join(kept))
-
-
-def _append(file: Path, row: dict[str, Any]) -> None:
-    with open(file, "a") as handle:
-        handle.write(json.dumps(row) + "\n")
+def _loader(objective: Objective, examples: Examples, options: TrainingOptions, step: int, accelerator: Accelerator) -> DataLoader:
+    batches = MicroBatches(objective, examples, options, step, accelerator)
+    return DataLoader(batches, batch_size=None, num_workers=options.workers, persistent_workers=options.workers > 0)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

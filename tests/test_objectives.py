@@ -150,7 +150,7 @@ def test_the_saved_autoencoder_has_white_latents_and_the_same_pictures(tmp_path,
     vae = tiny.make_vae()
     objective = Autoencoder(vae, 32, images)
     batch = objective.collate(items(images, 24))
-    loss, terms = objective.loss(objective.network, batch)
+    _, terms = objective.loss(objective.network, batch)
     assert terms["psnr"].item() == pytest.approx(
         -10 * math.log10((objective.network(**batch) - batch["images"]).square().mean().item() / 4), rel=1e-4
     )

@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from deradiff.checkpoints import Checkpoints
 from deradiff.data.pairs import Examples, Item
-from deradiff.training import Checkpoints, TrainingOptions, learning_rate_at, make_optimizer, train
+from deradiff.training import TrainingOptions, learning_rate_at, make_optimizer, train
 
 
 class Regression:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import CaptionedImages, Pairs
-from deradiff.dpo import BETA_CONVENTION
+from deradiff.dpo import BETA_CONVENTION, kl_strength
 from deradiff.families import Family, checkpoint_family, family_of, load_pipeline
 from deradiff.objectives import Objective
 from deradiff.runs import locate, slug
@@ -91,7 +92,9 @@ def _diffusion(config: TrainConfig, data: CaptionedImages, accelerator: Accelera
     pipe = base_pipeline(config)
     network = getattr(pipe, family_of(pipe).denoiser)
     full = config.objective == "pretrain" or config.finetune.method == "full"
-    network.to(torch.float32 if full else DTYPES[config.precision]).requires_grad_(full)
+    if full and network.dtype != torch.float32:  # trained weights are kept in float32, whatever the precision of the arithmetic
+        network.to(torch.float32)
+    network.requires_grad_(full)
     if not full:
         add_lora(network, config, family_of(pipe))
     if config.model.gradient_checkpointing:
@@ -167,6 +170,11 @@ def flops(objective: Any, config: TrainConfig, pairs_per_step: int) -> float:
     _, height, width = objective.latent_shape
     forward = denoiser_flops(objective.network.config, height, width, objective.pipe.tokenizer.model_max_length)
     return config.steps * dpo_step_flops(forward, pairs_per_step, config.finetune.method, config.model.gradient_checkpointing)
+
+
+def kl_strength_of(objective: Any, config: TrainConfig) -> float:
+    """The KL strength that the run's beta stands for, on its latents and noise schedule."""
+    return kl_strength(config.dpo.beta, math.prod(objective.latent_shape), objective.pipe.scheduler.alphas_cumprod)
 
 
 def git_commit() -> str | None:

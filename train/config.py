@@ -28,8 +28,10 @@ def positive(key: str, value: float) -> None:
 
 @dataclass
 class ModelConfig:
-    """name: what the run directory is called by. base: a pipeline folder, hub id or `asset:...`. vae: an autoencoder in place of the base's own.
-    base null starts a new small model from its parts: vae, a CLIP folder, and the channels of the UNet's levels. resolution: pixels of a side."""
+    """name: what the run directory is called by. base: a pipeline folder, hub id or `asset:...`. vae: an autoencoder in place of its own.
+
+    base null starts a new small model from its parts: vae, a CLIP folder, the channels of the UNet's levels. resolution: pixels of a side.
+    """
 
     name: str = "shapes"
     base: str | None = None
@@ -62,8 +64,9 @@ class FinetuneConfig:
 
 @dataclass
 class DataConfig:
-    """source: `table` reads data.path (parquet, folder of captioned images, or hub id); `shapes_images` and `shapes_pairs` draw `count` rows of the
-    shapes world (pairs labelled on `scorer.name`, vivid or crisp); `scored_pairs` pairs up the captioned images of data.path and lets a scorer label them."""
+    """source: `table` reads data.path (parquet, folder of captioned images, or hub id). `shapes_images` and `shapes_pairs` draw `count`
+    rows of the shapes world, pairs labelled on `scorer` (vivid or crisp). `scored_pairs` lets a scorer label pairs of data.path's images.
+    """
 
     source: str = "table"
     path: str | None = None
@@ -99,7 +102,9 @@ class DPOConfig:
 @dataclass
 class OptimConfig:
     """lr: per pair of a step where `per_pair` is set, as the published launchers scale it; the rate of a step otherwise.
-    rule: `inverse_beta` multiplies it by 2000 / beta (the paper), `fixed` does not (its code). The actual rate is printed."""
+
+    rule: `inverse_beta` multiplies it by 2000 / beta (the paper), `fixed` does not (its code). The actual rate is printed.
+    """
 
     name: str = "adamw"
     lr: float = 1e-8

@@ -35,6 +35,9 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     card = build.make_card(config, family, per_step, _device(accelerator)) if family and config.objective == "dpo" else None
     objective = build.make_objective(config, data, accelerator, card)
     accelerator.print(f"train: {run_dir}: {config.steps} steps of {per_step} examples, learning rate {options.learning_rate:.4g}")
+    if card:
+        strength = build.kl_strength_of(objective, config)
+        accelerator.print(f"train: beta {config.dpo.beta:g} ({card.beta_convention}), a KL strength of {strength:.2g}")
     with tracker(config.tracking, "train", run_dir, asdict(config), accelerator.is_main_process) as track:
         progress = train(objective, Examples(data, config.seed), options, run_dir, accelerator, track.log)
         folder = run_dir
@@ -58,8 +61,8 @@ def _options(config: TrainConfig, per_step: int) -> Any:
     rule = optim.rule if config.objective == "dpo" else "fixed"
     rate = learning_rate(optim.lr, rule, config.dpo.beta, per_step if optim.per_pair else 1)
     return TrainingOptions(
-        steps=config.steps, batch_size=optim.batch_size, accumulation=optim.accumulation, learning_rate=rate, warmup=optim.warmup, decay=optim.decay,
-        optimizer=optim.name, weight_decay=optim.weight_decay, clip=optim.clip if optim.name != "adafactor" else 0.0, ema=optim.ema, seed=config.seed,
+        steps=config.steps, batch_size=optim.batch_size, accumulation=optim.accumulation, learning_rate=rate, warmup=optim.warmup,
+        decay=optim.decay, optimizer=optim.name, weight_decay=optim.weight_decay, clip=optim.clip, ema=optim.ema, seed=config.seed,
         workers=config.data.workers, log_every=config.log_every, checkpoint_every=config.checkpoint_every,
     )  # fmt: skip
 

@@ -22,7 +22,8 @@ RADII = {"small": 7.5, "large": 11.2}  # pixels from the centre to the rim of th
 HUES = {"red": 355.0, "orange": 26.0, "yellow": 54.0, "green": 125.0, "blue": 222.0, "purple": 285.0}  # degrees
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BACKGROUNDS = {  # RGB; pale or neutral, so that no colour of a shape is ever near its background
-    "white": (0.97, 0.97, 0.97), "black": (0.05, 0.05, 0.06), "grey": (0.52, 0.52, 0.52), "pink": (0.97, 0.80, 0.87), "mint": (0.74, 0.93, 0.83),
+    "white": (0.97, 0.97, 0.97), "black": (0.05, 0.05, 0.06), "grey": (0.52, 0.52, 0.52),
+    "pink": (0.97, 0.80, 0.87), "mint": (0.74, 0.93, 0.83),
 }  # fmt: skip
 
 

@@ -65,7 +65,8 @@ def _from_hub(source: str, split: str, revision: str | None) -> Any:
         return datasets.load_dataset(source, split=split, revision=revision)
     except (HfHubHTTPError, datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"the data set {source} could not be read from the hub ({type(error).__name__}); download a mirror as parquet and give data.path=<folder>"
+            f"the data set {source} could not be read from the hub ({type(error).__name__}); "
+            "give a mirror's id, or download one as parquet and give data.path=<folder>"
         ) from error
 
 

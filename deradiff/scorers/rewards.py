@@ -15,7 +15,7 @@ from deradiff.scorers.base import digest
 
 
 def colourful(images: list[Image.Image], prompts: list[str]) -> Tensor:
-    """Colourfulness (N,) of pictures of any size (Hasler and Suesstrunk 2003, Eq. 3): sigma + .3 mu of the opponent plane, for RGB in [0, 255]."""
+    """Colourfulness (N,) of pictures of any size: sigma + .3 mu of the opponent plane, RGB in [0, 255] (Hasler and Suesstrunk 2003)."""
     found = []
     for image in images:
         red, green, blue = np.moveaxis(np.asarray(image, dtype=float), -1, 0)
