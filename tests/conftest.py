@@ -1,0 +1,33 @@
+"""The whole suite runs without a network, and on one thread: parallel sums would differ between machines, and the cores are shared."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory):
+    """Tiny pipelines of both families with anchors on disk; shared, not to be changed."""
+    from realign_world import make_worlds
+
+    return make_worlds(tmp_path_factory.mktemp("worlds"))
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def world(request, worlds):
+    """A copy, for the test's own, of each family's pipeline in turn."""
+    return worlds[request.param].copy()
+
+
+@pytest.fixture
+def sd15(worlds):
+    """The same of SD1.5 alone."""
+    return worlds["sd15"].copy()

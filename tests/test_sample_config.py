@@ -1,0 +1,173 @@
+"""What the sample stage refuses, and that it does so before a weight loads; what its nulls become; what its runs are called."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import sample.stage  # noqa: F401  (registers the schema)
+from configs.entry import CONFIGS
+from configs.tracking import TrackingConfig
+from deradiff.anchors import AnchorCard, save_anchor
+from sample.config import SampleConfig
+from sample.stage import resolve, run
+from tests.tiny_pipelines import save_tiny, tiny_lora, tiny_pipeline
+
+
+def composed(*overrides):
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return OmegaConf.to_object(compose("sample", [*overrides]))
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory):
+    """<family>/anchor with its base beside it, and bare/anchor without a card."""
+    folder = tmp_path_factory.mktemp("anchors")
+    for family in ("sd15", "sdxl"):
+        base = save_tiny(family, folder / family / "base")
+        card = AnchorCard(base_model=str(base), family=family, method="lora", beta=500.0)
+        save_anchor(folder / family / "anchor", tiny_lora(tiny_pipeline(family).unet), card)
+    save_anchor(folder / "bare/anchor", tiny_lora(tiny_pipeline("sd15").unet), card)
+    (folder / "bare/anchor/anchor.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def loaded(*arguments, **options):
+        raise AssertionError("weights were loaded")
+
+    for name in ("sample.sampling.load_sampler", "safetensors.torch.load_file", "safetensors.safe_open", "torch.load"):
+        monkeypatch.setattr(name, loaded)
+
+
+BAD = {
+    "lambdas": [([], "at least one"), ([0.5, 0.5], "0.5 twice"), ([-0.1], "-0.1 is not"), ([float("nan")], "nan is not"),
+                (["a"], "'a' is not"), ([float("inf")], "inf is not"), ([True], "True is not"), (0.5, "must be a list")],
+    "seeds": [([], "at least one"), ([1, 1], "1 twice"), ([-1], "-1 is not"), ([0.5], "0.5 is not")],
+    "mode": [("fast", "one of exact, weights, not 'fast'")],
+    "sampler": [("pndm", "one of ddim, ddpm, euler_ancestral, not 'pndm'")],
+    "dtype": [("int8", "one of float32, float16, bfloat16")],
+    "eta": [(0.5, "belongs to sampler=ddim")],
+    "steps": [(0, "at least 1")],
+    "batch_size": [(0, "at least 1")],
+    "guidance_scale": [(-1.0, "at least 0"), (float("nan"), "at least 0")],
+    "height": [(500, "multiple of 8"), (0, "multiple of 8")],
+    "width": [(-8, "multiple of 8")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [(key, *case) for key, cases in BAD.items() for case in cases])
+def test_a_value_that_cannot_be_is_refused_by_name(key, value, said):
+    with pytest.raises(ValueError) as error:
+        SampleConfig(anchor="x", **{key: value})
+    assert key in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_cannot_work_together_is_refused_before_a_weight_loads(anchors, tmp_path, no_weights):
+    good = SampleConfig(anchor=str(anchors / "sd15/anchor"), prompts=["a fox"], tracking=TrackingConfig("none"))
+
+    def refused(said, **changes):
+        with pytest.raises(ValueError) as error:
+            run(replace(good, **changes), tmp_path / "run")
+        assert said in str(error.value) and "\n" not in str(error.value), str(error.value)
+        assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+    refused("no anchor runs/train/gone/anchor", anchor="runs/train/gone/anchor")
+    refused("has no card to name its base: give model=sd15", anchor=str(anchors / "bare/anchor"))
+    refused("family", anchor=str(anchors / "sdxl/anchor"), model=replace(good.model, base=str(anchors / "sd15/base")))
+    refused("there is no pipeline folder ./gone", model=replace(good.model, base="./gone"))
+    refused("empty; give prompts=", prompts=None)
+    refused("prompt 2", prompts=["a fox", " "])
+    refused("no prompt file", prompts="a fox")
+
+
+def test_a_folder_of_another_config_or_of_an_anchor_trained_anew_is_refused(anchors, tmp_path, no_weights, monkeypatch):
+    config = SampleConfig(anchor=str(anchors / "sd15/anchor"), prompts=["a fox"], tracking=TrackingConfig("none"))
+    monkeypatch.setattr("sample.stage._sample", lambda *arguments: (0, 0.0))
+    monkeypatch.setattr("sample.stage._show", lambda *arguments: None)
+    run(config, tmp_path)
+    run(replace(config, lambdas=[3.0], seeds=[5], prompts=["a cat"], batch_size=1, path_kl=False), tmp_path)
+    for change, said in (({"steps": 7}, "steps (50 there, 7 here)"), ({"mode": "weights"}, "mode (exact there, weights here)")):
+        with pytest.raises(ValueError, match="choose another name=") as error:
+            run(replace(config, **change), tmp_path)
+        assert said in str(error.value)
+    weights = anchors / "sd15/anchor/pytorch_lora_weights.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before + b" ")
+    with pytest.raises(ValueError, match="anchor_sha256"):
+        run(config, tmp_path)
+    weights.write_bytes(before)
+
+
+@pytest.mark.parametrize(("family", "guidance", "batch"), [("sd15", 7.5, 8), ("sdxl", 5.0, 4)])
+def test_nulls_become_the_papers_evaluation_of_the_base_that_the_card_names(anchors, no_weights, family, guidance, batch):
+    config, anchor = resolve(SampleConfig(anchor=str(anchors / family / "anchor"), prompts=["a fox"]))
+    assert config.model.base == str(anchors / family / "base") and anchor.card.beta == 500
+    assert (config.sampler, config.steps, config.guidance_scale, config.batch_size) == ("euler_ancestral", 50, guidance, batch)
+    assert None not in (config.dtype, config.prompts)
+
+
+def test_the_shapes_world_brings_its_prompts_and_its_own_defaults(anchors, no_weights, monkeypatch, tmp_path):
+    save_tiny("sd15", tmp_path / "shapes/base")
+    monkeypatch.setattr("deradiff.runs.ASSETS", tmp_path)
+    config, _ = resolve(replace(composed("anchor=" + str(anchors / "bare/anchor"), "model=shapes")))
+    assert (config.prompts, config.steps, config.guidance_scale, config.height, config.width) == ("shapes", 20, 2.5, 32, 32)
+
+
+def test_the_commands_of_the_readme_compose():
+    public = composed(
+        "model=sdxl",
+        "anchor=mhdang/dpo-sdxl-text2image-v1",
+        "lambdas=[0,0.25,0.5,0.75,1]",
+        "prompts=['a red fox, in snow',a cat]",
+        "tracking=none",
+    )
+    assert public.model.base == "stabilityai/stable-diffusion-xl-base-1.0" and public.prompts == ["a red fox, in snow", "a cat"]
+    assert public.tracking.kind == "none" and public.run_name() == "mhdang-dpo-sdxl-text2image-v1-exact-euler_ancestral"
+    assert composed("anchor=x", "model=sd15").model.base == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert composed("anchor=x", "model=shapes").model.base == "asset:shapes/base"
+    assert composed("anchor=x").model.base is None and composed("anchor=x").tracking.kind == "wandb"
+
+
+def test_runs_are_called_by_what_makes_their_images_differ():
+    def name(**options):
+        return SampleConfig(**{"anchor": "runs/train/shapes-dpo-lora-beta2000-seed0/anchor", **options}).run_name()
+
+    assert name() == "shapes-dpo-lora-beta2000-seed0-exact-euler_ancestral"
+    assert name(anchor="/somewhere/runs/train/a/anchor") == "a-exact-euler_ancestral"
+    assert name(anchor="runs/train/a/anchor", lambdas=[3.0], seeds=[4], batch_size=2) == "a-exact-euler_ancestral"
+    assert name(name="mine", steps=3) == "mine"
+    changes = [
+        {},
+        {"mode": "weights"},
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.5},
+        {"steps": 3},
+        {"guidance_scale": 3.0},
+        {"height": 64},
+    ]
+    names = [name(**change) for change in [*changes, {"width": 64}, {"anchor": "org/other"}]]
+    assert len(set(names)) == len(names) and not [n for n in names if "/" in n or " " in n]
+
+
+def test_the_claimed_config_is_plain(anchors, tmp_path, monkeypatch):
+    import yaml
+
+    monkeypatch.setattr("sample.stage._sample", lambda *arguments: (0, 0.0))
+    monkeypatch.setattr("sample.stage._show", lambda *arguments: None)
+    run(SampleConfig(anchor=str(anchors / "sd15/anchor"), prompts=["a fox"], tracking=TrackingConfig("none")), tmp_path)
+    claimed = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert json.loads(json.dumps(claimed)) == claimed and claimed["steps"] == 50 and len(claimed["anchor_sha256"]) == 16
+
+
+def test_targets_are_betas_to_imitate(anchors):
+    config = SampleConfig(anchor=str(anchors / "sd15/anchor"), lambdas=[0.0, 1.0], targets=[500.0, 1000.0, 250.0], prompts=["a fox"])
+    assert resolve(config)[0].lambdas == [0.0, 1.0, 0.5, 2.0]  # the anchor's beta is 500: its own is lambda 1, once
+    with pytest.raises(ValueError, match=r"targets must be betas above 0, and 0\.0 is not"):
+        replace(config, targets=[0.0])
+    bare = replace(config, anchor=str(anchors / "bare/anchor"), model=sample.config.ModelConfig(base=str(anchors / "sd15/base")))
+    with pytest.raises(ValueError, match="is not known, so targets cannot be turned into lambdas"):
+        resolve(bare)
