@@ -85,17 +85,18 @@ def _check_fits(denoiser: nn.Module, prefix: str, weights: LoraWeights, anchor: 
     if any(layer.merged for layer in lora_layers(denoiser)):
         raise ValueError("the pipeline has LoRA weights fused into it, which would hide the anchor's: call pipe.unfuse_lora() first")
     foreign = [key for key in weights.state if not key.startswith(f"{prefix}.")]
-    if foreign or not weights.state:
-        found = f"has layers elsewhere ({foreign[0]})" if foreign else "has no layer"
-        raise ValueError(f"{anchor} {found}: realign mixes outputs of the {prefix}, and needs a LoRA on it alone")
+    if foreign:
+        raise ValueError(
+            f"{anchor} has layers elsewhere ({foreign[0]}): realign mixes outputs of the {prefix}, and needs a LoRA on it alone"
+        )
     state = {key.removeprefix(f"{prefix}."): value for key, value in weights.state.items()}
     if not any("lora_A" in key for key in state):
         state = convert_unet_state_dict_to_peft(state)
     modules = dict(denoiser.named_modules())
-    for key, value in state.items():
-        path, _, part = key.rpartition(".lora_")
-        if part not in ("A.weight", "B.weight"):
-            continue
+    layers = [(*key.rpartition(".lora_")[::2], value) for key, value in state.items() if key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if not layers:
+        raise ValueError(f"{anchor} holds no LoRA layer of {pipeline}'s {prefix}: give a LoRA that was trained on one")
+    for path, part, value in layers:
         if path not in modules:
             raise ValueError(f"{anchor} does not bind to {pipeline}, which has no layer {path}: give an anchor of its family")
         side, size = (1, value.shape[1]) if part == "A.weight" else (0, value.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,7 +130,8 @@ def _show(config: SampleConfig, prompts: list[Prompt], run_dir: Path, track: Any
     from sample.manifest import image_path
 
     rows = [(p.text, [run_dir / image_path(lam, p.prompt_id, config.seeds[0]) for lam in config.lambdas]) for p in prompts[:TABLE_ROWS]]
-    draw_grid(rows[:ROWS], config.lambdas, run_dir / "grid.png")
+    spread = rows[:: math.ceil(len(rows) / ROWS)]  # neighbours in a list of prompts are often alike
+    draw_grid(spread, config.lambdas, run_dir / "grid.png")
     track.image("grid", run_dir / "grid.png")
     track.table("samples", ["prompt", *(f"lam={lam:g}" for lam in config.lambdas)], [[text, *images] for text, images in rows])
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from deradiff.runs import locate
 from deradiff.scorers import open_clip
 from deradiff.scorers.recipes import Recipe
 
@@ -114,7 +115,8 @@ def snapshot(repo: str, patterns: list[str]) -> Path:
 
 
 def place(checkpoint: str) -> Place:
-    """Where a checkpoint lies: an existing folder or file, else a hub id `org/name` or a file there `org/name/file.pt`. ValueError."""
+    """Where a checkpoint lies: an `asset:`, a folder or file, else a hub id `org/name` or a file there `org/name/file.pt`. ValueError."""
+    checkpoint = locate(checkpoint)
     path = Path(checkpoint)
     if path.is_dir():
         return Place(checkpoint, None, path, None)

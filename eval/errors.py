@@ -1,0 +1,158 @@
+"""The paper's experiment as tables: how far realigned models land from models that were aligned from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from deradiff.statistics import approximation_error, mean_approximation_error
+from eval.pairing import ANCHOR, Cell, Group, per_prompt
+from eval.samples import BENCH
+from eval.tables import Table, bench, interval, number, spread, table
+
+RANGES: dict[str, Callable[[float], bool]] = {"0 < lam < 1": lambda lam: 0 < lam < 1, "lam > 1": lambda lam: lam > 1}
+
+ERRORS = """Target: the model aligned from scratch at beta / lam, on the same prompts, x_T and step noise.
+Error: |mean score of the realigned images less the target's|. % of mean: of the target's |mean score|.
+% of distance: of |the target's mean score less the reference's|, that is, of what aligning from scratch at the target's beta changes;
+0 is the target itself, 100 as far off as the reference; a question mark where that distance is not clear of 0.
+Anchor as is, in % of the distance: the anchor at lam = 1, nothing done. Reference as is: lam = 0 (100 % of the distance by definition).
+Seed floor, in % of the distance: a second training seed of the target against the first; what is smaller may be training noise.
+Brackets: 95 % bootstrap intervals over prompts."""
+
+SUMMARY = """Means over the cells (anchor, lam) of the table of approximation errors, where the columns are explained.
+lam = 1 is an identity and no cell. % of distance: over the clear cells alone, whose distance from reference to target is clear of 0;
+worst, anchor as is and seed floor: in that unit too. A mean of absolute values never reaches 0, nor does its interval.
+Seed floor: over the cells whose target has a second training seed; under it: cells whose error is at most what that seed makes.
+Intervals of every column: in the csv."""
+
+
+def approximation_errors(cells: list[Cell], groups: dict[Group, pd.DataFrame], scorers: list[str]) -> Table:
+    """A row per scorer, cell and rival: the realigned model, the anchor as is, the reference as is, the target's other training seeds."""
+    data = pd.DataFrame(
+        [
+            {"scorer": scorer, "cell": index, "what": what} | row
+            for scorer in scorers
+            for index, cell in enumerate(cells)
+            for what, rival in cell.rivals()
+            if (row := _row(cell, rival, groups, scorer))
+        ]
+    )
+    if len(data):
+        floors = data[data["what"] == "seed floor"].groupby(["scorer", "cell"])["error"].mean()
+        data["floor"] = [floors.get(key, np.nan) for key in zip(data["scorer"], data["cell"])]
+    return table("approximation", "Approximation errors", ERRORS, data, _shown(data))
+
+
+def _row(cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: str) -> dict[str, Any]:
+    paired, images = per_prompt(groups, [rival, cell.target, cell.reference], scorer)
+    if not images:
+        return {}
+    found = approximation_error(*paired.to_numpy().T)
+    means = paired.mean()
+    told = {"beta": cell.beta, "lam": cell.lam, "beta_target": cell.beta_target, "mode": cell.mode, "training_seed": cell.training_seed}
+    who = {"anchor": cell.realigned[ANCHOR], "target": cell.target[ANCHOR], "rival": rival[ANCHOR]}
+    count = {"prompts": len(paired), "images": images, "mean": means[0], "target_mean": means[1], "reference_mean": means[2]}
+    numbers = [spread(name, getattr(found, name)) for name in ("difference", "error", "percent_of_mean", "share", "distance")]
+    return (
+        told
+        | dict(zip(BENCH, cell.bench))
+        | who
+        | count
+        | {k: v for n in numbers for k, v in n.items()}
+        | {"clear": found.distance_is_clear}
+    )
+
+
+def _shown(data: pd.DataFrame) -> list[dict[str, str]]:
+    """A line a cell: the rivals become columns. Where there are several second seeds, the first is shown."""
+    lines = []
+    for _, rows in data.groupby(["scorer", "cell"], sort=False) if len(data) else []:
+        by = {row["what"]: row for row in reversed(rows.to_dict("records"))}
+        own, doubt = by["realigned"], "" if by["realigned"]["clear"] else " ?"
+        share = {what: interval(row, "share") + doubt for what, row in by.items()}
+        lines.append(
+            {
+                "scorer": own["scorer"],
+                "anchor beta": number(own["beta"]),
+                "lam": number(own["lam"]),
+                "target beta": number(own["beta_target"]),
+                "mode": own["mode"],
+                "sampled": bench(own),
+                "% of distance": share["realigned"],
+                "anchor as is": share.get("anchor as is", "–"),
+                "seed floor": share.get("seed floor", "–"),
+                "error": interval(own, "error"),
+                "% of mean": interval(own, "percent_of_mean"),
+                "reference as is, % of mean": interval(by["reference as is"], "percent_of_mean"),
+                "mean": number(own["mean"]),
+                "target mean": number(own["target_mean"]),
+            }
+        )
+    return lines
+
+
+def summary(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]) -> Table:
+    """Mean absolute errors per scorer, for lam in (0, 1) and for lam above 1, of the realigned models and of their rivals."""
+    keys, rows = ["scorer", "mode", *BENCH, "what"], []
+    for told, found in errors.groupby(keys, sort=False) if len(errors) else []:
+        for name, within in RANGES.items():
+            chosen = found[found["lam"].map(within)]
+            if len(chosen):
+                rows.append({"range": name} | dict(zip(keys, told)) | _means(chosen, cells, groups))
+    rows.sort(key=lambda row: list(RANGES).index(row["range"]))
+    return table("summary", "Mean approximation errors", SUMMARY, pd.DataFrame(rows), _summary_shown(rows))
+
+
+def _means(chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]) -> dict[str, Any]:
+    """The means of some rows of the errors; the prompts are drawn together for all of them."""
+    paired = []
+    for row in chosen.to_dict("records"):
+        cell = cells[row["cell"]]
+        rival = next(group for what, group in cell.rivals() if (what, group[ANCHOR]) == (row["what"], row["rival"]))
+        paired.append(per_prompt(groups, [rival, cell.target, cell.reference], row["scorer"])[0])
+    wide = pd.concat(paired, axis=1, keys=range(len(paired)))  # a prompt that a cell lacks is nan in it
+    model, target, reference = (wide.xs(part, axis=1, level=1).to_numpy() for part in range(3))
+    clear = chosen["clear"].to_numpy(dtype=bool)
+    found = mean_approximation_error(model, target, reference, clear)
+    return {
+        "cells": len(chosen),
+        "prompts": len(wide),
+        **spread("error", found.error),
+        **spread("percent_of_mean", found.percent_of_mean),
+        **spread("share", found.share),
+        "clear_cells": int(clear.sum()),
+        "worst_share": chosen["share"][clear].max() if clear.any() else np.nan,
+        "cells_with_floor": int(chosen["floor"].notna().sum()),
+        "cells_under_floor": int((chosen["error"] <= chosen["floor"]).sum()),
+    }
+
+
+def _summary_shown(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A line a range, scorer and mode: the rivals become columns."""
+    lines = []
+    for own in (row for row in rows if row["what"] == "realigned"):
+        same = ("range", "scorer", "mode", *BENCH)
+        by = {row["what"]: row for row in rows if all(row[key] == own[key] for key in same)}
+        rival = {what: number(row["share"]) for what, row in by.items()}
+        lines.append(
+            {
+                "range": own["range"],
+                "scorer": own["scorer"],
+                "mode": own["mode"],
+                "sampled": bench(own),
+                "cells (clear)": f"{own['cells']} ({own['clear_cells']})",
+                "% of distance": interval(own, "share"),
+                "worst": number(own["worst_share"]),
+                "anchor as is": rival.get("anchor as is", "–"),
+                "seed floor": rival.get("seed floor", "–"),
+                "under the floor": f"{own['cells_under_floor']} of {own['cells_with_floor']}" if own["cells_with_floor"] else "–",
+                "mean error": interval(own, "error"),
+                "% of mean": interval(own, "percent_of_mean"),
+                "reference as is, % of mean": number(by["reference as is"]["percent_of_mean"]),
+            }
+        )
+    return lines

@@ -1,0 +1,157 @@
+"""Anchors on disk: what stock diffusers reads back, what is recognised, and what is refused before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from huggingface_hub import constants
+from tiny_pipelines import perturbed_unet, save_tiny, tiny_lora, tiny_pipeline, tiny_unet
+
+from deradiff.anchors import AnchorCard, check_anchor_family, load_anchor, read_card, save_anchor
+
+CONTRACT = {
+    "base_model", "base_revision", "family", "method", "beta", "beta_convention", "objective", "steps", "pairs_seen", "dataset", "seed",
+    "git_commit", "versions", "gpu_hours", "device", "flops",
+}  # fmt: skip
+
+
+def card(method: str = "full", family: str = "sd15", **values) -> AnchorCard:
+    return AnchorCard(**({"base_model": "org/base", "family": family, "method": method, "beta": 2000.0} | values))
+
+
+def eps(unet, family: str = "sd15"):
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(2, 7, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    added = {"text_embeds": text[:, 0, :32], "time_ids": torch.full((2, 6), 64.0)} if family == "sdxl" else None
+    with torch.no_grad():
+        return unet(x, torch.tensor(500), text, added_cond_kwargs=added).sample
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(tmp_path, family):
+    pipe = tiny_pipeline(family)
+    trained = tiny_lora(pipe.unet, rank=4, alpha=8)
+    save_anchor(tmp_path, trained, card("lora", family))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["anchor.json", "pytorch_lora_weights.safetensors"]
+    base = eps(pipe.unet, family)
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(eps(pipe.unet, family), eps(trained, family))
+    assert not torch.equal(base, eps(trained, family))
+
+
+def test_a_full_anchor_loads_in_stock_diffusers(tmp_path):
+    trained = perturbed_unet(tiny_unet("sd15"))
+    save_anchor(tmp_path, trained, card())
+    assert torch.equal(eps(UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")), eps(trained))
+
+
+def test_the_card_keeps_the_contract_and_ignores_what_it_does_not_know(tmp_path):
+    written = card("lora", steps=7, versions={"torch": "2"}, flops=1e18, gpu_hours=0.5)
+    save_anchor(tmp_path, tiny_lora(tiny_unet("sd15")), written)
+    values = json.loads((tmp_path / "anchor.json").read_text())
+    assert set(values) == CONTRACT and values["beta_convention"] == "mean-half"
+    (tmp_path / "anchor.json").write_text(json.dumps(values | {"a_later_key": 1}))
+    assert read_card(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"beta": 0}, "beta is a number above 0"), ({"beta": "big"}, "beta is a number"), ({"method": "dora"}, "lora or full")],
+)
+def test_a_card_that_cannot_be_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        card(**change)
+
+
+def test_an_incomplete_card_is_refused_by_its_key(tmp_path):
+    save_anchor(tmp_path, tiny_lora(tiny_unet("sd15")), card("lora"))
+    (tmp_path / "anchor.json").write_text('{"base_model": "x", "family": "sd15", "method": "lora"}')
+    with pytest.raises(ValueError, match=r"anchor.json is incomplete.*beta"):
+        read_card(tmp_path)
+
+
+def without_weights(folder: Path) -> Path:
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    return folder
+
+
+def test_what_other_trainers_wrote_is_recognised_without_weights(tmp_path):
+    for family in ("sd15", "sdxl"):
+        whole = without_weights(save_tiny(family, tmp_path / family))
+        anchor = load_anchor(whole)
+        assert (anchor.method, anchor.weights, anchor.family, anchor.card) == ("full", "unet", family, None)
+        at_root = load_anchor(whole / "unet")
+        assert (at_root.method, at_root.weights, at_root.family) == ("full", "", family)
+        (whole / "model_index.json").unlink()
+        assert load_anchor(whole).family == family
+    lora = tmp_path / "lora"
+    save_anchor(lora, tiny_lora(tiny_unet("sd15")), card("lora"))
+    (lora / "anchor.json").unlink()
+    (lora / "pytorch_lora_weights.safetensors").rename(lora / "theirs.safetensors")
+    for source in (lora, lora / "theirs.safetensors"):
+        anchor = load_anchor(source)
+        assert (anchor.method, anchor.weights, anchor.family, anchor.card) == ("lora", "theirs.safetensors", None, None)
+    shutil.copy(lora / "theirs.safetensors", lora / "webui.safetensors")
+    with pytest.raises(ValueError, match=r"several files \(theirs.safetensors, webui.safetensors\): add the file's name"):
+        load_anchor(lora)
+    assert load_anchor(lora / "webui.safetensors").weights == "webui.safetensors"
+
+
+def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--org--aligned"
+    save_tiny("sdxl", repo / "snapshots" / "abc")
+    shutil.copy(repo / "snapshots/abc/unet/diffusion_pytorch_model.safetensors", repo / "snapshots/abc/style.safetensors")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    anchor = load_anchor("org/aligned")
+    assert (anchor.source, anchor.method, anchor.weights, anchor.family) == ("org/aligned", "full", "unet", "sdxl")
+    assert eps(anchor.network(tiny_unet("sdxl"), torch.device("cpu"), torch.float32), "sdxl").isfinite().all()
+    assert load_anchor("org/aligned/style.safetensors").method == "lora"
+
+
+@pytest.mark.parametrize("source", ["runs/train/none/anchor", "./none", "none", "a/b/c/d", "nobody/nothing"])
+def test_a_missing_anchor_is_told_in_one_sentence(source):
+    with pytest.raises(ValueError, match=r"there is no anchor .*hub id such as org/name") as error:
+        read_card(source)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_something_else_is_no_anchor(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(ValueError, match=r"no anchor that deradiff can read: it holds neither a unet/ nor a LoRA file"):
+        load_anchor(tmp_path)
+
+
+def test_an_anchor_of_another_family_is_refused_before_its_weights_are_read(tmp_path):
+    save_anchor(tmp_path / "ours", tiny_unet("sdxl"), card(family="sdxl"))
+    save_tiny("sdxl", tmp_path / "theirs")
+    for source in (tmp_path / "ours", tmp_path / "theirs", tmp_path / "theirs" / "unet"):
+        without_weights(source)
+        assert check_anchor_family(source, "sdxl").family == "sdxl"
+        with pytest.raises(ValueError, match=r"the anchor .* is of family sdxl and the pipeline of sd15"):
+            check_anchor_family(source, "sd15")
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    unet = tiny_unet("sd15")
+    unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
+    anchor = load_anchor(tmp_path)
+    with pytest.raises(ValueError, match="holds no safetensors weights"):
+        anchor.network(unet, torch.device("cpu"), torch.float32)
+
+
+def test_a_network_is_kept_and_never_cast_down_and_up_again(tmp_path):
+    unet = perturbed_unet(tiny_unet("sd15"))
+    save_anchor(tmp_path, unet, card())
+    anchor, cpu = load_anchor(tmp_path), torch.device("cpu")
+    first = anchor.network(unet, cpu, torch.float32)
+    assert anchor.network(unet, cpu, torch.float32) is first and load_anchor(anchor) is anchor
+    assert anchor.network(unet, cpu, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(eps(anchor.network(unet, cpu, torch.float32)), eps(unet))
