@@ -35,10 +35,11 @@ def renders(count: int, seed: int) -> tuple[list[Image.Image], list[str]]:
     return [Image.fromarray(p) for p in shapes.render(scenes, rng)], [str(s) for s in scenes]
 
 
+@torch.no_grad()
 def zero_shot(scorer: Any, images: list[Image.Image], captions: list[str]) -> float:
     """Share of pictures whose own caption scores highest among all 300."""
-    scores = torch.stack([scorer(images, [c] * len(images)) for c in shapes.CAPTIONS])
-    return float(np.mean([shapes.CAPTIONS[i] == c for i, c in zip(scores.argmax(0).tolist(), captions)]))
+    scores = scorer.encode_images(images) @ scorer.encode_prompts(shapes.CAPTIONS).T
+    return float(np.mean([shapes.CAPTIONS[i] == c for i, c in zip(scores.argmax(1).tolist(), captions)]))
 
 
 def ordered(scorer: Any, reward: Any, count: int = 1000) -> float:

@@ -30,9 +30,6 @@ class Estimate:
         near, far = sorted((abs(self.low), abs(self.high)))
         return Estimate(abs(self.value), 0.0 if self.low <= 0 <= self.high else near, far)
 
-    def scaled(self, factor: float) -> Estimate:
-        return Estimate(factor * self.value, factor * self.low, factor * self.high)
-
 
 @lru_cache(maxsize=8)
 def _counts(prompts: int, seed: int) -> Array:
@@ -96,6 +93,19 @@ def approximation_error(model: Array, target: Array, reference: Array, seed: int
         share=estimate(lambda m, t, r: 100 * (m - t) / (t - r)).absolute(),
         distance=estimate(lambda m, t, r: t - r).absolute(),
     )
+
+
+def share_of_anchor(model: Array, target: Array, anchor: Array, reference: Array, seed: int = 0) -> Estimate:
+    """The error in percent of what the anchor itself changed, |anchor mean - reference mean|: one unit for all targets of an anchor.
+
+    All (P,), paired by prompt. nan where the interval of that distance holds 0.
+    """
+    values = np.stack([model, target, anchor, reference], axis=1)
+    distance = paired_bootstrap(values, lambda means: means[..., 2] - means[..., 3], seed)
+    if distance.absolute().low <= 0:
+        return Estimate(np.nan, np.nan, np.nan)
+    share = lambda means: 100 * (means[..., 0] - means[..., 1]) / (means[..., 2] - means[..., 3])  # noqa: E731
+    return paired_bootstrap(values, share, seed).absolute()
 
 
 @dataclass(frozen=True)

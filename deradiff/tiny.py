@@ -26,7 +26,7 @@ def make_tokenizer(captions: list[str], vocabulary: int = 1024, length: int = 16
     learned = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
     words = bytes_ + [b + "</w>" for b in bytes_] + ["".join(m) for m in learned] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {w: i for i, w in enumerate(dict.fromkeys(words))}
-    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=length)
+    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=length)  # type: ignore[arg-type]
 
 
 def make_clip(tokenizer: Any, side: int, width: int = 64, text_layers: int = 2, vision_layers: int = 3, patch: int = 4) -> nn.Module:
@@ -55,14 +55,14 @@ def make_image_processor(side: int) -> Any:
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
-def load_clip(folder: str) -> tuple[nn.Module, Any, Any]:
+def load_clip(folder: str) -> tuple[Any, Any, Any]:
     """CLIPModel, tokenizer and image processor of a folder that holds all three."""
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     return CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
 
 
-def make_vae(channels: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4) -> nn.Module:
+def make_vae(channels: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4) -> Any:
     """An AutoencoderKL with random weights; each level after the first halves the side."""
     from diffusers import AutoencoderKL
 
@@ -73,15 +73,14 @@ def make_vae(channels: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4)
     )  # fmt: skip
 
 
-def make_pipeline(text_encoder: nn.Module, tokenizer: Any, vae: nn.Module, side: int, channels: tuple[int, ...] = (48, 96)) -> Any:
+def make_pipeline(text_encoder: Any, tokenizer: Any, vae: Any, side: int, channels: tuple[int, ...] = (48, 96)) -> Any:
     """A StableDiffusionPipeline around a trained text encoder and autoencoder, with a UNet of random weights and SD's noise schedule."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    vae_config: Any = vae.config
     levels = len(channels)
     unet = UNet2DConditionModel(
-        sample_size=side // 2 ** (len(vae_config.block_out_channels) - 1), block_out_channels=channels, layers_per_block=1,
-        in_channels=vae_config.latent_channels, out_channels=vae_config.latent_channels, norm_num_groups=8,
+        sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1), block_out_channels=channels, layers_per_block=1,
+        in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels, norm_num_groups=8,
         cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=8,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
         up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
@@ -96,7 +95,7 @@ def make_pipeline(text_encoder: nn.Module, tokenizer: Any, vae: nn.Module, side:
     )  # fmt: skip
 
 
-def text_tower(clip: nn.Module) -> nn.Module:
+def text_tower(clip: Any) -> nn.Module:
     """The text encoder of a CLIPModel as the CLIPTextModel that diffusers' pipelines hold, with the same weights."""
     from transformers import CLIPTextModel
 
@@ -105,7 +104,7 @@ def text_tower(clip: nn.Module) -> nn.Module:
     return tower
 
 
-def standardise_latents(vae: nn.Module, moments: torch.Tensor) -> None:
+def standardise_latents(vae: Any, moments: torch.Tensor) -> None:
     """Fold the whitening of the latents into the autoencoder's 1x1 convolutions, so that its latents have covariance one, scaling factor 1.
 
     moments: (N, C) latents as the autoencoder makes them now. Changes `quant_conv` (mean half) and `post_quant_conv` in place.

@@ -77,7 +77,7 @@ def learning_rate_at(step: int, options: TrainingOptions) -> float:
     return rate
 
 
-def make_optimizer(parameters: list[nn.Parameter], options: TrainingOptions) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor], options: TrainingOptions) -> torch.optim.Optimizer:
     """AdamW (.9, .999), or Adafactor as the SDXL recipe sets it: it clips its own updates, so gradients are not clipped again."""
     if options.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
@@ -118,7 +118,7 @@ def train(
     for module in objective.frozen:
         module.to(accelerator.device).eval()
     objective.network.to(accelerator.device).train()
-    trained = {n: p for n, p in objective.network.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {n: p for n, p in objective.network.named_parameters() if p.requires_grad}
     average = Average(trained, options.ema) if options.ema else None
     kept = {"weights": trained} | ({"average": average.weights} if average else {})
     network, optimizer = accelerator.prepare(objective.network, make_optimizer(list(trained.values()), options))

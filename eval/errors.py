@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from deradiff.statistics import approximation_error, mean_approximation_error
+from deradiff.statistics import Estimate, approximation_error, mean_approximation_error, share_of_anchor
 from eval.pairing import ANCHOR, Cell, Group, per_prompt
 from eval.samples import BENCH
 from eval.tables import Table, bench, interval, number, spread, table
@@ -19,6 +19,7 @@ ERRORS = """Target: the model aligned from scratch at beta / lam, on the same pr
 Error: |mean score of the realigned images less the target's|. % of mean: of the target's |mean score|.
 % of distance: of |the target's mean score less the reference's|, that is, of what aligning from scratch at the target's beta changes;
 0 is the target itself, 100 as far off as the reference; a question mark where that distance is not clear of 0.
+% of anchor's: the error in % of |the anchor's mean score less the reference's|, what the anchor itself changed, where that is clear of 0.
 Anchor as is, in % of the distance: the anchor at lam = 1, nothing done. Reference as is: lam = 0 (100 % of the distance by definition).
 Seed floor, in % of the distance: a second training seed of the target against the first; what is smaller may be training noise.
 Brackets: 95 % bootstrap intervals over prompts."""
@@ -57,6 +58,7 @@ def _row(cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: st
     who = {"anchor": cell.realigned[ANCHOR], "target": cell.target[ANCHOR], "rival": rival[ANCHOR]}
     count = {"prompts": len(paired), "images": images, "mean": means[0], "target_mean": means[1], "reference_mean": means[2]}
     numbers = [spread(name, getattr(found, name)) for name in ("difference", "error", "percent_of_mean", "share", "distance")]
+    numbers.append(spread("share_of_anchor", _share_of_anchor(cell, rival, groups, scorer)))
     return (
         told
         | dict(zip(BENCH, cell.bench))
@@ -65,6 +67,13 @@ def _row(cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: st
         | {k: v for n in numbers for k, v in n.items()}
         | {"clear": found.distance_is_clear}
     )
+
+
+def _share_of_anchor(cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: str) -> Estimate:
+    if cell.anchor is None:
+        return Estimate(np.nan, np.nan, np.nan)
+    paired, _ = per_prompt(groups, [rival, cell.target, cell.anchor, cell.reference], scorer)
+    return share_of_anchor(*paired.to_numpy().T)
 
 
 def _shown(data: pd.DataFrame) -> list[dict[str, str]]:
@@ -83,6 +92,7 @@ def _shown(data: pd.DataFrame) -> list[dict[str, str]]:
                 "mode": own["mode"],
                 "sampled": bench(own),
                 "% of distance": share["realigned"],
+                "% of anchor's": interval(own, "share_of_anchor"),
                 "anchor as is": share.get("anchor as is", "–"),
                 "seed floor": share.get("seed floor", "–"),
                 "error": interval(own, "error"),
@@ -125,6 +135,8 @@ def _means(chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataF
         **spread("percent_of_mean", found.percent_of_mean),
         **spread("share", found.share),
         "clear_cells": int(clear.sum()),
+        "share_of_anchor": chosen["share_of_anchor"].mean(),
+        "worst_share_of_anchor": chosen["share_of_anchor"].max(),
         "worst_share": chosen["share"][clear].max() if clear.any() else np.nan,
         "cells_with_floor": int(chosen["floor"].notna().sum()),
         "cells_under_floor": int((chosen["error"] <= chosen["floor"]).sum()),
@@ -147,6 +159,8 @@ def _summary_shown(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "cells (clear)": f"{own['cells']} ({own['clear_cells']})",
                 "% of distance": interval(own, "share"),
                 "worst": number(own["worst_share"]),
+                "% of anchor's": number(own["share_of_anchor"]),
+                "worst of anchor's": number(own["worst_share_of_anchor"]),
                 "anchor as is": rival.get("anchor as is", "–"),
                 "seed floor": rival.get("seed floor", "–"),
                 "under the floor": f"{own['cells_under_floor']} of {own['cells_with_floor']}" if own["cells_with_floor"] else "–",

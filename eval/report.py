@@ -74,8 +74,9 @@ def verdict(summary: pd.DataFrame, missing: list[str]) -> str:
     clear = own["share"].notna().any()
     column, unit = ("share", "of the reference-anchor distance") if clear else ("percent_of_mean", "of the mean score")
     text = f"For {name}, realigned models land within {_span(own, column)} {unit} of models aligned from scratch"
-    cells = own["cells"].max()
-    text += f", on average over {cells} cells" if cells > 1 else ""
+    cells, kept = int(own["cells"].sum()), int(own["clear_cells"].sum()) if clear else int(own["cells"].sum())
+    left_out = f" ({cells - kept} more have a distance that is not clear of 0)" if kept < cells else ""
+    text += f", on average over {kept} comparisons{left_out}"
     text += f"; the anchor left as it is would miss by {_span(idle, column)}." if idle[column].notna().any() else "."
     floored, under = int(own["cells_with_floor"].sum()), int(own["cells_under_floor"].sum())
     if floored:

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import deradiff.scorers
-from deradiff.runs import locate, write_atomic
+from deradiff.runs import write_atomic
 from deradiff.scorers.base import Scorer
 from eval.config import ScorerConfig
 from eval.samples import MANIFEST
@@ -53,8 +53,7 @@ def score_images(samples: pd.DataFrame, scorers: dict[str, ScorerConfig], batch_
 
 def settings(scorer: ScorerConfig) -> tuple[str, str | None, str | None, str | None]:
     """What `check_scorer` and `load_scorer` are called with."""
-    located = (path and locate(path) for path in (scorer.checkpoint, scorer.tokenizer, scorer.model_config))
-    return (scorer.name, *located)  # type: ignore[return-value]
+    return scorer.name, scorer.checkpoint, scorer.tokenizer, scorer.model_config
 
 
 def _keys(rows: pd.DataFrame) -> list[Key]:

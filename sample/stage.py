@@ -88,7 +88,8 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, Anchor]:
     prompts = config.prompts if config.prompts is not None else "shapes" if shapes else []
     defaults = DEFAULTS["shapes" if shapes else family]
     return replace(
-        config, model=model, lambdas=lambdas, prompts=prompts, steps=config.steps or defaults.steps, batch_size=config.batch_size or defaults.batch_size,
+        config, model=model, lambdas=lambdas, prompts=prompts,
+        steps=config.steps or defaults.steps, batch_size=config.batch_size or defaults.batch_size,
         guidance_scale=defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         height=config.height or model.resolution, width=config.width or model.resolution,
         dtype=config.dtype or ("float16" if torch.cuda.is_available() else "float32"),

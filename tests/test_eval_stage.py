@@ -142,6 +142,8 @@ def test_the_report_is_one_file_with_its_verdict_first(evaluated):
     page = (evaluated / "report.html").read_text()
     body = page[page.index("<body>") :]
     assert "of the reference-anchor distance of models aligned from scratch" in body
+    clear = read(evaluated, "summary").query("what == 'realigned' and range == '0 < lam < 1'")["clear_cells"].sum()
+    assert f"on average over {clear} comparisons" in body
     assert body.index('class="verdict"') < body.index("<table")
     assert "2 of 2 errors lie under the seed floor" in body  # a cell a scorer has one
     assert body.count("data:image/jpeg;base64,") == 6 * (5 + 4 * 2)

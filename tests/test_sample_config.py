@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import sample.stage  # noqa: F401  (registers the schema)
+import sample.stage
 from configs.entry import CONFIGS
 from configs.tracking import TrackingConfig
 from deradiff.anchors import AnchorCard, save_anchor

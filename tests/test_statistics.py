@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deradiff.statistics import Estimate, approximation_error, mean_approximation_error, paired_bootstrap
+from deradiff.statistics import Estimate, approximation_error, mean_approximation_error, paired_bootstrap, share_of_anchor
 
 
 def mean(column):
@@ -72,6 +72,14 @@ def test_a_planted_bias_is_found_in_every_unit(bias):
     assert found.share.low < 100 * abs(bias) / 0.5 < found.share.high
     assert found.distance.value == pytest.approx(0.5, abs=0.01)
     assert found.distance_is_clear
+
+
+def test_the_share_of_the_anchor_has_one_unit_for_all_targets():
+    reference = np.random.default_rng(3).normal(size=40)
+    found = share_of_anchor(reference + 0.35, reference + 0.25, reference + 1.0, reference)
+    assert found.value == pytest.approx(10) and found.low == pytest.approx(10) and found.high == pytest.approx(10)
+    noise = np.random.default_rng(4).normal(size=40)
+    assert np.isnan(share_of_anchor(noise, reference, noise, reference).value)  # an anchor that changed nothing is no unit
 
 
 def test_the_share_is_0_for_the_target_and_100_for_the_reference():

@@ -54,7 +54,7 @@ class FinetuneConfig:
 
     method: str = "lora"
     rank: int = 16
-    alpha: float = 16.0
+    alpha: int = 16
 
     def __post_init__(self) -> None:
         choice("finetune.method", self.method, ("lora", "full"))

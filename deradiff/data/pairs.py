@@ -24,7 +24,7 @@ def generator_of(seed: int, epoch: int, index: int) -> torch.Generator:
 class CaptionedImages:
     """Rows (`image`, `caption`), read lazily; `captions` are held in memory. Raises ValueError where no usable row is found."""
 
-    columns = IMAGE_COLUMNS
+    columns: tuple[str, ...] = IMAGE_COLUMNS
 
     def __init__(self, source: str, split: str = "train", revision: str | None = None, limit: int | None = None) -> None:
         self.source = source

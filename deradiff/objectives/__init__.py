@@ -15,8 +15,11 @@ Batch = dict[str, Any]
 class Objective(Protocol):
     """network: the module that is trained (its parameters that require gradients). frozen: networks that only need a device."""
 
-    network: nn.Module
-    frozen: list[nn.Module]
+    @property
+    def network(self) -> nn.Module: ...
+
+    @property
+    def frozen(self) -> list[nn.Module]: ...
 
     def collate(self, items: list[Item]) -> Batch:
         """Examples to CPU tensors; every random choice comes from the items' own generators."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ POSTERIOR_STD = 0.06  # of a latent's own standard deviation. A learned variance
 class _NoisyAutoencoder(nn.Module):
     """Encode, disturb by a fixed share of each channel's spread, decode; the loss cannot be lowered by scaling the latents."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         mean = self.vae.encode(images).latent_dist.mean
@@ -31,7 +32,7 @@ class _NoisyAutoencoder(nn.Module):
 class Autoencoder:
     """Reconstruction of images (L1 plus mean squared error). `save` makes the latents white and the scaling factor 1."""
 
-    def __init__(self, vae: nn.Module, resolution: int, data: CaptionedImages) -> None:
+    def __init__(self, vae: Any, resolution: int, data: CaptionedImages) -> None:
         self.network, self.resolution, self.data = _NoisyAutoencoder(vae), resolution, data
         self.frozen: list[nn.Module] = []
         config = vae.config
