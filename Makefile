@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 BETAS := 500,1000,2000,5000,8000,10000
-FULL := model=shapes finetune=full steps=300
 # every run of a list of betas whose name ends in $(1), as Hydra lists them
 comma := ,
 each = $(subst $() ,$(comma),$(foreach beta,$(subst $(comma), ,$(BETAS)),$(1)beta$(beta)$(2)))
 anchors = $(call each,runs/train/shapes-dpo-full-,$(1)/anchor)
+demo = runs/sample/shapes-dpo-lora-beta$(1)-seed0-exact-euler_ancestral
 samples = $(call each,runs/sample/shapes-dpo-full-,$(1)-exact-euler_ancestral)
 
 .PHONY: help install demo test test-all check reproduce base
@@ -29,9 +29,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(RUN) -m train dpo.beta=500 steps=300
+	$(RUN) -m train --multirun dpo.beta=500,2000
 	$(RUN) -m sample anchor=runs/train/shapes-dpo-lora-beta500-seed0/anchor lambdas=[0,0.25,0.5,1,2]
-	$(RUN) -m eval samples=[runs/sample/shapes-dpo-lora-beta500-seed0-exact-euler_ancestral] name=demo
+	$(RUN) -m sample anchor=runs/train/shapes-dpo-lora-beta2000-seed0/anchor lambdas=[0,0.25,0.5,1,2]
+	$(RUN) -m eval name=demo samples=[$(call demo,500),$(call demo,2000)]
 
 test: install
 	$(RUN) -m pytest
@@ -45,8 +46,8 @@ check: install
 	$(VENV)/bin/mypy
 
 reproduce: install
-	$(RUN) -m train --multirun $(FULL) dpo.beta=$(BETAS) seed=0,1
-	$(RUN) -m train --multirun $(FULL) dpo.beta=$(BETAS) optim.rule=fixed
+	$(RUN) -m train --multirun finetune=full dpo.beta=$(BETAS) seed=0,1
+	$(RUN) -m train --multirun finetune=full dpo.beta=$(BETAS) optim.rule=fixed
 	$(RUN) -m sample --multirun anchor=$(call anchors,-seed0),$(call anchors,-fixed-seed0) lambdas=[0] targets=[$(BETAS)] seeds=[0,1,2]
 	$(RUN) -m sample --multirun anchor=$(call anchors,-seed1) lambdas=[1] seeds=[0,1,2]
 	$(RUN) -m eval name=reproduce-inverse_beta samples=[$(call samples,-seed0),$(call samples,-seed1)]

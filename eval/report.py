@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def grids(samples: pd.DataFrame) -> list[dict[str, Any]]:
         lambdas = sorted(rows["lam"].unique())
         first = rows[rows["seed"] == rows["seed"].min()]
         lines = []
-        for _, images in list(first.groupby("prompt_id", sort=False))[:count]:
+        by_prompt = list(first.groupby("prompt_id", sort=False))
+        for _, images in by_prompt[:: math.ceil(len(by_prompt) / count)]:  # spread out: neighbours are often alike
             if left < len(lambdas):
                 break
             left -= len(lambdas)
@@ -72,8 +74,9 @@ def verdict(summary: pd.DataFrame, missing: list[str]) -> str:
     rows = summary[(summary["range"] == name) & (summary["mode"] == mode)]
     own, idle = rows[rows["what"] == "realigned"], rows[rows["what"] == "anchor as is"]
     clear = own["share"].notna().any()
-    column, unit = ("share", "of the reference-anchor distance") if clear else ("percent_of_mean", "of the mean score")
-    text = f"For {name}, realigned models land within {_span(own, column)} {unit} of models aligned from scratch"
+    column = "share" if clear else "percent_of_mean"
+    unit = "of the way from the reference to it" if clear else "of its mean score"
+    text = f"For {name}, a realigned model misses the model aligned from scratch by {_span(own, column)} {unit}"
     cells, kept = int(own["cells"].sum()), int(own["clear_cells"].sum()) if clear else int(own["cells"].sum())
     left_out = f" ({cells - kept} more have a distance that is not clear of 0)" if kept < cells else ""
     text += f", on average over {kept} comparisons{left_out}"
