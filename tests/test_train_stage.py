@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,3 +120,43 @@ def test_mistakes_are_refused_in_one_sentence(typed, said, base, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list(tmp_path.glob("train/*/checkpoints"))
+
+
+def command(config_overrides, base, tmp_path, *prefix):
+    typed = [f"model.base={base}", "model.resolution=64", "data.count=16", "tracking=none", f"runs={tmp_path}", "optim.lr=1e-3", "cpu=true"]
+    return [sys.executable, "-m", *prefix, "train", *typed, *config_overrides]
+
+
+def lora(tmp_path, name):
+    from safetensors.torch import load_file
+
+    return load_file(tmp_path / "train" / name / "anchor" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(base, tmp_path):
+    typed = ["steps=60", "checkpoint_every=5", "log_every=5", "optim.batch_size=2"]
+    subprocess.run(command([*typed, "name=whole"], base, tmp_path), check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen(command([*typed, "name=killed"], base, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "train/killed/checkpoints"
+    while not (checkpoints / "step-000010").is_dir() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "train/killed/anchor").exists(), "it ended before it was killed"
+    subprocess.run(command([*typed, "name=killed"], base, tmp_path), check=True, capture_output=True, timeout=300)
+    whole, killed = lora(tmp_path, "whole"), lora(tmp_path, "killed")
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    rows = [json.loads(line)["step"] for line in (tmp_path / "train/killed/metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(5, 61, 5))
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_command_end_as_one(base, tmp_path):
+    typed = ["steps=6", "log_every=1"]
+    ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    subprocess.run(command([*typed, "name=two", "optim.batch_size=2"], base, tmp_path, *ranks), check=True, capture_output=True, timeout=300)
+    subprocess.run(command([*typed, "name=one", "optim.batch_size=4"], base, tmp_path), check=True, capture_output=True, timeout=300)
+    two, one = lora(tmp_path, "two"), lora(tmp_path, "one")
+    for key in one:
+        # AdamW divides by the gradient's own size: where that is nearly 0, the order of a sum shows
+        assert (two[key] - one[key]).norm() < 5e-3 * one[key].norm(), key
