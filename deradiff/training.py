@@ -135,7 +135,8 @@ def train(
             group["lr"] = rate
         for _ in range(options.accumulation):
             with accelerator.accumulate(network):
-                loss, terms = objective.loss(network, _to(next(batches), accelerator.device))
+                with accelerator.autocast():  # the frozen networks too, so that reference and policy round alike
+                    loss, terms = objective.loss(network, _to(next(batches), accelerator.device))
                 accelerator.backward(loss)
                 window.add({"loss": loss.detach(), **terms})
                 if accelerator.sync_gradients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from dataclasses import asdict, replace
@@ -152,11 +153,16 @@ def _announcement(config: SampleConfig, anchor: Anchor, prompts: int, device: st
 
 
 def _weights_digest(anchor: Path) -> str | None:
-    """Of a local anchor's weights, so that the images of one that was trained anew are not taken for its own; None for a hub id."""
+    """Of a local anchor's weights, so that the images of one that was trained anew are not taken for its own; None for a hub id.
+
+    The header is digested in sorted order: safetensors writes its metadata in a random one, and saving the same anchor again is no change.
+    """
     files = sorted(anchor.rglob("*.safetensors")) if anchor.is_dir() else [anchor] if anchor.is_file() else []
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            digest.update(json.dumps(header, sort_keys=True).encode())
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16] if files else None
 

@@ -230,6 +230,15 @@ def test_schedulers_follow_the_hub_file_and_not_the_class_that_wrote_it(tmp_path
     assert ddim.config.clip_sample is False and ddpm.config.clip_sample is False
 
 
+def test_saving_the_same_anchor_again_is_no_other_anchor(tmp_path):
+    digests = set()
+    for scale in (1.0, 1.0, 1.0, 1.0, 2.0):  # the order of a safetensors header's metadata is random
+        card = AnchorCard(base_model="x", family="sd15", method="lora", beta=2000.0)
+        save_anchor(tmp_path / "anchor", tiny_lora(tiny_pipeline("sd15").unet, scale=scale), card)
+        digests.add(sample.stage._weights_digest(tmp_path / "anchor"))
+    assert len(digests) == 2
+
+
 def test_the_tracker_gets_the_grid_and_a_table_of_pictures(config, tmp_path, monkeypatch):
     tracked = Tracker()
     tracked.image = lambda name, path, caption="": seen.update({name: path})

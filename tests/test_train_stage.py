@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from configs.tracking import TrackingConfig
 from deradiff.anchors import read_card
@@ -35,6 +37,7 @@ def config(base, tmp_path):
 
 
 def go(config):
+    AcceleratorState._reset_state(reset_partial_state=True)  # a run is a process of its own; here several share one
     return run(config, Path(config.runs) / "train" / config.run_name())
 
 
@@ -64,18 +67,24 @@ def test_a_full_anchor_is_a_unet_folder_and_the_base_is_untouched(config, base):
 
 def test_the_same_command_resumes_and_another_config_is_refused(config, capsys):
     folder = go(config)
-    before = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+    before = load_file(folder / "pytorch_lora_weights.safetensors")
     assert go(replace(config, tracking=TrackingConfig(kind="none", project="other"))) == folder
-    assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == before
+    after = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     with pytest.raises(ValueError, match=r"holds a run of another config: steps \(3 there, 5 here\)"):
         go(replace(config, steps=5))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_half_precision_starts_at_the_reference_too(config, method):
+    folder = go(replace(config, precision="bf16", finetune=replace(config.finetune, method=method)))
+    rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and rows[0]["implicit_accuracy"] == 0.5 and len(rows) == 3
 
 
 def test_training_does_not_depend_on_the_cache(config):
     cached = go(config)
     plain = go(replace(config, name="plain", data=replace(config.data, cache=False)))
-    from safetensors.torch import load_file
-
     a, b = (load_file(f / "pytorch_lora_weights.safetensors") for f in (cached, plain))
     assert a.keys() == b.keys()
     for key in a:
@@ -128,8 +137,6 @@ def command(config_overrides, base, tmp_path, *prefix):
 
 
 def lora(tmp_path, name):
-    from safetensors.torch import load_file
-
     return load_file(tmp_path / "train" / name / "anchor" / "pytorch_lora_weights.safetensors")
 
 
@@ -154,8 +161,9 @@ def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(base, tmp
 def test_two_ranks_of_the_command_end_as_one(base, tmp_path):
     typed = ["steps=6", "log_every=1"]
     ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    subprocess.run(command([*typed, "name=two", "optim.batch_size=2"], base, tmp_path, *ranks), check=True, capture_output=True, timeout=300)
-    subprocess.run(command([*typed, "name=one", "optim.batch_size=4"], base, tmp_path), check=True, capture_output=True, timeout=300)
+    two, one = [*typed, "name=two", "optim.batch_size=2"], [*typed, "name=one", "optim.batch_size=4"]
+    subprocess.run(command(two, base, tmp_path, *ranks), check=True, capture_output=True, timeout=300)
+    subprocess.run(command(one, base, tmp_path), check=True, capture_output=True, timeout=300)
     two, one = lora(tmp_path, "two"), lora(tmp_path, "one")
     for key in one:
         # AdamW divides by the gradient's own size: where that is nearly 0, the order of a sum shows

@@ -73,14 +73,15 @@ class Pretrain(_Diffusion):
 
 
 class DPO(_Diffusion):
-    """Diffusion-DPO. With a LoRA the reference is the same network with its adapter off; a full fine-tune keeps a frozen copy."""
+    """Diffusion-DPO. With a LoRA the reference is the same network with its adapter off; a full fine-tune keeps a frozen copy,
+    in the precision that the base model was loaded in."""
 
     def __init__(self, pipe: Any, resolution: int, cache: Cache | None, caption_dropout: float, *, beta: float, card: AnchorCard) -> None:
         super().__init__(pipe, resolution, cache, caption_dropout)
         self.beta, self.card = beta, card
         self.copy: nn.Module | None = None
         if card.method == "full":
-            self.copy = copy.deepcopy(self.network).requires_grad_(False).eval()
+            self.copy = copy.deepcopy(self.network).requires_grad_(False).eval().to(pipe.vae.dtype)
             self.frozen.append(self.copy)
 
     @contextmanager
