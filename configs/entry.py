@@ -22,7 +22,7 @@ CONFIGS = str(Path(__file__).parent)
 def entry(stage: str, schema: type, run: Callable[[Any, Path], Any], configs: str = CONFIGS) -> Callable[[], None]:
     """The `main` of a stage: composes `<configs>/<stage>.yaml` over the dataclass `schema` and calls `run` with plain dataclasses.
 
-    A ValueError or FileNotFoundError is the user's to mend: it ends the process with one sentence and status 2. Others keep a traceback.
+    What a user can mend (ValueError, OSError, a loss that is not finite) ends the process with a sentence and status 2; else: a traceback.
     """
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
     composed: list[DictConfig] = []  # one; none in a multirun, whose launcher starts a process per value
@@ -43,7 +43,7 @@ def entry(stage: str, schema: type, run: Callable[[Any, Path], Any], configs: st
                 # Merged into the schema once more, because Hydra lets +key=... add what no field would ever read.
                 config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
                 run(config, Path(config.runs) / stage / config.run_name())
-        except (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
+        except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
             print(f"{stage}: {_sentence(error)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+LARGEST_ARTIFACT = 1_000_000_000  # bytes; a full SDXL is ten times that, for every beta
+
 
 @dataclass
 class TrackingConfig:
@@ -58,6 +60,10 @@ class WandbTracker(Tracker):
         self.run.log({name: shown})
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
+        size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+        if size > LARGEST_ARTIFACT:
+            print(f"W&B: {path} is not uploaded as an artifact: it has {size / 1e9:.1f} GB", file=sys.stderr)
+            return
         artifact = self.wandb.Artifact(name, type=kind)
         (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
         self.run.log_artifact(artifact)

@@ -24,13 +24,15 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 class AnchorCard:
     """`anchor.json`: what an anchor was aligned from and how, and what that cost.
 
-    base_model: hub id or path. family: a key of `families.FAMILIES`. method: `lora` or `full`. beta: as the loss has it, by
-    `beta_convention` (`mean-half`: it multiplies half the mean squared error); None where nobody said. flops: of the whole training.
+    base_model: hub id or path. vae: of an autoencoder in place of the base's own. family: a key of `families.FAMILIES`. method: `lora`
+    or `full`. beta: as the loss has it, by `beta_convention` (`mean-half`: it multiplies half the mean squared error); None where
+    nobody said. flops: of the whole training.
     Raises ValueError for a method or a beta that cannot be.
     """
 
     base_model: str
     base_revision: str | None = None
+    vae: str | None = None
     family: str
     method: str
     beta: float | None
@@ -84,7 +86,7 @@ class Anchor:
         if self._network is None or self._network.dtype != dtype:
             try:
                 self._network = type(like).from_pretrained(  # type: ignore[attr-defined]
-                    self.root, subfolder=self.weights or None, revision=self.revision, torch_dtype=dtype, use_safetensors=True
+                    self.root, subfolder=self.weights or None, revision=self.revision, dtype=dtype, use_safetensors=True
                 )
             except OSError as error:
                 raise ValueError(f"the anchor {self.source} holds no safetensors weights that diffusers can read: {error}") from error

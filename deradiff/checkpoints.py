@@ -32,18 +32,22 @@ class Checkpoints:
     def __init__(self, run_dir: Path, keep: int) -> None:
         self.folder, self.keep = run_dir / "checkpoints", keep
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint; a folder without its last file is none."""
-        whole = sorted(p for p in self.folder.glob("step-*") if (p / "progress.json").is_file())
-        return whole[-1] if whole else None
+    def whole(self) -> list[Path]:
+        """All checkpoints, the newest last; a folder without its last file is none."""
+        return sorted((p for p in self.folder.glob("step-*") if (p / "progress.json").is_file()), key=lambda p: int(p.name[5:]))
 
-    def write(self, progress: Progress, optimizer: Any, **weights: Weights) -> None:
+    def newest(self) -> Path | None:
+        return next(reversed(self.whole()), None)
+
+    def write(self, progress: Progress, states: dict[str, Any], **weights: Weights) -> None:
+        """states: the optimiser, and fp16's loss scaler where there is one: whatever has a `state_dict` of tensors and numbers."""
         part = self.folder / f".part-{os.getpid()}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, tensors in weights.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
-        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        for name, state in states.items():
+            torch.save(state.state_dict(), part / f"{name}.pt")
         (part / "progress.json").write_text(json.dumps(asdict(progress)))
         for file in part.iterdir():
             with open(file, "rb") as handle:
@@ -51,17 +55,18 @@ class Checkpoints:
         final = self.folder / f"step-{progress.step:06d}"
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+        for old in self.whole()[: -self.keep]:
             shutil.rmtree(old)
 
-    def resume(self, optimizer: Any, **weights: Weights) -> Progress:
-        """Load the newest checkpoint into the tensors and the optimiser, in place; a fresh `Progress` where there is none."""
+    def resume(self, states: dict[str, Any], **weights: Weights) -> Progress:
+        """Load the newest checkpoint into the tensors and the states, in place; a fresh `Progress` where there is none."""
         newest = self.newest()
         if newest is None:
             return Progress()
         for name, tensors in weights.items():
             assign(tensors, load_file(newest / f"{name}.safetensors"))
-        optimizer.load_state_dict(torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True))
+        for name, state in states.items():
+            state.load_state_dict(torch.load(newest / f"{name}.pt", map_location="cpu", weights_only=True))
         return Progress(**json.loads((newest / "progress.json").read_text()))
 
 

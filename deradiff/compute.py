@@ -34,15 +34,15 @@ def denoiser_flops(config: Mapping[str, Any], height: int, width: int, tokens: i
 def dpo_step_flops(forward_flops: float, pairs: int, method: str, checkpointing: bool = False) -> float:
     """FLOPs of one optimiser step of Diffusion-DPO on `pairs` pairs, in units of `forward_flops` for each of the 2 * pairs images.
 
-    The reference's forward costs 1, the policy's 1, its backward 2 (`full`: gradients of activations and of weights) or 1 (`lora`: of
+    The reference's forward costs 1, ours 1, its backward 2 (`full`: gradients of activations and of weights) or 1 (`lora`: of
     activations alone; measured 1.14 on SD1.5, 1.09 on SDXL, as attention has no weights), gradient checkpointing 1 (the forward again).
     The autoencoder and the text encoders run once per image and caption, are cached, and are not counted. Raises ValueError.
     """
     backward = {"full": 2, "lora": 1}
     if method not in backward:
         raise ValueError(f"method must be lora or full, not {method!r}")
-    reference, policy = 1, 1 + backward[method] + int(checkpointing)
-    return 2 * pairs * (reference + policy) * forward_flops
+    reference, trained = 1, 1 + backward[method] + int(checkpointing)
+    return 2 * pairs * (reference + trained) * forward_flops
 
 
 def gpu_hours(seconds: float, devices: int) -> float:

@@ -15,7 +15,7 @@ BETA_CONVENTION = "mean-half"  # beta scales half the difference of errors, each
 class DPOTerms:
     """loss: scalar with gradient. margin: (B,), implicit reward of the winner over the loser. accuracy: scalar, ties count half.
 
-    error, reference_error: (2, B) mean squared errors of the policy and the reference, winner first.
+    error, reference_error: (2, B) mean squared errors of the trained network and the reference, winner first.
     """
 
     loss: Tensor
@@ -29,7 +29,7 @@ def dpo_loss(pred: Tensor, reference_pred: Tensor, target: Tensor, beta: float) 
     """Diffusion-DPO (Wallace et al. 2023, Eq. 14): pred, reference_pred, target all (2, B, C, H, W), winner first."""
     error = (pred.float() - target.float()).square().mean(dim=(2, 3, 4))
     reference_error = (reference_pred.float() - target.float()).square().mean(dim=(2, 3, 4))
-    winner, loser = error - reference_error  # (B,) each: how much worse than the reference the policy denoises it
+    winner, loser = error - reference_error  # (B,) each: how much worse than the reference we denoise it
     margin = -0.5 * beta * (winner - loser)
     return DPOTerms(-F.logsigmoid(margin).mean(), margin.detach(), (margin.detach().sign() + 1).mean() / 2, error.detach(), reference_error)
 

@@ -18,20 +18,18 @@ class Family:
     """One row of the table.
 
     denoiser: the pipeline's attribute that predicts the noise; also the folder that holds it in a checkpoint.
-    resolution: side of an image in pixels that the published model was trained at.
     lora_targets: the linear layers that a LoRA adapts, by the suffix of their name.
     """
 
     name: str
     pipeline: str
     denoiser: str
-    resolution: int
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 FAMILIES = {
-    "sd15": Family("sd15", "StableDiffusionPipeline", "unet", 512),
-    "sdxl": Family("sdxl", "StableDiffusionXLPipeline", "unet", 1024),
+    "sd15": Family("sd15", "StableDiffusionPipeline", "unet"),
+    "sdxl": Family("sdxl", "StableDiffusionXLPipeline", "unet"),
 }
 
 
@@ -85,6 +83,26 @@ def load_pipeline(base: str, revision: str | None = None, dtype: torch.dtype = t
     return pipe
 
 
+def check_autoencoder(source: str, revision: str | None = None) -> None:
+    """ValueError where `source` is no folder or hub id of an autoencoder; no weight is read."""
+    folder = Path(locate(source))
+    if (folder / "config.json").is_file():
+        return
+    if folder.exists() or source.startswith((".", "/", "runs/")) or source.count("/") != 1:
+        raise ValueError(
+            f"model.vae={source} is no autoencoder's folder: it has no config.json; give such a folder or a hub id such as org/name"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(source, "config.json", revision=revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"the autoencoder {source} is no local folder and could not be read from the hub ({type(error).__name__})"
+        ) from error
+
+
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     """What the denoiser reads of N prompts: `encoder_hidden_states` (N, L, C), and for SDXL `text_embeds` (N, P)."""
     encoded = pipe.encode_prompt(prompts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
@@ -93,14 +111,14 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": encoded[0]}
 
 
-def denoise(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+def denoise(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], resolution: int) -> Tensor:
     """The denoiser's output (B, C, H, W) for noisy latents of that shape, timesteps (B,) and the rows of `encode_prompts`.
 
-    SDXL is also told the picture's size; training sees whole, uncropped squares: (R, R, 0, 0, R, R), as the published recipe.
+    SDXL is also told the picture's size in pixels; training sees whole, uncropped squares: (R, R, 0, 0, R, R), as the published recipe.
     """
     added = {}
     if "text_embeds" in conditioning:
-        side = 8 * noisy.shape[-1]
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=noisy.device, dtype=noisy.dtype).expand(len(noisy), -1)
+        size = [resolution, resolution, 0, 0, resolution, resolution]
+        time_ids = torch.tensor([size], device=noisy.device, dtype=noisy.dtype).expand(len(noisy), -1)
         added = {"added_cond_kwargs": {"text_embeds": conditioning["text_embeds"], "time_ids": time_ids}}
     return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["encoder_hidden_states"], **added, return_dict=False)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def train(
     kept = {"weights": trained} | ({"average": average.weights} if average else {})
     network, optimizer = accelerator.prepare(objective.network, make_optimizer(list(trained.values()), options))
     checkpoints = Checkpoints(run_dir, options.keep_checkpoints)
-    progress = checkpoints.resume(optimizer, **kept)
+    states = {"optimizer": optimizer} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
+    progress = checkpoints.resume(states, **kept)
     batches = iter(_loader(objective, examples, options, progress.step, accelerator))
     metrics = MetricsFile(run_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
     bar = tqdm(total=options.steps, initial=progress.step, unit="step", disable=metrics is None, mininterval=2)
@@ -135,7 +137,7 @@ def train(
             group["lr"] = rate
         for _ in range(options.accumulation):
             with accelerator.accumulate(network):
-                with accelerator.autocast():  # the frozen networks too, so that reference and policy round alike
+                with accelerator.autocast():  # the frozen networks too, so that the reference rounds as the trained network does
                     loss, terms = objective.loss(network, _to(next(batches), accelerator.device))
                 accelerator.backward(loss)
                 window.add({"loss": loss.detach(), **terms})
@@ -158,7 +160,7 @@ def train(
                 metrics.append({"step": progress.step, **row})
                 log(row, progress.step)
         if metrics and (progress.step % options.checkpoint_every == 0 or progress.step == options.steps):
-            checkpoints.write(progress, optimizer, **kept)
+            checkpoints.write(progress, states, **kept)
 
     bar.close()
     accelerator.wait_for_everyone()
@@ -169,7 +171,10 @@ def train(
 
 def _loader(objective: Objective, examples: Examples, options: TrainingOptions, step: int, accelerator: Accelerator) -> DataLoader:
     batches = MicroBatches(objective, examples, options, step, accelerator)
-    return DataLoader(batches, batch_size=None, num_workers=options.workers, persistent_workers=options.workers > 0)
+    # Workers inherit the objective by fork: accelerate's wrapped networks cannot be sent to a fresh process.
+    workers = options.workers if "fork" in multiprocessing.get_all_start_methods() else 0
+    context = "fork" if workers else None
+    return DataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context=context, persistent_workers=workers > 0)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.checks import choice
 from configs.tracking import TrackingConfig
 from deradiff.runs import slug
 
@@ -76,9 +77,9 @@ class SampleConfig:
     runs: str = "runs"
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, MODES)
-        _one_of("sampler", self.sampler, SAMPLERS)
-        _one_of("dtype", self.dtype, (None, *DTYPES))
+        choice("mode", self.mode, MODES)
+        choice("sampler", self.sampler, SAMPLERS)
+        choice("dtype", self.dtype, (None, *DTYPES))
         _distinct("lambdas", self.lambdas, "[0,0.25,0.5,1]")
         _distinct("seeds", self.seeds, "[0]")
         for lam in self.lambdas:
@@ -113,11 +114,6 @@ class SampleConfig:
         if self.height or self.width:
             parts.append(f"{self.width or ''}x{self.height or ''}")
         return "-".join(parts)
-
-
-def _one_of(key: str, value: str | None, allowed: Any) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key} must be one of {', '.join(name for name in allowed if name)}, not {value!r}")
 
 
 def _distinct(key: str, values: Any, example: str) -> None:

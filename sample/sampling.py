@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from torch import Tensor
 from deradiff import realign
 from deradiff.anchors import Anchor
 from deradiff.data.prompts import Prompt
+from deradiff.data.tables import encode_png
 from deradiff.families import family_of, load_pipeline
 from deradiff.runs import locate
 from sample.config import SAMPLERS, SampleConfig
@@ -36,7 +36,7 @@ def load_sampler(config: SampleConfig, device: torch.device) -> Any:
     dtype = getattr(torch, config.dtype or "float32")
     pipe = load_pipeline(config.model.base or "", config.model.revision, dtype)
     if config.model.vae:
-        pipe.vae = diffusers.AutoencoderKL.from_pretrained(locate(config.model.vae), torch_dtype=dtype)
+        pipe.vae = diffusers.AutoencoderKL.from_pretrained(locate(config.model.vae), dtype=dtype)
     if family_of(pipe).name == "sdxl":
         pipe.vae.enable_slicing()  # four megapixels decoded at once would need more memory than two UNets
     pipe.scheduler = make_scheduler(config.sampler, pipe.scheduler.config)
@@ -80,7 +80,7 @@ def sample_images(pipe: Any, config: SampleConfig, anchor: Anchor, wanted: list[
                 dial.lam = lam
                 images = _call(pipe, config, {name: tensor[rows] for name, tensor in embeddings.items()}, [batch[i] for i in rows])
                 for i, image, path_kl in zip(rows, images, dial.path_kl.tolist(), strict=True):
-                    yield _png(image), _record(config, anchor, *batch[i], lam, digest, image, path_kl)
+                    yield encode_png(image), _record(config, anchor, *batch[i], lam, digest, image, path_kl)
 
 
 def _encode(pipe: Any, config: SampleConfig, batch: list[Wanted]) -> dict[str, Tensor]:
@@ -112,9 +112,3 @@ def _record(
         "height": image.height, "width": image.width, "path_kl": path_kl if math.isfinite(path_kl) else None,
         "generator_seed": generator_seed(prompt.prompt_id, seed), "timesteps_sha256": timesteps,
     }  # fmt: skip
-
-
-def _png(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Share = list[tuple[Prompt, int]]  # prompts and seeds, each for the lambdas that are missing
 
 EXTENDS = (  # other values of these make more images, not other ones
-    "lambdas", "targets", "prompts", "seeds", "batch_size", "path_kl", "runs", "name", "tracking",
+    "lambdas", "targets", "prompts", "seeds", "batch_size", "path_kl", "runs", "name", "tracking", "model.name", "model.resolution",
 )  # fmt: skip
 TABLE_ROWS = 64  # prompts in the tracker's table of pictures
 
@@ -72,7 +72,7 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, Anchor]:
     import torch
 
     from deradiff.anchors import check_anchor_family, load_anchor
-    from deradiff.families import checkpoint_family
+    from deradiff.families import check_autoencoder, checkpoint_family
 
     anchor, model = load_anchor(config.anchor), config.model
     if model.base is None:
@@ -80,8 +80,10 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, Anchor]:
             raise ValueError(
                 f"{config.anchor} has no card to name its base: give model=sd15, model=sdxl or model.base=<pipeline folder or hub id>"
             )
-        model = replace(model, base=anchor.card.base_model, revision=anchor.card.base_revision)
-    lambdas = list(dict.fromkeys([*config.lambdas, *_lambdas_of(config, anchor)]))
+        model = replace(model, base=anchor.card.base_model, revision=anchor.card.base_revision, vae=model.vae or anchor.card.vae)
+    if model.vae:
+        check_autoencoder(model.vae)
+    lambdas = sorted({*config.lambdas, *_lambdas_of(config, anchor)})
     base = str(model.base)
     family = checkpoint_family(base, model.revision).name
     check_anchor_family(anchor, family)

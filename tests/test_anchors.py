@@ -16,7 +16,7 @@ from deradiff.anchors import AnchorCard, check_anchor_family, load_anchor, read_
 
 CONTRACT = {
     "base_model", "base_revision", "family", "method", "beta", "beta_convention", "objective", "steps", "pairs_seen", "dataset", "seed",
-    "git_commit", "versions", "gpu_hours", "device", "flops",
+    "vae", "git_commit", "versions", "gpu_hours", "device", "flops",
 }  # fmt: skip
 
 

@@ -61,6 +61,14 @@ def test_a_folder_of_captioned_images(tmp_path):
     assert np.asarray(images.pictures(images.captions.index("light"))[0]).max() == 50
 
 
+def test_a_broken_picture_and_a_missing_caption(tmp_path):
+    write_table(tmp_path / "t.parquet", {"image": [png(0), b"broken", png(2)], "caption": [None, "b", "c"]})
+    images = CaptionedImages(str(tmp_path / "t.parquet"))
+    assert images.captions == ["b", "c"]
+    with pytest.raises(ValueError, match=r"t\.parquet: image of row 0 .* is no picture"):
+        images.pictures(0)
+
+
 def test_decode_makes_rgb_of_what_is_not():
     buffer = io.BytesIO()
     Image.new("RGBA", (4, 4), (10, 20, 30, 128)).save(buffer, format="PNG")
@@ -137,12 +145,12 @@ def test_labels_are_bradley_terry_draws(tmp_path):
     assert agree == pytest.approx(torch.sigmoid(2 * difference.abs()).mean().item(), abs=0.03)  # not 1: the labels are noisy
 
 
-def test_a_scorer_labels_pairs_of_one_caption(tmp_path, monkeypatch):
+def test_a_scorer_labels_pairs_of_one_caption(tmp_path):
     images, out = tmp_path / "images.parquet", tmp_path / "pairs.parquet"
     write_table(images, {"image": [png(v) for v in (0, 200, 90, 91)], "caption": ["a", "a", "b", "b"]})
     brightness = lambda pictures, prompts: torch.tensor([float(np.asarray(p).mean()) for p in pictures])  # noqa: E731
-    monkeypatch.setattr("deradiff.scorers.load_scorer", lambda name, checkpoint=None: brightness)
-    feedback.write_scored_pairs(out, str(images), count=20, scorer="clip")
+    brightness.name = "brightness"
+    feedback.write_scored_pairs(out, CaptionedImages(str(images)), 20, brightness)
     pairs = Pairs(str(out))
     for i, caption in enumerate(pairs.captions):
         winner, loser = (int(np.asarray(p).mean()) for p in pairs.pictures(i))

@@ -65,6 +65,20 @@ def test_dpo_starts_at_ln_two_and_its_reference_stays(family, method, pairs):
     assert torch.equal(out, objective.predict(stock.unet, noisy, batch["timesteps"], texts))
 
 
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "PNDMScheduler"])
+def test_training_noise_does_not_depend_on_the_sampler_that_the_base_ships_with(scheduler, pairs):
+    import diffusers
+
+    losses = []
+    for kind in ("DDIMScheduler", scheduler):  # SDXL's file names Euler, SD1.5's PNDM
+        pipe = tiny_pipeline("sdxl")
+        pipe.unet = tiny_lora(pipe.unet)
+        pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
+        objective = dpo(pipe, "lora")
+        losses.append(objective.loss(objective.network, objective.collate(items(pairs)))[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_the_loss_is_the_same_with_and_without_the_cache(tmp_path, pairs):
     losses = []
     for cached in (False, True):

@@ -165,7 +165,7 @@ def test_the_claimed_config_is_plain(anchors, tmp_path, monkeypatch):
 
 def test_targets_are_betas_to_imitate(anchors):
     config = SampleConfig(anchor=str(anchors / "sd15/anchor"), lambdas=[0.0, 1.0], targets=[500.0, 1000.0, 250.0], prompts=["a fox"])
-    assert resolve(config)[0].lambdas == [0.0, 1.0, 0.5, 2.0]  # the anchor's beta is 500: its own is lambda 1, once
+    assert resolve(config)[0].lambdas == [0.0, 0.5, 1.0, 2.0]  # the anchor's beta is 500: its own is lambda 1, once
     with pytest.raises(ValueError, match=r"targets must be betas above 0, and 0\.0 is not"):
         replace(config, targets=[0.0])
     bare = replace(config, anchor=str(anchors / "bare/anchor"), model=sample.config.ModelConfig(base=str(anchors / "sd15/base")))

@@ -65,6 +65,13 @@ def test_a_full_anchor_is_a_unet_folder_and_the_base_is_untouched(config, base):
     assert read_card(str(folder)).method == "full"
 
 
+def test_a_mistake_in_the_data_does_not_claim_the_run_directory(config, tmp_path):
+    wrong = replace(config, data=DataConfig(source="table", path=str(tmp_path / "nowhere.parquet")))
+    with pytest.raises(ValueError, match="does not exist"):
+        go(wrong)
+    assert go(config).is_dir()
+
+
 def test_the_same_command_resumes_and_another_config_is_refused(config, capsys):
     folder = go(config)
     before = load_file(folder / "pytorch_lora_weights.safetensors")
@@ -99,7 +106,8 @@ def test_from_captioned_images_to_an_anchor(config, tmp_path):
     small = replace(config, objective="contrastive", model=fresh, data=images, steps=2)
     clip = go(small)
     vae = go(replace(small, objective="autoencoder", optim=replace(config.optim, ema=0.9)))
-    pipeline = go(replace(small, objective="pretrain", model=replace(fresh, clip=str(clip), vae=str(vae))))
+    whole = replace(config.finetune, method="full")
+    pipeline = go(replace(small, objective="pretrain", finetune=whole, model=replace(fresh, clip=str(clip), vae=str(vae))))
     scored = DataConfig(source="scored_pairs", path=images.path, count=8, scorer="clip", scorer_checkpoint=str(clip))
     anchor = go(replace(config, model=ModelConfig(name="mine", base=str(pipeline), resolution=32), data=scored))
     scorer = go(replace(small, objective="preference", model=replace(fresh, clip=str(clip)), data=scored))
@@ -117,6 +125,10 @@ def test_from_captioned_images_to_an_anchor(config, tmp_path):
         (["objective=pretrain"], "objective=pretrain learns from captioned images, which data.source=shapes_pairs does not give"),
         (["model.base=runs/nowhere"], "there is no pipeline folder runs/nowhere"),
         (["model=tiny"], "objective=dpo needs a base model"),
+        (["objective=pretrain", "data=shapes_images"], "add finetune=full"),
+        (["data.scorer=colourful"], "labelled by vivid or crisp, not 'colourful'"),
+        (["model.vae=nowhere", "model.base={base}"], "model.vae=nowhere is no autoencoder's folder"),
+        (["runs=/dev/null/runs", "model.base={base}"], "Not a directory"),
         (["data=table", "data.path=nowhere.parquet", "model.base={base}"], "data.path nowhere.parquet does not exist"),
         (["model.resolution=30"], "model.resolution must be a multiple of 8, not 30"),
         (["finetune.method=dora"], "finetune.method must be one of lora, full, not 'dora'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import subprocess
@@ -14,9 +15,10 @@ from accelerate import Accelerator
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import CaptionedImages, Pairs
 from deradiff.dpo import BETA_CONVENTION, kl_strength
-from deradiff.families import Family, checkpoint_family, family_of, load_pipeline
+from deradiff.families import Family, check_autoencoder, checkpoint_family, family_of, load_pipeline
 from deradiff.objectives import Objective
 from deradiff.runs import locate, slug
+from deradiff.scorers import load_scorer
 from train.config import OBJECTIVES, DataConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -27,10 +29,11 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def check(config: TrainConfig) -> Family | None:
     """Read the indexes of everything the run needs; raises ValueError in a sentence. Returns the base model's family."""
-    for key, folder in (("model.clip", config.model.clip), ("model.vae", config.model.vae)):
-        if folder and (key == "model.clip" or not config.model.base) and not (Path(locate(folder)) / "config.json").is_file():
-            raise ValueError(f"{key}={folder} is no model folder: it has no config.json")
-    if config.data.scorer_checkpoint or config.data.source == "scored_pairs":
+    if config.model.clip and not (Path(locate(config.model.clip)) / "config.json").is_file():
+        raise ValueError(f"model.clip={config.model.clip} is no model folder: it has no config.json")
+    if config.model.vae:
+        check_autoencoder(config.model.vae)
+    if config.data.source == "scored_pairs":
         from deradiff.scorers import check_scorer
 
         check_scorer(config.data.scorer, config.data.scorer_checkpoint)
@@ -41,30 +44,37 @@ def make_data(config: TrainConfig, accelerator: Accelerator) -> CaptionedImages:
     """The run's data; what has to be drawn or labelled first is written below runs/data once, by the main process."""
     data = config.data
     with accelerator.main_process_first():
-        path = _drawn(data, Path(config.runs) / "data", config.seed) if data.source != "table" else Path(data.path or "")
+        path = str(data.path) if data.source == "table" else str(_made(data, Path(config.runs) / "data", str(accelerator.device)))
     reader = Pairs if OBJECTIVES[config.objective] else CaptionedImages
-    rows = reader(str(path), split=data.split, revision=data.revision, limit=data.limit)
+    rows = reader(path, split=data.split, revision=data.revision, limit=data.limit)
     if isinstance(rows, Pairs):
         accelerator.print(f"train: {len(rows)} pairs with a winner, {rows.dropped} ties and unlabelled rows dropped")
     return rows
 
 
-def _drawn(data: DataConfig, folder: Path, seed: int) -> Path:
+def _made(data: DataConfig, folder: Path, device: str) -> Path:
+    """The parquet of drawn or labelled rows, its name a function of all that they depend on; written if it is not there."""
     from deradiff.data import feedback, shapes
 
     if data.source == "scored_pairs":
-        path = folder / f"{slug(Path(data.path or '').stem)}-pairs-{data.scorer}-{data.count}.parquet"
+        images = CaptionedImages(str(data.path), split=data.split, revision=data.revision)
+        score = load_scorer(data.scorer, data.scorer_checkpoint, device=device)
+        key = f"{images.fingerprint}/{len(images)}/{score.version}"
+        path = folder / f"{slug(Path(str(data.path)).stem)}-pairs-{data.scorer}-{data.count}-{_digest(key)}.parquet"
         if not path.is_file():
-            feedback.write_scored_pairs(path, str(data.path), data.count, data.scorer, data.scorer_checkpoint)
+            feedback.write_scored_pairs(path, images, data.count, score)
         return path
     kind = "images" if data.source == "shapes_images" else f"pairs-{data.scorer}"
-    path = folder / f"shapes-{kind}-{data.count}.parquet"
-    if not path.is_file():
-        if data.source == "shapes_images":
-            shapes.write_images(path, data.count, seed=0)
-        else:
-            shapes.write_pairs(path, data.count, seed=1, reward=data.scorer)
+    path = folder / f"shapes-{kind}-{data.count}-{_digest(Path(shapes.__file__).read_text())}.parquet"
+    if not path.is_file() and data.source == "shapes_images":
+        shapes.write_images(path, data.count, seed=0)
+    elif not path.is_file():
+        shapes.write_pairs(path, data.count, seed=1, reward=data.scorer)
     return path
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def make_objective(config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None) -> Objective:
@@ -89,12 +99,9 @@ def make_objective(config: TrainConfig, data: CaptionedImages, accelerator: Acce
 def _diffusion(config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None) -> Objective:
     from deradiff.objectives.diffusion import DPO, Pretrain
 
+    full = config.finetune.method == "full"
     pipe = base_pipeline(config)
-    network = getattr(pipe, family_of(pipe).denoiser)
-    full = config.objective == "pretrain" or config.finetune.method == "full"
-    if full and network.dtype != torch.float32:  # trained weights are kept in float32, whatever the precision of the arithmetic
-        network.to(torch.float32)
-    network.requires_grad_(full)
+    network = getattr(pipe, family_of(pipe).denoiser).requires_grad_(full)
     if not full:
         add_lora(network, config, family_of(pipe))
     if config.model.gradient_checkpointing:
@@ -105,6 +112,7 @@ def _diffusion(config: TrainConfig, data: CaptionedImages, accelerator: Accelera
         cache = Cache(Path(config.runs) / "cache", pipe, data, config.model.resolution)
         cache.build(accelerator.process_index, accelerator.num_processes)
         accelerator.wait_for_everyone()
+        pipe.to("cpu")  # the encoders are done; training moves the denoiser back
     if config.objective == "pretrain":
         return Pretrain(pipe, config.model.resolution, cache, config.data.caption_dropout)
     assert card is not None
@@ -112,19 +120,28 @@ def _diffusion(config: TrainConfig, data: CaptionedImages, accelerator: Accelera
 
 
 def base_pipeline(config: TrainConfig) -> Any:
-    """The base model, or a new one around the trained parts that the config names."""
+    """The base model, or a new one around the trained parts that the config names.
+
+    Frozen networks are in the run's precision; a network that is trained as a whole is read in float32, so that what it learns is
+    a difference from the very weights that sampling mixes it with. A pipeline that will be saved is float32 throughout.
+    """
     from diffusers import AutoencoderKL
 
     from deradiff import tiny
 
-    if config.model.base:
-        pipe = load_pipeline(config.model.base, config.model.revision, DTYPES[config.precision])
-        if config.model.vae:
-            pipe.vae = AutoencoderKL.from_pretrained(locate(config.model.vae), dtype=DTYPES[config.precision])
-        return pipe
-    clip, tokenizer, _ = tiny.load_clip(locate(str(config.model.clip)))
-    vae = AutoencoderKL.from_pretrained(locate(str(config.model.vae)))
-    return tiny.make_pipeline(tiny.text_tower(clip), tokenizer, vae, config.model.resolution, tuple(config.model.channels))
+    model, dtype = config.model, torch.float32 if config.objective == "pretrain" else DTYPES[config.precision]
+    if model.base is None:
+        clip, tokenizer, _ = tiny.load_clip(locate(str(model.clip)))
+        vae = AutoencoderKL.from_pretrained(locate(str(model.vae)))
+        return tiny.make_pipeline(tiny.text_tower(clip), tokenizer, vae, model.resolution, tuple(model.channels))
+    pipe = load_pipeline(model.base, model.revision, dtype)
+    if model.vae:
+        pipe.vae = AutoencoderKL.from_pretrained(locate(model.vae), dtype=dtype)
+    if config.finetune.method == "full" and dtype != torch.float32:
+        name = family_of(pipe).denoiser
+        exact = type(getattr(pipe, name)).from_pretrained(locate(model.base), subfolder=name, revision=model.revision, dtype=torch.float32)
+        setattr(pipe, name, exact)
+    return pipe
 
 
 def add_lora(network: Any, config: TrainConfig, family: Family) -> None:
@@ -156,11 +173,19 @@ def make_card(config: TrainConfig, family: Family, pairs_per_step: int, device: 
         "python": platform.python_version()
     }
     return AnchorCard(
-        base_model=str(config.model.base), base_revision=config.model.revision, family=family.name, method=config.finetune.method,
+        base_model=str(config.model.base), base_revision=config.model.revision, vae=config.model.vae,
+        family=family.name, method=config.finetune.method,
         beta=config.dpo.beta, beta_convention=BETA_CONVENTION, objective=config.objective, steps=config.steps,
-        pairs_seen=config.steps * pairs_per_step, dataset=config.data.path or config.data.source, seed=config.seed,
+        pairs_seen=config.steps * pairs_per_step, dataset=_told(config.data), seed=config.seed,
         git_commit=git_commit(), versions=versions, device=device,
     )  # fmt: skip
+
+
+def _told(data: DataConfig) -> str:
+    if data.source.startswith("shapes"):
+        return f"{data.source}, {data.count}, {data.scorer}"
+    labels = f", pairs labelled by {data.scorer}" if data.source == "scored_pairs" else ""
+    return f"{data.path}@{data.revision or 'main'}, {data.split}{labels}"
 
 
 def flops(objective: Any, config: TrainConfig, pairs_per_step: int) -> float:
@@ -174,10 +199,15 @@ def flops(objective: Any, config: TrainConfig, pairs_per_step: int) -> float:
 
 def kl_strength_of(objective: Any, config: TrainConfig) -> float:
     """The KL strength that the run's beta stands for, on its latents and noise schedule."""
-    return kl_strength(config.dpo.beta, math.prod(objective.latent_shape), objective.pipe.scheduler.alphas_cumprod)
+    return kl_strength(config.dpo.beta, math.prod(objective.latent_shape), objective.schedule.alphas_cumprod)
 
 
 def git_commit() -> str | None:
     """The commit of the checkout that runs, or None outside one."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or None
+    here = Path(__file__).parents[1]
+    try:
+        found = subprocess.run(["git", "rev-parse", "--show-toplevel", "HEAD"], cwd=here, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    top, _, commit = found.stdout.strip().partition("\n")
+    return commit if commit and Path(top) == here else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from configs.checks import choice, not_negative, positive
 from configs.tracking import TrackingConfig
 
 OBJECTIVES = {  # objective: does it learn from pairs?
@@ -13,17 +13,6 @@ OBJECTIVES = {  # objective: does it learn from pairs?
 SOURCES = {  # source: does it give pairs? None: the table's own columns decide
     "table": None, "shapes_images": False, "shapes_pairs": True, "scored_pairs": True,
 }  # fmt: skip
-
-
-def choice(key: str, value: str, allowed: object) -> None:
-    names = list(allowed)  # type: ignore[call-overload]
-    if value not in names:
-        raise ValueError(f"{key} must be one of {', '.join(names)}, not {value!r}")
-
-
-def positive(key: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{key} must be above 0, not {value}")
 
 
 @dataclass
@@ -46,6 +35,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.resolution <= 0 or self.resolution % 8:
             raise ValueError(f"model.resolution must be a multiple of 8, not {self.resolution}")
+        if not self.channels or any(c <= 0 or c % 8 for c in self.channels):
+            raise ValueError(f"model.channels must be multiples of 8, a level each, not {self.channels}")
 
 
 @dataclass
@@ -83,6 +74,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         choice("data.source", self.source, SOURCES)
         positive("data.count", self.count)
+        not_negative("data.workers", self.workers)
+        if self.limit is not None:
+            positive("data.limit", self.limit)
+        if self.source == "shapes_pairs" and self.scorer not in ("vivid", "crisp"):
+            raise ValueError(
+                f"data.source=shapes_pairs is labelled by vivid or crisp, not {self.scorer!r}; other scorers take data=scored_pairs"
+            )
         if not self.source.startswith("shapes") and not self.path:
             raise ValueError("data.path is missing; give a parquet file, a folder of captioned images, or a hub data set such as org/name")
         if not 0 <= self.caption_dropout <= 1:
@@ -124,6 +122,8 @@ class OptimConfig:
         choice("optim.decay", self.decay, ("constant", "cosine"))
         for key in ("lr", "batch_size", "accumulation"):
             positive(f"optim.{key}", getattr(self, key))
+        for key in ("warmup", "weight_decay", "clip"):
+            not_negative(f"optim.{key}", getattr(self, key))
         if not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema must lie in [0, 1), not {self.ema}")
 
@@ -153,6 +153,7 @@ class TrainConfig:
         choice("precision", self.precision, ("no", "fp16", "bf16"))
         for key in ("steps", "log_every", "checkpoint_every"):
             positive(key, getattr(self, key))
+        not_negative("seed", self.seed)
         pairs, given = OBJECTIVES[self.objective], SOURCES[self.data.source]
         if given is not None and pairs != given:
             wanted = "pairs" if pairs else "captioned images"
@@ -163,6 +164,8 @@ class TrainConfig:
             )
         if self.objective == "pretrain" and not (self.model.base or (self.model.clip and self.model.vae)):
             raise ValueError("objective=pretrain needs model.base, or both model.clip and model.vae to start a new model from")
+        if self.objective == "pretrain" and self.finetune.method != "full":
+            raise ValueError("objective=pretrain trains the whole network: add finetune=full")
         if self.objective == "preference" and not self.model.clip:
             raise ValueError("objective=preference needs model.clip=<CLIP folder> to start from")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from configs.entry import entry
 from configs.tracking import tracker
 from train.config import TrainConfig
 
-COSMETIC = ("runs", "tracking", "log_every", "checkpoint_every", "data.workers", "cpu")  # what a resumed run may change
+COSMETIC = ("runs", "name", "tracking", "log_every", "checkpoint_every", "data.workers", "cpu")  # what a resumed run may change
 
 
 def run(config: TrainConfig, run_dir: Path) -> Path:
@@ -20,18 +21,22 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     family = build.check(config)
 
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     from deradiff.data.pairs import Examples
     from deradiff.runs import claim
     from deradiff.training import train
 
     optim = config.optim
-    accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.precision, gradient_accumulation_steps=optim.accumulation)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # ranks wait while one labels pairs or writes the last of a cache
+    accelerator = Accelerator(
+        cpu=config.cpu, mixed_precision=config.precision, gradient_accumulation_steps=optim.accumulation, kwargs_handlers=[patience]
+    )
     per_step = optim.batch_size * optim.accumulation * accelerator.num_processes
     options = _options(config, per_step)
-    if accelerator.is_main_process:
-        claim(run_dir, asdict(config), COSMETIC)
     data = build.make_data(config, accelerator)
+    if accelerator.is_main_process:  # other ranks than these would change the order of the data, and are another run
+        claim(run_dir, asdict(config) | {"pairs_per_step": per_step}, COSMETIC)
     card = build.make_card(config, family, per_step, _device(accelerator)) if family and config.objective == "dpo" else None
     objective = build.make_objective(config, data, accelerator, card)
     accelerator.print(f"train: {run_dir}: {config.steps} steps of {per_step} examples, learning rate {options.learning_rate:.4g}")

@@ -7,7 +7,6 @@ whole or not at all, so that an interrupted build goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -58,8 +57,6 @@ class Cache:
         """Encode what is missing; of several processes each takes every world-th shard."""
         self._shards("latents", len(self.data), self._encode_latents, rank, world)
         self._shards("texts", len(self.captions), self._encode_texts, rank, world)
-        if rank == 0:
-            write_atomic(self.folder / "captions.json", json.dumps(self.captions))
 
     def _shards(self, kind: str, count: int, encode: Callable[[range], dict[str, Tensor]], rank: int, world: int) -> None:
         starts = range(0, count, SHARD)

@@ -37,13 +37,24 @@ class CaptionedImages:
         self.captions: list[str] = list(self.rows["caption"])
 
     def select(self, rows: Any) -> Any:
-        return rows
+        """The rows that can be used: those with a caption."""
+        captioned = [i for i, caption in enumerate(rows["caption"]) if caption is not None]
+        return rows if len(captioned) == len(rows) else rows.select(captioned)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def pictures(self, index: int) -> list[Image.Image]:
-        return [decode(self.rows[index]["image"])]
+        return [self.picture(index, "image")]
+
+    def picture(self, index: int, column: str) -> Image.Image:
+        """One picture, decoded. Raises ValueError that names the row of a broken one."""
+        try:
+            return decode(self.rows[index][column])
+        except OSError as error:
+            raise ValueError(
+                f"{self.source}: {column} of row {index} (of those used) is no picture that can be decoded: {error}"
+            ) from error
 
 
 class Pairs(CaptionedImages):
@@ -52,6 +63,7 @@ class Pairs(CaptionedImages):
     columns = PAIR_COLUMNS
 
     def select(self, rows: Any) -> Any:
+        rows = super().select(rows)
         label = np.array(rows.with_format("numpy")["label_0"], dtype=float)
         if "has_label" in rows.column_names:
             label = np.where(np.array(rows["has_label"], dtype=bool), label, np.nan)
@@ -62,9 +74,8 @@ class Pairs(CaptionedImages):
         return rows if self.dropped == 0 else rows.select(decided)
 
     def pictures(self, index: int) -> list[Image.Image]:
-        row = self.rows[index]
-        first, second = decode(row["jpg_0"]), decode(row["jpg_1"])
-        return [first, second] if row["label_0"] == 1 else [second, first]
+        first, second = self.picture(index, "jpg_0"), self.picture(index, "jpg_1")
+        return [first, second] if self.rows[index]["label_0"] == 1 else [second, first]
 
 
 def pixels(image: Image.Image, resolution: int) -> Tensor:

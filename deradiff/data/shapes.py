@@ -7,7 +7,6 @@ so that a preference has something to choose among pictures that all fit their p
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,20 +142,14 @@ def crisp(images: list[Image.Image], prompts: list[str]) -> Tensor:
     return ((steepness - 0.359) / 0.086 - (offset - 2.63) / 1.0) / 2**0.5
 
 
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def write_images(path: Path, count: int, seed: int) -> None:
     """A parquet of captioned images (columns `image`, `caption`), captions from the training split."""
-    from deradiff.data.tables import write_table
+    from deradiff.data.tables import encode_png, write_table
 
     rng = np.random.default_rng(seed)
     captions = [str(c) for c in rng.choice(training_captions(), count)]
     pictures = render([scene_of(c) for c in captions], rng)
-    write_table(path, {"image": [_png(p) for p in pictures], "caption": captions})
+    write_table(path, {"image": [encode_png(Image.fromarray(p)) for p in pictures], "caption": captions})
 
 
 def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> None:
@@ -164,7 +157,7 @@ def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> Non
 
     p(image 0 is preferred) = sigmoid(2 (r_0 - r_1)); reward: `vivid` or `crisp`.
     """
-    from deradiff.data.tables import write_pair_table
+    from deradiff.data.tables import encode_png, write_pair_table
 
     rng = np.random.default_rng(seed)
     captions = [str(c) for c in rng.choice(training_captions(), count)]
@@ -173,4 +166,10 @@ def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> Non
     score = {"vivid": vivid, "crisp": crisp}[reward]
     r0, r1 = (score([Image.fromarray(p) for p in side], captions) for side in sides)
     first = rng.uniform(size=count) < torch.sigmoid(2 * (r0 - r1)).numpy()
-    write_pair_table(path, [_png(p) for p in sides[0]], [_png(p) for p in sides[1]], first.astype(float).tolist(), captions)
+    write_pair_table(
+        path,
+        [encode_png(Image.fromarray(p)) for p in sides[0]],
+        [encode_png(Image.fromarray(p)) for p in sides[1]],
+        first.astype(float).tolist(),
+        captions,
+    )

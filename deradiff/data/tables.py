@@ -75,3 +75,10 @@ def decode(value: Any) -> Image.Image:
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
     return Image.open(io.BytesIO(value)).convert("RGB")
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The picture as a PNG, which loses nothing."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from deradiff.anchors import AnchorCard, save_anchor
@@ -25,6 +26,12 @@ class _Diffusion:
     def __init__(self, pipe: Any, resolution: int, cache: Cache | None, caption_dropout: float) -> None:
         self.pipe, self.resolution, self.cache, self.caption_dropout = pipe, resolution, cache, caption_dropout
         self.network: nn.Module = getattr(pipe, family_of(pipe).denoiser)
+        # The pipeline's own scheduler may be a sampler whose `add_noise` is scaled for itself (SDXL's Euler is): DDPM's is meant.
+        self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        if self.schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"a base model that predicts {self.schedule.config.prediction_type} cannot be trained: epsilon and v_prediction can"
+            )
         self.frozen = [] if cache else [m for m in pipe.components.values() if isinstance(m, nn.Module) and m is not self.network]
         side = resolution // pipe.vae_scale_factor
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
@@ -32,7 +39,7 @@ class _Diffusion:
     def collate(self, items: list[Item]) -> Batch:
         """timesteps (B,), noise (B, C, H, W), one for all P pictures of an example, captions, some dropped; and either the cached latents
         (B, P, C, H, W) and text embeddings, or the images (B, P, 3, R, R) and captions that `encoded` makes them from."""
-        steps = self.pipe.scheduler.config.num_train_timesteps
+        steps = self.schedule.config.num_train_timesteps
         timesteps = torch.cat([torch.randint(steps, (1,), generator=i.generator) for i in items])
         noise = torch.stack([torch.randn(self.latent_shape, generator=i.generator) for i in items])
         dropped = [bool(torch.rand(1, generator=i.generator) < self.caption_dropout) for i in items]
@@ -55,7 +62,8 @@ class _Diffusion:
         """The network's output for (P, B, C, H, W) noisy latents, same shape; each of P pictures has its example's timestep and text."""
         pictures = len(noisy)
         rows = {k: v.repeat(pictures, *[1] * (v.dim() - 1)) for k, v in texts.items()}
-        return denoise(network, noisy.flatten(0, 1), timesteps.repeat(pictures), rows).unflatten(0, (pictures, -1))
+        out = denoise(network, noisy.flatten(0, 1), timesteps.repeat(pictures), rows, self.resolution)
+        return out.unflatten(0, (pictures, -1))
 
 
 class Pretrain(_Diffusion):
@@ -63,7 +71,7 @@ class Pretrain(_Diffusion):
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latents, texts = self.encoded(batch)
-        noisy, target = shared_noise(latents, batch["noise"], batch["timesteps"], self.pipe.scheduler)
+        noisy, target = shared_noise(latents, batch["noise"], batch["timesteps"], self.schedule)
         return (self.predict(network, noisy, batch["timesteps"], texts).float() - target.float()).square().mean(), {}
 
     def save(self, run_dir: Path) -> Path:
@@ -73,15 +81,17 @@ class Pretrain(_Diffusion):
 
 
 class DPO(_Diffusion):
-    """Diffusion-DPO. With a LoRA the reference is the same network with its adapter off; a full fine-tune keeps a frozen copy,
-    in the precision that the base model was loaded in."""
+    """Diffusion-DPO. With a LoRA the reference is the same network with its adapter off; a full fine-tune keeps a frozen copy."""
 
     def __init__(self, pipe: Any, resolution: int, cache: Cache | None, caption_dropout: float, *, beta: float, card: AnchorCard) -> None:
         super().__init__(pipe, resolution, cache, caption_dropout)
         self.beta, self.card = beta, card
         self.copy: nn.Module | None = None
         if card.method == "full":
-            self.copy = copy.deepcopy(self.network).requires_grad_(False).eval().to(pipe.vae.dtype)
+            self.copy = copy.deepcopy(self.network).requires_grad_(False).eval()
+            for layer in self.copy.modules():  # what autocast would cast at every step anyway: the same outputs, half the memory
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    layer.to(pipe.vae.dtype)
             self.frozen.append(self.copy)
 
     @contextmanager
@@ -99,7 +109,7 @@ class DPO(_Diffusion):
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latents, texts = self.encoded(batch)
-        noisy, target = shared_noise(latents, batch["noise"], batch["timesteps"], self.pipe.scheduler)
+        noisy, target = shared_noise(latents, batch["noise"], batch["timesteps"], self.schedule)
         with self.reference() as reference:
             reference_pred = self.predict(reference, noisy, batch["timesteps"], texts)
         terms = dpo_loss(self.predict(network, noisy, batch["timesteps"], texts), reference_pred, target, self.beta)

@@ -98,5 +98,6 @@ def _command(stage: str, gpus: int) -> list[str]:
     if not gpus:
         return [sys.executable, "-m", stage]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(gpus)]
+    launch += ["--multi_gpu"] if gpus > 1 else []  # whatever the user's stored accelerate config says
     # The stage's own config decides the precision; port 0 takes a free one, so that another launch on this machine is no obstacle.
     return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", stage]
