@@ -31,7 +31,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(RUN) -m train --multirun dpo.beta=500,2000
 	$(RUN) -m sample anchor=runs/train/shapes-dpo-lora-beta500-seed0/anchor lambdas=[0,0.25,0.5,1,2]
-	$(RUN) -m sample anchor=runs/train/shapes-dpo-lora-beta2000-seed0/anchor lambdas=[0,0.25,0.5,1,2]
+	$(RUN) -m sample anchor=runs/train/shapes-dpo-lora-beta2000-seed0/anchor lambdas=[0,1]
 	$(RUN) -m eval name=demo samples=[$(call demo,500),$(call demo,2000)]
 
 test: install
