@@ -1,6 +1,7 @@
 """A stage's command line, as a user meets it: what is wrong in one sentence, exit status 2, no traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,8 @@ def toy(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "toy", *arguments], cwd=tmp_path, env=clean | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # A shell starts background jobs with Ctrl-C ignored, and children inherit that: here it must arrive.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         started.append(process)
         return process
