@@ -141,7 +141,7 @@ def test_realign_is_the_function_whoever_imported_its_module_first():
     assert deradiff.load_anchor is sys.modules["deradiff.anchors"].load_anchor
 
 
-def test_nothing_names_a_machine_or_a_package_registry():
-    pattern = re.compile(r"(?<![\w.])/(?:work|home|root|tmp)/\w|pypi\.org|files\.pythonhosted|conda\.anaconda")
+def test_nothing_names_a_path_of_one_machine():
+    pattern = re.compile(r"(?<![\w.])/(?:work|home|root|tmp)/\w")
     files = [f for folder in OURS for kind in ("*.py", "*.yaml") for f in (ROOT / folder).rglob(kind)]
     assert not [f"{file}: {found[0]}" for file in files if (found := pattern.search(file.read_text()))]
