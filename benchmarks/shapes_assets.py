@@ -96,7 +96,9 @@ def measure(folders: dict[str, Path]) -> dict[str, float]:
 def ship(runs: Path) -> None:
     shutil.rmtree(SHIPPED, ignore_errors=True)
     pipe = load_pipeline(str(runs / RUNS["base"]))
-    pipe.to(torch.float16).save_pretrained(SHIPPED / "base")
+    pipe.to(torch.float16)
+    pipe.text_encoder.float()  # transformers loads what is stored, diffusers float32: a plain from_pretrained must give one precision
+    pipe.save_pretrained(SHIPPED / "base")
     from deradiff.tiny import load_clip
 
     for name in ("clip", "pickscore", "hpsv2"):

@@ -21,6 +21,8 @@ def test_the_base_is_a_plain_pipeline_of_half_precision():
     files = list(SHIPPED.rglob("*"))
     assert sum(f.stat().st_size for f in files if f.is_file()) < 10e6
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl", ".py")]
+    assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()} == {torch.float32}
+    assert pipe(shapes.CAPTIONS[0], num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
     stored = DiffusionPipeline.from_pretrained(SHIPPED / "base", dtype=torch.float16).unet.state_dict()
     assert all(torch.equal(v, stored[k].float()) for k, v in pipe.unet.state_dict().items())
 
