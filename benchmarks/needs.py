@@ -20,27 +20,58 @@ def needs(family: str, method: str) -> Needs:
     lora = LoraConfig(r=RANK, target_modules=list(FAMILIES[family].lora_targets))
     optimizer = recipe.optimizer if method == "full" else "adamw"
     return dpo_needs(
-        DENOISERS[family], side, side, recipe.steps, recipe.pairs, GPUS["A100-80GB"].tflops, method=method, lora=lora, optimizer=optimizer,
+        DENOISERS[family],
+        side,
+        side,
+        recipe.steps,
+        recipe.pairs,
+        GPUS["A100-80GB"].tflops,
+        method=method,
+        lora=lora,
+        optimizer=optimizer,
         checkpointing=recipe.checkpointing,
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
-    head = ["recipe", "EFLOP", *(f"h, {name}" for name in GPUS), "GB a GPU", "fits", "cache, GB", "data set, GB"]
+    head = [
+        "recipe",
+        "EFLOP",
+        *(f"h, {name}" for name in GPUS),
+        "GB a GPU",
+        "fits",
+        "cache, GB",
+        "data set, GB",
+    ]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for family in RECIPES:
         side = DENOISERS[family]["sample_size"]
-        cache = cache_bytes(DENOISERS[family], side, side, 2 * DATA.rows, DATA.captions or DATA.rows)
+        cache = cache_bytes(
+            DENOISERS[family], side, side, 2 * DATA.rows, DATA.captions or DATA.rows
+        )
         for method in ("full", "lora"):
             found = needs(family, method)
-            hours = [f"{found.hours * GPUS['A100-80GB'].tflops / gpu.tflops:,.0f}" for gpu in GPUS.values()]
-            fits = ", ".join(name for name, gpu in GPUS.items() if found.memory < gpu.memory) or "none"
-            row = [f"{family} {method}", f"{found.flops / 1e18:.1f}", *hours, f"{found.memory / 1e9:.1f}", fits]
+            hours = [
+                f"{found.hours * GPUS['A100-80GB'].tflops / gpu.tflops:,.0f}"
+                for gpu in GPUS.values()
+            ]
+            fits = (
+                ", ".join(name for name, gpu in GPUS.items() if found.memory < gpu.memory) or "none"
+            )
+            row = [
+                f"{family} {method}",
+                f"{found.flops / 1e18:.1f}",
+                *hours,
+                f"{found.memory / 1e9:.1f}",
+                fits,
+            ]
             print("| " + " | ".join([*row, f"{cache / 1e9:.0f}", f"{DATA.bytes / 1e9:.0f}"]) + " |")
     print(
         f"\nGPU-hours at {UTILISATION:.0%} of the peak, which is assumed; memory without sharding, a lower bound (see deradiff/needs.py)."
     )
-    print(f"LoRA: rank {RANK}. Data: Pick-a-Pic v2, ties and unlabelled rows too.\n\nThe paper's row: {published_dpo().why}")
+    print(
+        f"LoRA: rank {RANK}. Data: Pick-a-Pic v2, ties and unlabelled rows too.\n\nThe paper's row: {published_dpo().why}"
+    )
 
 
 if __name__ == "__main__":

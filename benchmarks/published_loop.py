@@ -27,7 +27,9 @@ def sample(
     scheduler, generator = pipe.scheduler, torch.Generator().manual_seed(seed)
     device, dtype = pipe.unet.device, pipe.unet.dtype
     scheduler.set_timesteps(steps, device=device)
-    latents = torch.randn(1, *shape, generator=generator).to(device, dtype) * scheduler.init_noise_sigma
+    latents = (
+        torch.randn(1, *shape, generator=generator).to(device, dtype) * scheduler.init_noise_sigma
+    )
     conditioning = _conditioning(prompt, shape, device, dtype)
     for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(torch.cat([latents, latents]), t)
@@ -39,11 +41,16 @@ def sample(
     return latents
 
 
-def _conditioning(prompt: dict[str, Tensor], shape: tuple[int, ...], device: Any, dtype: Any) -> dict[str, Any]:
+def _conditioning(
+    prompt: dict[str, Tensor], shape: tuple[int, ...], device: Any, dtype: Any
+) -> dict[str, Any]:
     text = torch.cat([prompt["negative_prompt_embeds"], prompt["prompt_embeds"]])
     if "pooled_prompt_embeds" not in prompt:
         return {"encoder_hidden_states": text}
     side = 8 * shape[-1]
     pooled = torch.cat([prompt["negative_pooled_prompt_embeds"], prompt["pooled_prompt_embeds"]])
     sizes = torch.tensor([[side, side, 0, 0, side, side]] * 2, device=device, dtype=dtype)
-    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    return {
+        "encoder_hidden_states": text,
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes},
+    }

@@ -24,8 +24,15 @@ from deradiff.runs import ASSETS, write_atomic
 from deradiff.scorers import load_scorer
 
 SHIPPED = ASSETS / "shapes"
-TOLERANCE = 0.05  # of a share, and of a PSNR in tens of dB: what another processor's arithmetic may move
-RUNS = {"base": "shapes-base/pipeline", "clip": "shapes-clip/clip", "pickscore": "shapes-pickscore/clip", "hpsv2": "shapes-hpsv2/clip"}
+TOLERANCE = (
+    0.05  # of a share, and of a PSNR in tens of dB: what another processor's arithmetic may move
+)
+RUNS = {
+    "base": "shapes-base/pipeline",
+    "clip": "shapes-clip/clip",
+    "pickscore": "shapes-pickscore/clip",
+    "hpsv2": "shapes-hpsv2/clip",
+}
 
 
 def renders(count: int, seed: int) -> tuple[list[Image.Image], list[str]]:
@@ -39,7 +46,9 @@ def renders(count: int, seed: int) -> tuple[list[Image.Image], list[str]]:
 def zero_shot(scorer: Any, images: list[Image.Image], captions: list[str]) -> float:
     """Share of pictures whose own caption scores highest among all 300."""
     scores = scorer.encode_images(images) @ scorer.encode_prompts(shapes.CAPTIONS).T
-    return float(np.mean([shapes.CAPTIONS[i] == c for i, c in zip(scores.argmax(1).tolist(), captions)]))
+    return float(
+        np.mean([shapes.CAPTIONS[i] == c for i, c in zip(scores.argmax(1).tolist(), captions)])
+    )
 
 
 def ordered(scorer: Any, reward: Any, count: int = 1000) -> float:
@@ -59,13 +68,22 @@ def sampled(base: Path, captions: list[str]) -> list[Image.Image]:
     for start in range(0, len(captions), 64):
         part = captions[start : start + 64]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        images += pipe(part, num_inference_steps=20, guidance_scale=2.5, height=32, width=32, generator=generators).images
+        images += pipe(
+            part,
+            num_inference_steps=20,
+            guidance_scale=2.5,
+            height=32,
+            width=32,
+            generator=generators,
+        ).images
     return images
 
 
 def measure(folders: dict[str, Path]) -> dict[str, float]:
     """Every figure that the README and the tests hold the shipped models to."""
-    scorers = {name: load_scorer(name, str(folders[name])) for name in ("clip", "pickscore", "hpsv2")}
+    scorers = {
+        name: load_scorer(name, str(folders[name])) for name in ("clip", "pickscore", "hpsv2")
+    }
     images, captions = renders(300, seed=0)
     vae = load_pipeline(str(folders["base"])).vae
     with torch.no_grad():
@@ -85,10 +103,15 @@ def measure(folders: dict[str, Path]) -> dict[str, float]:
         "judge_samples_all": float(right["all"].mean()),
         "judge_samples_all_held_out_captions": float(right["all"][:held].mean()),
     }
-    found |= {f"judge_samples_{head}": float(right[head].mean()) for head in ("size", "colour", "shape", "background")}
+    found |= {
+        f"judge_samples_{head}": float(right[head].mean())
+        for head in ("size", "colour", "shape", "background")
+    }
     for size in shapes.RADII:
         for shape in shapes.SHAPES:
-            chosen = [shapes.scene_of(c).size == size and shapes.scene_of(c).shape == shape for c in asked]
+            chosen = [
+                shapes.scene_of(c).size == size and shapes.scene_of(c).shape == shape for c in asked
+            ]
             found[f"judge_samples_shape_{size}_{shape}"] = float(right["shape"][chosen].mean())
     return {k: round(v, 4) for k, v in found.items()}
 
@@ -111,12 +134,21 @@ def ship(runs: Path) -> None:
 
 
 def compare(runs: Path) -> None:
-    shipped, now = json.loads((SHIPPED / "metrics.json").read_text()), measure({name: runs / path for name, path in RUNS.items()})
-    far = {k: (shipped[k], v) for k, v in now.items() if abs(v - shipped[k]) > TOLERANCE * (10 if k.endswith("_db") else 1)}
+    shipped, now = (
+        json.loads((SHIPPED / "metrics.json").read_text()),
+        measure({name: runs / path for name, path in RUNS.items()}),
+    )
+    far = {
+        k: (shipped[k], v)
+        for k, v in now.items()
+        if abs(v - shipped[k]) > TOLERANCE * (10 if k.endswith("_db") else 1)
+    }
     for name, value in now.items():
         print(f"{name:42} shipped {shipped[name]:8.4f}   now {value:8.4f}")
     if far:
-        sys.exit(f"the experiments no longer make what is shipped: {', '.join(far)} differ by more than {TOLERANCE}")
+        sys.exit(
+            f"the experiments no longer make what is shipped: {', '.join(far)} differ by more than {TOLERANCE}"
+        )
 
 
 if __name__ == "__main__":

@@ -22,10 +22,13 @@ from typing import Any
 import torch
 
 SAVINGS = {  # each variant is the one before it with one more saving; the published way is `published`
-    "split": "published, winner and loser in forwards of their own", "published": "published: a second network, encoders in the loop",
-    "cache": "+ latents and texts cached", "adapter": "+ LoRA without a second network", "errors": "+ reference errors known",
+    "split": "published, winner and loser in forwards of their own",
+    "published": "published: a second network, encoders in the loop",
+    "cache": "+ latents and texts cached",
+    "adapter": "+ LoRA without a second network",
+    "errors": "+ reference errors known",
     "compile": "+ torch.compile of repeated blocks",
-}  # fmt: skip
+}
 PEAK = 790e12  # FLOP/s that an H200 reaches on large bf16 matrix products
 PAIRS, CAPTIONS = 16, ("a red circle", "a blue square", "a green cross", "a small yellow star")
 
@@ -44,19 +47,30 @@ def prepare(folder: Path, shape: str) -> None:
     torch.manual_seed(0)
     if shape == "sdxl":
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            unet, vae = UNet2DConditionModel.from_config(DENOISERS["sdxl"]), AutoencoderKL.from_config(AUTOENCODER)
+            unet, vae = (
+                UNet2DConditionModel.from_config(DENOISERS["sdxl"]),
+                AutoencoderKL.from_config(AUTOENCODER),
+            )
         pipe = sdxl_pipeline(unet.to(torch.bfloat16), vae.to(torch.bfloat16), CAPTIONS)
     else:
         channels = (32, 32, 32) if shape == "small" else (96, 192, 384)
         unet = UNet2DConditionModel(
-            sample_size=16, block_out_channels=channels, layers_per_block=2, cross_attention_dim=256, attention_head_dim=8,
-            down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
-        )  # fmt: skip
+            sample_size=16,
+            block_out_channels=channels,
+            layers_per_block=2,
+            cross_attention_dim=256,
+            attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+        )
         levels = (32,) * 4 if shape == "small" else (32, 64, 128, 128)
         vae = AutoencoderKL(
-            block_out_channels=levels, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4, sample_size=128,
-        )  # fmt: skip
+            block_out_channels=levels,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            sample_size=128,
+        )
         pipe = sd_pipeline(unet, vae, CAPTIONS)
     pipe.save_pretrained(folder / "base")
     write_noise_pairs(folder / "pairs.parquet", PAIRS, 1024 if shape == "sdxl" else 128, CAPTIONS)
@@ -84,18 +98,33 @@ class Worker:
         cache, parts = None, {}
         if "cache" in wanted:
             cache = Cache(folder / "cache", encoders_key(base), data, resolution)
-            cache.build(lambda: load_pipeline(base, dtype=dtype, unet=None).to(self.device), progress=False)
+            cache.build(
+                lambda: load_pipeline(base, dtype=dtype, unet=None).to(self.device), progress=False
+            )
             parts = described_encoders(base, None, None, dtype)
         pipe = load_pipeline(base, dtype=dtype, **parts)
         family, network = family_of(pipe), pipe.unet.to(self.device)
-        self.second = copy.deepcopy(network).requires_grad_(False) if "adapter" not in wanted and method == "lora" else None
+        self.second = (
+            copy.deepcopy(network).requires_grad_(False)
+            if "adapter" not in wanted and method == "lora"
+            else None
+        )
         network.requires_grad_(method == "full")
         if method == "full" and self.half:
             network.float()
         if method == "lora":
-            network.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(family.lora_targets), init_lora_weights="gaussian"))
+            network.add_adapter(
+                LoraConfig(
+                    r=16,
+                    lora_alpha=16,
+                    target_modules=list(family.lora_targets),
+                    init_lora_weights="gaussian",
+                )
+            )
             for parameter in network.parameters():
-                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+                parameter.data = (
+                    parameter.data.float() if parameter.requires_grad else parameter.data
+                )
         if shape == "sdxl":
             network.enable_gradient_checkpointing()
         if "compile" in wanted:
@@ -103,7 +132,9 @@ class Worker:
         card = AnchorCard(base_model="random", family=family.name, method=method, beta=2000.0)
         errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in wanted else None
         known = errors is not None and errors.covers(*Examples(data, 0).span(0, PAIRS))
-        self.objective = DPO(pipe, resolution, cache, 0.0, beta=2000.0, card=card, errors=errors, complete=known)
+        self.objective = DPO(
+            pipe, resolution, cache, 0.0, beta=2000.0, card=card, errors=errors, complete=known
+        )
         if self.second is not None:
             self.objective.copy = self.second
         if variant == "split":
@@ -117,7 +148,9 @@ class Worker:
 
     def _split(self) -> None:
         whole = self.objective.predict
-        self.objective.predict = lambda network, noisy, *more: torch.cat([whole(network, part, *more) for part in noisy.split(1)])  # type: ignore[method-assign]
+        self.objective.predict = lambda network, noisy, *more: torch.cat(
+            [whole(network, part, *more) for part in noisy.split(1)]
+        )  # type: ignore[method-assign]
 
     def step(self) -> None:
         start = self.steps * self.batch % PAIRS
@@ -139,13 +172,24 @@ class Worker:
                 self.step()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            print(json.dumps({"seconds": time.perf_counter() - start, "memory": _peak(self.device) - base}), flush=True)
+            print(
+                json.dumps(
+                    {"seconds": time.perf_counter() - start, "memory": _peak(self.device) - base}
+                ),
+                flush=True,
+            )
 
 
 def _peak(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * float(next(x.split()[1] for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")))
+    return 1024 * float(
+        next(
+            x.split()[1]
+            for x in Path("/proc/self/status").read_text().splitlines()
+            if x.startswith("VmHWM")
+        )
+    )
 
 
 def _process(options: argparse.Namespace) -> float:
@@ -170,7 +214,12 @@ def _forget_peak(device: torch.device) -> None:
 
 def work(options: argparse.Namespace) -> None:
     import peft  # noqa: F401
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: F401
+    from diffusers import (
+        AutoencoderKL,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     import deradiff.objectives.diffusion  # noqa: F401
@@ -188,14 +237,24 @@ def work(options: argparse.Namespace) -> None:
 
 def measure(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Median seconds of a step and peak memory of each variant, in turns; one variant at a time holds the GPU's memory there."""
-    command = [sys.executable, "-m", "benchmarks.train", "--method", method, "--folder", str(options.folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train",
+        "--method",
+        method,
+        "--folder",
+        str(options.folder),
+    ]
     command += ["--shape", options.shape, "--batch", str(options.batch)]
     subprocess.run(
         [*command, "--work", "errors"], input="", text=True, check=True, stdout=subprocess.DEVNULL
     )  # an earlier run of another beta
     workers = {}
     for name in variants(method):
-        workers[name] = subprocess.Popen([*command, "--work", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        workers[name] = subprocess.Popen(
+            [*command, "--work", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         if workers[name].stdout.readline() != "ready\n":
             raise RuntimeError(f"the variant {name} did not start")
     seconds: dict[str, list[float]] = {name: [] for name in workers}
@@ -209,28 +268,48 @@ def measure(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    return [{"variant": n, "seconds": statistics.median(seconds[n]), "memory": memory[n]} for n in workers]
+    return [
+        {"variant": n, "seconds": statistics.median(seconds[n]), "memory": memory[n]}
+        for n in workers
+    ]
 
 
 def table(method: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     base = next(r for r in rows if r["variant"] == "published")
-    lines = [f"| {method} | pairs/s | x published | peak memory, GB | x published |", "|---|---|---|---|---|"]
+    lines = [
+        f"| {method} | pairs/s | x published | peak memory, GB | x published |",
+        "|---|---|---|---|---|",
+    ]
     for r in rows:
-        pace, speed, share = options.batch / r["seconds"], base["seconds"] / r["seconds"], r["memory"] / base["memory"]
-        lines.append(f"| {SAVINGS[r['variant']]} | {pace:.2f} | {speed:.2f} | {r['memory'] / 1e9:.2f} | {share:.2f} |")
+        pace, speed, share = (
+            options.batch / r["seconds"],
+            base["seconds"] / r["seconds"],
+            r["memory"] / base["memory"],
+        )
+        lines.append(
+            f"| {SAVINGS[r['variant']]} | {pace:.2f} | {speed:.2f} | {r['memory'] / 1e9:.2f} | {share:.2f} |"
+        )
     if options.shape == "sdxl":
         from deradiff.compute import denoiser_flops, dpo_step_flops
         from deradiff.published import DENOISERS
 
         forward = denoiser_flops(DENOISERS["sdxl"], 128, 128)
-        flops = dpo_step_flops(forward, options.batch, method, False, True)  # recomputation is no use: it is not counted
-        lines.append(f"\nMFU of the last row against {PEAK / 1e12:.0f} TFLOP/s: {100 * flops / rows[-1]['seconds'] / PEAK:.1f} %")
+        flops = dpo_step_flops(
+            forward, options.batch, method, False, True
+        )  # recomputation is no use: it is not counted
+        lines.append(
+            f"\nMFU of the last row against {PEAK / 1e12:.0f} TFLOP/s: {100 * flops / rows[-1]['seconds'] / PEAK:.1f} %"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("tiny", "sdxl"), default="tiny", help="sdxl needs a GPU")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=("tiny", "sdxl"), default="tiny", help="sdxl needs a GPU"
+    )
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
     parser.add_argument("--rounds", type=int, default=12, help="measured steps of each variant")
     parser.add_argument("--method", choices=("lora", "full"), help="of one worker; both otherwise")

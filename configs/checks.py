@@ -10,7 +10,9 @@ def choice(key: str, value: str | None, allowed: Iterable[str | None]) -> None:
     """value must be one of allowed; None among them is not shown."""
     names = list(allowed)
     if value not in names:
-        raise ValueError(f"{key} must be one of {', '.join(name for name in names if name)}, not {value!r}")
+        raise ValueError(
+            f"{key} must be one of {', '.join(name for name in names if name)}, not {value!r}"
+        )
 
 
 def positive(key: str, value: float) -> None:

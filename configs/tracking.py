@@ -31,9 +31,13 @@ class TrackingConfig:
         if self.kind not in ("wandb", "tensorboard", "none"):
             raise ValueError(f"tracking must be wandb, tensorboard or none, not {self.kind!r}")
         if self.mode not in (None, "online", "offline"):
-            raise ValueError(f"tracking.mode must be online or offline, not {self.mode!r}; tracking=none turns tracking off")
+            raise ValueError(
+                f"tracking.mode must be online or offline, not {self.mode!r}; tracking=none turns tracking off"
+            )
         if self.kind == "tensorboard" and find_spec("tensorboard") is None:
-            raise ValueError("tracking=tensorboard needs a package that is not installed: type pip install tensorboard")
+            raise ValueError(
+                "tracking=tensorboard needs a package that is not installed: type pip install tensorboard"
+            )
 
 
 class Tracker:
@@ -65,24 +69,39 @@ class WandbTracker(Tracker):
         self.run.log(values, step=step)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        shown = [[self.wandb.Image(str(c)) if isinstance(c, Path) else c for c in row] for row in rows]
+        shown = [
+            [self.wandb.Image(str(c)) if isinstance(c, Path) else c for c in row] for row in rows
+        ]
         self.run.log({name: self.wandb.Table(columns=[*columns], data=shown)})
 
     def image(self, name: str, path: Path, caption: str = "") -> None:
-        shown = self.wandb.Html(path.read_text()) if path.suffix == ".svg" else self.wandb.Image(str(path), caption=caption or None)
+        shown = (
+            self.wandb.Html(path.read_text())
+            if path.suffix == ".svg"
+            else self.wandb.Image(str(path), caption=caption or None)
+        )
         self.run.log({name: shown})
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
-        size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+        size = (
+            sum(file.stat().st_size for file in path.rglob("*"))
+            if path.is_dir()
+            else path.stat().st_size
+        )
         if size > LARGEST_ARTIFACT:
-            print(f"W&B: {path} is not uploaded as an artifact: it has {size / 1e9:.1f} GB", file=sys.stderr)
+            print(
+                f"W&B: {path} is not uploaded as an artifact: it has {size / 1e9:.1f} GB",
+                file=sys.stderr,
+            )
             return
         artifact = self.wandb.Artifact(name, type=kind)
         (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
         self.run.log_artifact(artifact)
 
     def uses(self, name: str, kind: str) -> None:
-        self.run.config.update({"inputs": sorted({*self.run.config.get("inputs", []), name})}, allow_val_change=True)
+        self.run.config.update(
+            {"inputs": sorted({*self.run.config.get("inputs", []), name})}, allow_val_change=True
+        )
         if not self.run.offline:  # W&B can link runs only where it can look the other one up
             self.run.use_artifact(f"{name}:latest", type=kind)
 
@@ -103,7 +122,9 @@ class TensorBoardTracker(Tracker):
             import numpy as np
             from PIL import Image
 
-            self.writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), self.step, dataformats="HWC")
+            self.writer.add_image(
+                name, np.asarray(Image.open(path).convert("RGB")), self.step, dataformats="HWC"
+            )
 
 
 class Guarded(Tracker):
@@ -117,7 +138,10 @@ class Guarded(Tracker):
             getattr(self.tracker, method)(*arguments)
         except Exception as error:  # whatever a tracker raises
             if method not in self.told:
-                print(f"{self.stage}: the tracker failed ({method}: {error}); going on without it", file=sys.stderr)
+                print(
+                    f"{self.stage}: the tracker failed ({method}: {error}); going on without it",
+                    file=sys.stderr,
+                )
             self.told.add(method)
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
@@ -138,7 +162,12 @@ class Guarded(Tracker):
 
 @contextmanager
 def tracker(
-    tracking: TrackingConfig, stage: str, run_dir: Path, config: dict[str, Any], main_process: bool = True, group: str = ""
+    tracking: TrackingConfig,
+    stage: str,
+    run_dir: Path,
+    config: dict[str, Any],
+    main_process: bool = True,
+    group: str = "",
 ) -> Iterator[Tracker]:
     """The stage's tracker. group: where the config names none. W&B writes offline where no key is set; a tracker that cannot start or
     fails on the way is named and the run goes on without it."""
@@ -150,25 +179,49 @@ def tracker(
             start = _wandb if tracking.kind == "wandb" else _tensorboard
             started: Tracker = start(tracking, stage, run_dir, config, group, stack)
         except Exception as error:
-            print(f"{stage}: the tracker {tracking.kind} did not start ({error}); going on without it", file=sys.stderr)
+            print(
+                f"{stage}: the tracker {tracking.kind} did not start ({error}); going on without it",
+                file=sys.stderr,
+            )
             started = Tracker()
         yield Guarded(started, stage)
 
 
-def _wandb(tracking: TrackingConfig, stage: str, run_dir: Path, config: dict[str, Any], group: str, stack: ExitStack) -> Tracker:
+def _wandb(
+    tracking: TrackingConfig,
+    stage: str,
+    run_dir: Path,
+    config: dict[str, Any],
+    group: str,
+    stack: ExitStack,
+) -> Tracker:
     import wandb
 
     keyed = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
     mode: Any = tracking.mode or (None if keyed else "offline")
     run = wandb.init(
-        project=tracking.project, group=(tracking.group or group)[:128] or None, job_type=stage, name=run_dir.name,
-        id=f"{stage}-{run_dir.name}"[:128], dir=str(run_dir), config=config, mode=mode,
-        resume="allow", settings=wandb.Settings(silent=True),
-    )  # fmt: skip
+        project=tracking.project,
+        group=(tracking.group or group)[:128] or None,
+        job_type=stage,
+        name=run_dir.name,
+        id=f"{stage}-{run_dir.name}"[:128],
+        dir=str(run_dir),
+        config=config,
+        mode=mode,
+        resume="allow",
+        settings=wandb.Settings(silent=True),
+    )
     return WandbTracker(stack.enter_context(run))
 
 
-def _tensorboard(tracking: TrackingConfig, stage: str, run_dir: Path, config: dict[str, Any], group: str, stack: ExitStack) -> Tracker:
+def _tensorboard(
+    tracking: TrackingConfig,
+    stage: str,
+    run_dir: Path,
+    config: dict[str, Any],
+    group: str,
+    stack: ExitStack,
+) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run_dir / "tensorboard"))

@@ -10,9 +10,13 @@ if TYPE_CHECKING:
     from deradiff.realign import realign
 
 _HOME = {
-    "realign": "realign", "bake": "bake",
-    "load_anchor": "anchors", "save_anchor": "anchors", "Anchor": "anchors", "AnchorCard": "anchors",
-}  # fmt: skip
+    "realign": "realign",
+    "bake": "bake",
+    "load_anchor": "anchors",
+    "save_anchor": "anchors",
+    "Anchor": "anchors",
+    "AnchorCard": "anchors",
+}
 
 __all__ = ["Anchor", "AnchorCard", "bake", "load_anchor", "realign", "save_anchor"]
 

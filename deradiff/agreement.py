@@ -57,7 +57,9 @@ def equivalence(difference: Array, margin: float | Array) -> Equivalence:
     if np.ndim(margin):
         p = max(p, 2 * student.sf(_t(band)))
     half = student.ppf(1 - ALPHA) * difference.std(ddof=1) / np.sqrt(prompts)
-    return Equivalence(float(p), bool(p < ALPHA), float(difference.mean() - half), float(difference.mean() + half))
+    return Equivalence(
+        float(p), bool(p < ALPHA), float(difference.mean() - half), float(difference.mean() + half)
+    )
 
 
 def win_share(wins: Array) -> Estimate:
@@ -73,8 +75,12 @@ def win_share(wins: Array) -> Estimate:
         raise ValueError("a win rate needs at least one prompt")
     rate, z2 = wins.mean(), NORMAL**2
     centre = (rate + z2 / (2 * prompts)) / (1 + z2 / prompts)
-    half = NORMAL / (1 + z2 / prompts) * np.sqrt(rate * (1 - rate) / prompts + z2 / (4 * prompts**2))
-    return Estimate(float(100 * rate), float(100 * max(centre - half, 0)), float(100 * min(centre + half, 1)))
+    half = (
+        NORMAL / (1 + z2 / prompts) * np.sqrt(rate * (1 - rate) / prompts + z2 / (4 * prompts**2))
+    )
+    return Estimate(
+        float(100 * rate), float(100 * max(centre - half, 0)), float(100 * min(centre + half, 1))
+    )
 
 
 def win_rate(model: Array, other: Array) -> Estimate:
@@ -106,7 +112,11 @@ def limits_of_agreement(differences: Array) -> LimitsOfAgreement:
         raise ValueError("limits of agreement need at least two differences")
     bias, deviation = values.mean(), values.std(ddof=1)
     half = stats.t.ppf((1 + LEVEL) / 2, count - 1) * deviation / np.sqrt(count)
-    near, far = stats.nct.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], count - 1, NORMAL * np.sqrt(count)) * deviation / np.sqrt(count)
+    near, far = (
+        stats.nct.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], count - 1, NORMAL * np.sqrt(count))
+        * deviation
+        / np.sqrt(count)
+    )
     return LimitsOfAgreement(
         bias=Estimate(float(bias), float(bias - half), float(bias + half)),
         lower=Estimate(float(bias - NORMAL * deviation), float(bias - far), float(bias - near)),

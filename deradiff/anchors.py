@@ -16,13 +16,24 @@ from torch import nn
 
 from deradiff import remote
 from deradiff.families import FAMILIES, checkpoint_family
-from deradiff.formats.lora_files import PEFT_CONFIG, PEFT_FILE, LoraWeights, check_config, keys_of, read_lora
+from deradiff.formats.lora_files import (
+    PEFT_CONFIG,
+    PEFT_FILE,
+    LoraWeights,
+    check_config,
+    keys_of,
+    read_lora,
+)
 from deradiff.formats.single_files import original_family, read_network
 from deradiff.runs import write_atomic
 
 CARD = "anchor.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-ADAPTER_SIGNS = ("lora", "hada_", "lokr_")  # in the names of an adapter's tensors, and in no network's
+ADAPTER_SIGNS = (
+    "lora",
+    "hada_",
+    "lokr_",
+)  # in the names of an adapter's tensors, and in no network's
 
 
 @dataclass(kw_only=True)
@@ -57,7 +68,9 @@ class AnchorCard:
         if self.method not in ("lora", "full"):
             raise ValueError(f"an anchor's method is lora or full, not {self.method!r}")
         if self.beta is not None and not (isinstance(self.beta, int | float) and self.beta > 0):
-            raise ValueError(f"an anchor's beta is a number above 0, or null where it is not known, not {self.beta!r}")
+            raise ValueError(
+                f"an anchor's beta is a number above 0, or null where it is not known, not {self.beta!r}"
+            )
 
 
 @dataclass
@@ -84,7 +97,9 @@ class Anchor:
         """The full anchor's network, of the class of `like`, for inference. Read again when another dtype is asked for: casts lose bits."""
         if self._network is None or self._network.dtype != dtype:
             if self.weights.endswith(".safetensors"):
-                self._network = read_network(self.file(self.weights), like, dtype, f"the anchor {self.source}")
+                self._network = read_network(
+                    self.file(self.weights), like, dtype, f"the anchor {self.source}"
+                )
             else:
                 self._network = self._pretrained(like, dtype)
             self._network.requires_grad_(False)
@@ -93,13 +108,23 @@ class Anchor:
         return self._network
 
     def _pretrained(self, like: Any, dtype: torch.dtype) -> nn.Module:
-        where: dict[str, Any] = {"subfolder": self.weights or None, "revision": self.revision, "variant": self.variant}
+        where: dict[str, Any] = {
+            "subfolder": self.weights or None,
+            "revision": self.revision,
+            "variant": self.variant,
+        }
         try:
-            network, read = type(like).from_pretrained(self.root, **where, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            network, read = type(like).from_pretrained(
+                self.root, **where, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
         except OSError as error:
-            raise ValueError(f"the anchor {self.source} holds no safetensors weights that diffusers can read: {error}") from error
+            raise ValueError(
+                f"the anchor {self.source} holds no safetensors weights that diffusers can read: {error}"
+            ) from error
         if read["missing_keys"]:  # diffusers would leave them random
-            raise ValueError(f"the anchor {self.source} holds no whole {type(like).__name__}: {min(read['missing_keys'])} is missing")
+            raise ValueError(
+                f"the anchor {self.source} holds no whole {type(like).__name__}: {min(read['missing_keys'])} is missing"
+            )
         return network
 
     def lora(self, pipe: Any) -> LoraWeights:
@@ -108,7 +133,11 @@ class Anchor:
 
     def file(self, name: str) -> Path:
         """A file of the anchor's, fetched from the hub where it lies there."""
-        return Path(self.root) / name if Path(self.root).is_dir() else remote.fetch(self.root, name, self.revision)
+        return (
+            Path(self.root) / name
+            if Path(self.root).is_dir()
+            else remote.fetch(self.root, name, self.revision)
+        )
 
 
 def save_anchor(path: Path, denoiser: nn.Module, card: AnchorCard) -> None:
@@ -125,9 +154,17 @@ def save_anchor(path: Path, denoiser: nn.Module, card: AnchorCard) -> None:
         from peft.utils import get_peft_model_state_dict
 
         config = denoiser.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
-        metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        layers = {f"{family.denoiser}_lora_layers": get_peft_model_state_dict(denoiser, adapter_name="default")}
-        getattr(diffusers, family.pipeline).save_lora_weights(path, **layers, **{f"{family.denoiser}_lora_adapter_metadata": metadata})
+        metadata = {
+            key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+        }
+        layers = {
+            f"{family.denoiser}_lora_layers": get_peft_model_state_dict(
+                denoiser, adapter_name="default"
+            )
+        }
+        getattr(diffusers, family.pipeline).save_lora_weights(
+            path, **layers, **{f"{family.denoiser}_lora_adapter_metadata": metadata}
+        )
     write_atomic(path / CARD, json.dumps(asdict(card), indent=2) + "\n")
 
 
@@ -145,11 +182,30 @@ def load_anchor(source: str | Path | Anchor, revision: str | None = None) -> Anc
     root, names, file = _find(source, revision)
     card = _card(_read(root, CARD, revision), source) if CARD in names else None
     # TRL saves its LoRA beside the whole pipeline, whose UNet then has its layers wrapped: the LoRA is the anchor.
-    whole = None if file or LORA_FILE in names or PEFT_FILE in names else _whole(root, names, revision)
+    whole = (
+        None if file or LORA_FILE in names or PEFT_FILE in names else _whole(root, names, revision)
+    )
     if whole:
         folder, family = whole
-        return Anchor(source, root, folder, "full", card, card.family if card else family, revision, _variant(names, folder))
-    anchor = Anchor(source, root, file or _only_file(names, source), "lora", card, card.family if card else None, revision)
+        return Anchor(
+            source,
+            root,
+            folder,
+            "full",
+            card,
+            card.family if card else family,
+            revision,
+            _variant(names, folder),
+        )
+    anchor = Anchor(
+        source,
+        root,
+        file or _only_file(names, source),
+        "lora",
+        card,
+        card.family if card else None,
+        revision,
+    )
     if anchor.weights == PEFT_FILE and PEFT_CONFIG in names:
         anchor.peft = _read(root, PEFT_CONFIG, revision)
         check_config(anchor.peft, f"the LoRA anchor {source}")
@@ -169,7 +225,9 @@ def check_anchor_family(source: str | Path | Anchor, family: str) -> Anchor:
     """The anchor, after ValueError for one that its card, index or config says is of another family. Reads no weights."""
     anchor = load_anchor(source)
     if anchor.family not in (None, family):
-        raise ValueError(f"the anchor {anchor.source} is of family {anchor.family} and the pipeline of {family}: give both of one family")
+        raise ValueError(
+            f"the anchor {anchor.source} is of family {anchor.family} and the pipeline of {family}: give both of one family"
+        )
     return anchor
 
 
@@ -177,26 +235,44 @@ def _find(source: str, revision: str | None) -> tuple[str, list[str], str | None
     """The folder or hub id, the names of the files in it that may say something about an anchor, and the one that was asked for."""
     path = Path(source)
     if path.is_file():
-        return str(path.parent), [name for name in (path.name, PEFT_CONFIG) if (path.parent / name).is_file()], path.name
+        return (
+            str(path.parent),
+            [name for name in (path.name, PEFT_CONFIG) if (path.parent / name).is_file()],
+            path.name,
+        )
     if path.is_dir():
-        path = path / "anchor" if (path / "anchor" / CARD).is_file() else path  # a train run's directory
+        path = (
+            path / "anchor" if (path / "anchor" / CARD).is_file() else path
+        )  # a train run's directory
         found = (*path.glob("*"), *path.glob("*/config.json"), *path.glob("*/*.safetensors*"))
-        return str(path), [file.relative_to(path).as_posix() for file in found if file.is_file()], None
+        return (
+            str(path),
+            [file.relative_to(path).as_posix() for file in found if file.is_file()],
+            None,
+        )
     parts = source.split("/")
     file = parts[2] if len(parts) == 3 and source.endswith(".safetensors") else None
     repo = "/".join(parts[:2])
     if not remote.is_hub_id(repo) or len(parts) != (3 if file else 2):
-        raise ValueError(f"there is no anchor {source}: give a folder or LoRA file that exists, or a hub id such as org/name")
+        raise ValueError(
+            f"there is no anchor {source}: give a folder or LoRA file that exists, or a hub id such as org/name"
+        )
     try:
         return *remote.listing(repo, revision), file
     except OSError as error:
         said = f"no local folder, and the hub did not list it ({error})"
-        raise ValueError(f"there is no anchor {repo}: {said}; give a folder that exists or a hub id such as org/name") from error
+        raise ValueError(
+            f"there is no anchor {repo}: {said}; give a folder that exists or a hub id such as org/name"
+        ) from error
 
 
 def _read(root: str, name: str, revision: str | None) -> dict[str, Any]:
     """A small json file of a folder or hub id."""
-    return json.loads((Path(root) / name).read_text()) if Path(root).is_dir() else remote.fetch_json(root, name, revision)
+    return (
+        json.loads((Path(root) / name).read_text())
+        if Path(root).is_dir()
+        else remote.fetch_json(root, name, revision)
+    )
 
 
 def _only_file(names: list[str], source: str) -> str:
@@ -219,9 +295,15 @@ def _keys(anchor: Anchor) -> list[str]:
     try:
         if Path(anchor.root).is_dir():
             return keys_of(anchor.file(anchor.weights))
-        return list(parse_safetensors_file_metadata(anchor.root, anchor.weights, revision=anchor.revision).tensors)
+        return list(
+            parse_safetensors_file_metadata(
+                anchor.root, anchor.weights, revision=anchor.revision
+            ).tensors
+        )
     except Exception as error:  # no such file there, no network, or a file of something else
-        raise ValueError(f"{anchor.source} is no safetensors file that can be read ({type(error).__name__})") from error
+        raise ValueError(
+            f"{anchor.source} is no safetensors file that can be read ({type(error).__name__})"
+        ) from error
 
 
 def _whole(root: str, names: list[str], revision: str | None) -> tuple[str, str] | None:
@@ -229,7 +311,11 @@ def _whole(root: str, names: list[str], revision: str | None) -> tuple[str, str]
     for folder in (*dict.fromkeys(family.denoiser for family in FAMILIES.values()), ""):
         name = f"{folder}/config.json".removeprefix("/")
         config = _read(root, name, revision) if name in names else {}
-        fits = [family.name for family in FAMILIES.values() if family.denoiser_class == config.get("_class_name")]
+        fits = [
+            family.name
+            for family in FAMILIES.values()
+            if family.denoiser_class == config.get("_class_name")
+        ]
         if fits and "model_index.json" in names:
             return folder, checkpoint_family(root, revision).name
         if fits:  # SDXL's UNet is told more than the text
@@ -239,9 +325,21 @@ def _whole(root: str, names: list[str], revision: str | None) -> tuple[str, str]
 
 def _variant(names: list[str], folder: str) -> str | None:
     """`fp16` where a denoiser's weights are there in that variant alone."""
-    stems = {name.removeprefix(f"{folder}/").split(".", 1)[-1] for name in names if folder in ("", name.split("/")[0])}
+    stems = {
+        name.removeprefix(f"{folder}/").split(".", 1)[-1]
+        for name in names
+        if folder in ("", name.split("/")[0])
+    }
     plain = any(stem in ("safetensors", "safetensors.index.json") for stem in stems)
-    return "fp16" if not plain and any(stem.startswith("fp16.safetensors") or stem.endswith("index.fp16.json") for stem in stems) else None
+    return (
+        "fp16"
+        if not plain
+        and any(
+            stem.startswith("fp16.safetensors") or stem.endswith("index.fp16.json")
+            for stem in stems
+        )
+        else None
+    )
 
 
 def _card(values: dict[str, Any], source: str) -> AnchorCard:
@@ -249,4 +347,6 @@ def _card(values: dict[str, Any], source: str) -> AnchorCard:
     try:
         return AnchorCard(**{key: value for key, value in values.items() if key in known})
     except TypeError as error:
-        raise ValueError(f"the card {source}/{CARD} is incomplete: {str(error).removeprefix('AnchorCard.__init__() ')}") from error
+        raise ValueError(
+            f"the card {source}/{CARD} is incomplete: {str(error).removeprefix('AnchorCard.__init__() ')}"
+        ) from error

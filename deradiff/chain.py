@@ -63,10 +63,17 @@ def realigned_chain(
             lams = [_bounded(lams[0], factors[i], differences[0], trust_region / len(factors))]
         weights = [1 - sum(lams), *lams]
 
-        p = weighted_mixture([transition(scheduler, t, x, out, eta, previous=previous, index=i) for out in outputs], weights)
+        p = weighted_mixture(
+            [transition(scheduler, t, x, out, eta, previous=previous, index=i) for out in outputs],
+            weights,
+        )
         mixed = outputs[0][:, : x.shape[1]] + sum(value * d for value, d in zip(lams, differences))
-        previous = data_prediction(scheduler, t, x, mixed, index=i)  # the history of multistep samplers is the mixed chain's
-        x = p.mean + p.variance.sqrt() * randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        previous = data_prediction(
+            scheduler, t, x, mixed, index=i
+        )  # the history of multistep samplers is the mixed chain's
+        x = p.mean + p.variance.sqrt() * randn_tensor(
+            x.shape, generator=generator, device=x.device, dtype=x.dtype
+        )
 
         if cloud.count > 1:
             cloud.reweigh(log_weight(factors[i], lams, differences))

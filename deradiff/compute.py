@@ -16,30 +16,54 @@ def meta_denoiser(config: Mapping[str, Any]) -> Any:
     import torch
 
     with torch.device("meta"):
-        return getattr(diffusers, config.get("_class_name", "UNet2DConditionModel")).from_config(dict(config))
+        return getattr(diffusers, config.get("_class_name", "UNet2DConditionModel")).from_config(
+            dict(config)
+        )
 
 
-def denoiser_inputs(config: Mapping[str, Any], height: int, width: int, tokens: int = 77) -> dict[str, Any]:
+def denoiser_inputs(
+    config: Mapping[str, Any], height: int, width: int, tokens: int = 77
+) -> dict[str, Any]:
     """Meta tensors for one forward on one latent image (pixels / 8), under the names of the denoiser's forward."""
     import torch
 
     zeros = lambda *shape: torch.zeros(1, *shape, device="meta")  # noqa: E731
     kind = config.get("_class_name", "UNet2DConditionModel")
-    if kind == "FluxTransformer2DModel":  # rows of 2 x 2 latents; every row and token has three coordinates
+    if (
+        kind == "FluxTransformer2DModel"
+    ):  # rows of 2 x 2 latents; every row and token has three coordinates
         rows = (height // 2) * (width // 2)
-        ids = {"img_ids": zeros(rows, 3)[0], "txt_ids": zeros(tokens, 3)[0]} | ({"guidance": zeros()} if config["guidance_embeds"] else {})
-        image, text = zeros(rows, config["in_channels"]), zeros(tokens, config["joint_attention_dim"])
+        ids = {"img_ids": zeros(rows, 3)[0], "txt_ids": zeros(tokens, 3)[0]} | (
+            {"guidance": zeros()} if config["guidance_embeds"] else {}
+        )
+        image, text = (
+            zeros(rows, config["in_channels"]),
+            zeros(tokens, config["joint_attention_dim"]),
+        )
         pooled = {"pooled_projections": zeros(config["pooled_projection_dim"])}
-        return {"hidden_states": image, "encoder_hidden_states": text, "timestep": zeros()} | pooled | ids
+        return (
+            {"hidden_states": image, "encoder_hidden_states": text, "timestep": zeros()}
+            | pooled
+            | ids
+        )
     image = zeros(config["in_channels"], height, width)
     if kind == "SD3Transformer2DModel":
-        text, pooled = zeros(tokens, config["joint_attention_dim"]), {"pooled_projections": zeros(config["pooled_projection_dim"])}
+        text, pooled = (
+            zeros(tokens, config["joint_attention_dim"]),
+            {"pooled_projections": zeros(config["pooled_projection_dim"])},
+        )
         return {"hidden_states": image, "encoder_hidden_states": text, "timestep": zeros()} | pooled
     added = {}
     if config.get("addition_embed_type") == "text_time":
-        width_pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        width_pooled = (
+            config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        )
         added = {"added_cond_kwargs": {"text_embeds": zeros(width_pooled), "time_ids": zeros(6)}}
-    return {"sample": image, "timestep": zeros(), "encoder_hidden_states": zeros(tokens, config["cross_attention_dim"])} | added
+    return {
+        "sample": image,
+        "timestep": zeros(),
+        "encoder_hidden_states": zeros(tokens, config["cross_attention_dim"]),
+    } | added
 
 
 def denoiser_flops(config: Mapping[str, Any], height: int, width: int, tokens: int = 77) -> float:
@@ -70,7 +94,12 @@ def encoder_flops(config: Mapping[str, Any], height: int, width: int) -> float:
 
 
 def dpo_step_flops(
-    forward_flops: float, pairs: int, method: str, checkpointing: bool = False, stored_reference: bool = False, encoder: float = 0.0
+    forward_flops: float,
+    pairs: int,
+    method: str,
+    checkpointing: bool = False,
+    stored_reference: bool = False,
+    encoder: float = 0.0,
 ) -> float:
     """FLOPs of one optimiser step of Diffusion-DPO on `pairs` pairs: 2 * pairs images, each counted in `forward_flops`.
 
@@ -128,14 +157,32 @@ class PublishedCost:
 
 def published_dpo(family: str = "sdxl") -> PublishedCost:
     """What the paper states that one SDXL anchor costs (336 GPU-hours, 188.7 EFLOP), derived from the recipe. Raises ValueError."""
-    from deradiff.published import AUTOENCODER, DENOISERS, GPUS, PAPER_EFLOPS, PAPER_GPU, PAPER_GPU_HOURS, PAPER_UTILISATION, RECIPES
+    from deradiff.published import (
+        AUTOENCODER,
+        DENOISERS,
+        GPUS,
+        PAPER_EFLOPS,
+        PAPER_GPU,
+        PAPER_GPU_HOURS,
+        PAPER_UTILISATION,
+        RECIPES,
+    )
 
     if family != "sdxl":
         raise ValueError(f"the paper states the cost of an anchor for sdxl alone, not for {family}")
-    recipe, side, peak = RECIPES[family], DENOISERS[family]["sample_size"], GPUS[PAPER_GPU].tflops * 1e12
-    forward, encoder = denoiser_flops(DENOISERS[family], side, side), encoder_flops(AUTOENCODER, 8 * side, 8 * side)
+    recipe, side, peak = (
+        RECIPES[family],
+        DENOISERS[family]["sample_size"],
+        GPUS[PAPER_GPU].tflops * 1e12,
+    )
+    forward, encoder = (
+        denoiser_flops(DENOISERS[family], side, side),
+        encoder_flops(AUTOENCODER, 8 * side, 8 * side),
+    )
     flops = recipe.steps * dpo_step_flops(forward, recipe.pairs, "full")
-    executed = recipe.steps * dpo_step_flops(forward, recipe.pairs, "full", recipe.checkpointing, encoder=encoder)
+    executed = recipe.steps * dpo_step_flops(
+        forward, recipe.pairs, "full", recipe.checkpointing, encoder=encoder
+    )
     stated, available = PAPER_EFLOPS * 1e18, PAPER_GPU_HOURS * 3600 * peak
     why = (
         f"{PAPER_EFLOPS:g} EFLOP is no count: it is {PAPER_GPU_HOURS:g} h at {PAPER_UTILISATION:.0%} of an A100's {peak / 1e12:g} TFLOP/s. "

@@ -14,7 +14,9 @@ def weights_digest(anchor: str | Path) -> str | None:
     The header is digested in sorted order: safetensors writes its metadata in a random one, and saving the same anchor again is no change.
     """
     path = Path(anchor)
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    files = (
+        sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    )
     digest = hashlib.sha256()
     for file in files:
         add_file(digest, file)

@@ -48,7 +48,9 @@ def pair_error(pred: Tensor, target: Tensor) -> Tensor:
 
 def dpo_terms(error: Tensor, reference_error: Tensor, beta: float) -> DPOTerms:
     """Diffusion-DPO (Wallace et al. 2023, Eq. 14) of `pair_error`s, each (2, B), winner first; for flow models of velocity errors."""
-    winner, loser = error - reference_error  # (B,) each: how much worse than the reference we denoise it
+    winner, loser = (
+        error - reference_error
+    )  # (B,) each: how much worse than the reference we denoise it
     margin = -0.5 * beta * (winner - loser)
     return DPOTerms(-F.logsigmoid(margin), margin.detach(), error.detach(), reference_error)
 

@@ -58,10 +58,18 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     def noise_std(self, index: int) -> Tensor:
         """Standard deviation of the noise that step `index` adds."""
         t, t_next = self.sigmas[index], self.sigmas[index + 1]
-        return self.config["noise_level"] * (t / (1 - torch.where(t == 1, t_next, t)) * (t - t_next)).sqrt()
+        return (
+            self.config["noise_level"]
+            * (t / (1 - torch.where(t == 1, t_next, t)) * (t - t_next)).sqrt()
+        )
 
     def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """The sample one step nearer to the data, (B, ...), in the output's precision; model_output: the predicted velocity."""
         if self._step_index is None:
@@ -74,4 +82,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         self._step_index = index + 1  # type: ignore[assignment]
         prev_sample = (mean + std * noise).to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+        return (
+            FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
+            if return_dict
+            else (prev_sample,)
+        )

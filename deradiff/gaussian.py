@@ -38,12 +38,18 @@ def weighted_mixture(models: Sequence[Gaussian], weights: Sequence[Weight]) -> G
     Raises ValueError for P <= 0 or weights that do not sum to 1.
     """
     _check_sum(weights)
-    models, weights = zip(*((g, w) for g, w in zip(models, weights) if isinstance(w, Tensor) or w != 0))
+    models, weights = zip(
+        *((g, w) for g, w in zip(models, weights) if isinstance(w, Tensor) or w != 0)
+    )
     shares, smallest = _shares(models, weights)
     precision = torch.stack(shares).sum(0)  # times the smallest variance
     if precision.min() <= 0:
-        raise ValueError(_not_normalisable(models, weights, int(precision.argmin()), precision.shape))
-    return Gaussian(sum(share * g.mean for share, g in zip(shares, models)) / precision, smallest / precision)
+        raise ValueError(
+            _not_normalisable(models, weights, int(precision.argmin()), precision.shape)
+        )
+    return Gaussian(
+        sum(share * g.mean for share, g in zip(shares, models)) / precision, smallest / precision
+    )
 
 
 def log_normaliser(models: Sequence[Gaussian], weights: Sequence[Weight]) -> Tensor:
@@ -61,28 +67,46 @@ def log_normaliser(models: Sequence[Gaussian], weights: Sequence[Weight]) -> Ten
 def kl(p: Gaussian, q: Gaussian) -> Tensor:
     """KL(p || q) in nats, one number a batch row: (B,). Variances must be positive."""
     ratio = p.variance / q.variance
-    return 0.5 * (ratio - 1 - ratio.log() + (p.mean - q.mean).square() / q.variance).flatten(1).sum(1)
+    return 0.5 * (ratio - 1 - ratio.log() + (p.mean - q.mean).square() / q.variance).flatten(1).sum(
+        1
+    )
 
 
 def _shares(models: Sequence[Gaussian], weights: Sequence[Weight]) -> tuple[list[Tensor], Tensor]:
     """w_i v_min / v_i of each model, and v_min, the smallest variance of the models that have a weight there."""
-    variances, parts = [g.variance for g in models], [torch.as_tensor(w, device=models[0].mean.device) for w in weights]
+    variances, parts = (
+        [g.variance for g in models],
+        [torch.as_tensor(w, device=models[0].mean.device) for w in weights],
+    )
     if any(w.ndim for w in parts):
         shape = torch.broadcast_shapes(*(v.shape for v in variances), *(w.shape for w in parts))
-        variances = [torch.where(w == 0, torch.inf, v).expand(shape) for v, w in zip(variances, parts)]
+        variances = [
+            torch.where(w == 0, torch.inf, v).expand(shape) for v, w in zip(variances, parts)
+        ]
     variances = list(torch.broadcast_tensors(*variances))
     smallest = torch.stack(variances).amin(0)
-    return [w * torch.where(v == smallest, torch.ones_like(v), smallest / v) for v, w in zip(variances, weights)], smallest
+    return [
+        w * torch.where(v == smallest, torch.ones_like(v), smallest / v)
+        for v, w in zip(variances, weights)
+    ], smallest
 
 
 def _check_sum(weights: Sequence[Weight]) -> None:
     total = torch.as_tensor(sum(weights))
-    tolerance = 1e-9 if all(not isinstance(w, Tensor) or w.dtype == torch.float64 for w in weights) else 1e-5
+    tolerance = (
+        1e-9
+        if all(not isinstance(w, Tensor) or w.dtype == torch.float64 for w in weights)
+        else 1e-5
+    )
     if (total - 1).abs().max() > tolerance:
-        raise ValueError(f"the weights of a mixture must sum to 1, and {list(weights)} sum to {total.flatten()[0].item():.6g}")
+        raise ValueError(
+            f"the weights of a mixture must sum to 1, and {list(weights)} sum to {total.flatten()[0].item():.6g}"
+        )
 
 
-def _not_normalisable(models: Sequence[Gaussian], weights: Sequence[Weight], place: int, shape: torch.Size) -> str:
+def _not_normalisable(
+    models: Sequence[Gaussian], weights: Sequence[Weight], place: int, shape: torch.Size
+) -> str:
     """What is wrong at the element, counted through `shape`, where the precision is lowest."""
     lams = [torch.as_tensor(w).expand(shape).flatten()[place].item() for w in weights]
     numbers = [g.variance.expand(shape).flatten()[place].item() for g in models]

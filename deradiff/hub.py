@@ -13,7 +13,9 @@ def check_push(repo: str) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"hub.push_to={repo} names no hub repository: give user/name")
     if get_token() is None:
-        raise ValueError(f"hub.push_to={repo} needs an account: type hf auth login, or set HF_TOKEN")
+        raise ValueError(
+            f"hub.push_to={repo} needs an account: type hf auth login, or set HF_TOKEN"
+        )
 
 
 def push(folder: Path, repo: str) -> str:
@@ -24,7 +26,11 @@ def push(folder: Path, repo: str) -> str:
     api = HfApi()
     try:
         address = str(api.create_repo(repo, exist_ok=True))
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Anchor trained with deradiff")
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Anchor trained with deradiff"
+        )
     except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{folder} is whole but was not uploaded to {repo}: {error}; the same command tries again") from error
+        raise ValueError(
+            f"{folder} is whole but was not uploaded to {repo}: {error}; the same command tries again"
+        ) from error
     return address

@@ -28,7 +28,9 @@ def piecewise(points: Sequence[tuple[float, float]]) -> Callable[[float], float]
     """
     fractions = [fraction for fraction, _ in points]
     if not points or fractions[0] != 0 or fractions != sorted(set(fractions)) or fractions[-1] > 1:
-        raise ValueError(f"the fractions of a piecewise lam rise from 0 to at most 1, such as [(0, 1.0), (0.5, 0.25)], not {points!r}")
+        raise ValueError(
+            f"the fractions of a piecewise lam rise from 0 to at most 1, such as [(0, 1.0), (0.5, 0.25)], not {points!r}"
+        )
     return lambda fraction: next(lam for start, lam in reversed(points) if fraction >= start)
 
 
@@ -38,7 +40,9 @@ def at(lam: Lambda, fraction: float) -> Strength:
         return lam
     value = checked(lam(fraction))
     if not isinstance(value, float | Tensor):
-        raise ValueError(f"a schedule of lam returns numbers or tensors, and at {fraction:g} of the time it returned {value!r}")
+        raise ValueError(
+            f"a schedule of lam returns numbers or tensors, and at {fraction:g} of the time it returned {value!r}"
+        )
     return value
 
 
@@ -47,13 +51,26 @@ def checked(lam: Lambda) -> Lambda:
     if callable(lam) and not isinstance(lam, Tensor):
         return lam
     if isinstance(lam, Tensor) and lam.ndim > 0:
-        if lam.ndim > 3 or not lam.dtype.is_floating_point or not bool((lam.isfinite() & (lam >= 0)).all()):
+        if (
+            lam.ndim > 3
+            or not lam.dtype.is_floating_point
+            or not bool((lam.isfinite() & (lam >= 0)).all())
+        ):
             said = f"{tuple(lam.shape)} {lam.dtype}"
-            raise ValueError(f"a lam per image is (images,), a mask (H, W) or (images, H, W), of finite floats from 0 up, not {said}")
+            raise ValueError(
+                f"a lam per image is (images,), a mask (H, W) or (images, H, W), of finite floats from 0 up, not {said}"
+            )
         return lam
     value = lam.item() if isinstance(lam, Tensor) else lam
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"lam must be a finite number, 0 (the reference) or more (1: the anchor), not {lam!r}")
+    if (
+        not isinstance(value, Real)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value < 0
+    ):
+        raise ValueError(
+            f"lam must be a finite number, 0 (the reference) or more (1: the anchor), not {lam!r}"
+        )
     return float(value)
 
 
@@ -78,7 +95,9 @@ def over(lam: Strength, output: Tensor, copies: int) -> Strength:
 
 def _fitting(masks: Tensor, sides: torch.Size) -> Tensor:
     if masks.shape[-2:] != sides:
-        raise ValueError(f"lam is a mask of {tuple(masks.shape[-2:])} over latents of {tuple(sides)}: resize it to the latents")
+        raise ValueError(
+            f"lam is a mask of {tuple(masks.shape[-2:])} over latents of {tuple(sides)}: resize it to the latents"
+        )
     return masks
 
 
@@ -86,8 +105,12 @@ def _packed(masks: Tensor, output: Tensor) -> Tensor:
     rows, patches, channels = output.shape
     height, width = masks.shape[-2:]
     if height % 2 or width % 2 or height * width != 4 * patches:
-        raise ValueError(f"lam is a mask of {height} x {width} over latents of {4 * patches} elements: resize it to the latents")
-    squares = masks.view(rows, 1, height // 2, 2, width // 2, 2).expand(-1, channels // 4, -1, -1, -1, -1)
+        raise ValueError(
+            f"lam is a mask of {height} x {width} over latents of {4 * patches} elements: resize it to the latents"
+        )
+    squares = masks.view(rows, 1, height // 2, 2, width // 2, 2).expand(
+        -1, channels // 4, -1, -1, -1, -1
+    )
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(rows, patches, channels)
 
 
@@ -96,5 +119,10 @@ def trust_region(lam: Strength, divergence: Tensor, nats: float) -> Tensor:
 
     divergence: c |D|^2 = 1/2 L |D_eps|^2 of each image, in a shape that broadcasts with lam. A lam of at most 1 stays.
     """
-    overshoot = torch.clamp(torch.as_tensor(lam, device=divergence.device) - 1, max=(nats / divergence.clamp(min=1e-12)).sqrt())
-    return torch.where(overshoot > 0, 1 + overshoot, torch.as_tensor(lam, device=divergence.device)).to(divergence.dtype)
+    overshoot = torch.clamp(
+        torch.as_tensor(lam, device=divergence.device) - 1,
+        max=(nats / divergence.clamp(min=1e-12)).sqrt(),
+    )
+    return torch.where(
+        overshoot > 0, 1 + overshoot, torch.as_tensor(lam, device=divergence.device)
+    ).to(divergence.dtype)

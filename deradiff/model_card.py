@@ -58,7 +58,9 @@ and width, as the published code has it; diffusers' example calls half of this n
 """
 
 
-def write_model_card(folder: Path, card: AnchorCard, recipe: Mapping[str, object], repo: str | None = None) -> None:
+def write_model_card(
+    folder: Path, card: AnchorCard, recipe: Mapping[str, object], repo: str | None = None
+) -> None:
     """`README.md` of an anchor folder. recipe: rows of its table, besides what the card knows. repo: the hub repository that it is for."""
     family, where = FAMILIES[card.family], repo or LOCAL
     pipeline = {"pipeline": family.pipeline, "repo": where, "base": card.base_model}
@@ -67,22 +69,44 @@ def write_model_card(folder: Path, card: AnchorCard, recipe: Mapping[str, object
     else:
         stock = f'pipe.{family.denoiser} = type(pipe.{family.denoiser}).from_pretrained("{where}", subfolder="{family.denoiser}")'
     # The hub takes nothing but ids of its own there; a folder of one machine, or what ships with deradiff, is told in the text alone.
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", card.base_model) and not Path(card.base_model).exists()
+    on_hub = (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", card.base_model) and not Path(card.base_model).exists()
+    )
     relation = "adapter" if card.method == "lora" else "finetune"
     front = f"base_model: {card.base_model}\nbase_model_relation: {relation}\n" if on_hub else ""
-    shipped, imports = card.base_model.startswith("asset:"), f"from diffusers import {family.pipeline}\n"
+    shipped, imports = (
+        card.base_model.startswith("asset:"),
+        f"from diffusers import {family.pipeline}\n",
+    )
     loaded = f'locate("{card.base_model}")' if shipped else f'"{card.base_model}"'
     loaded += f', revision="{card.base_revision}"' if card.base_revision else ""
     rows = {
-        "method": card.method, "objective": card.objective, "data": card.dataset, "steps": card.steps, "pairs seen": card.pairs_seen,
-        "seed": card.seed, **recipe, "code": card.git_commit or "not a checkout", **card.versions,
-    }  # fmt: skip
+        "method": card.method,
+        "objective": card.objective,
+        "data": card.dataset,
+        "steps": card.steps,
+        "pairs seen": card.pairs_seen,
+        "seed": card.seed,
+        **recipe,
+        "code": card.git_commit or "not a checkout",
+        **card.versions,
+    }
     grid = f"![Prompts down, lambda across]({GRID})\n\n" if (folder / GRID).is_file() else ""
     text = TEXT.format(
-        **pipeline, front=front, imports="from deradiff.runs import locate\n" * shipped + imports, loaded=loaded,
-        family=card.family, stock=stock, grid=grid,
-        title=where.split("/")[-1] if repo else f"{card.family}, beta {card.beta:g}", lora="- lora\n" if card.method == "lora" else "",
-        beta=f"{card.beta:g}", convention=card.beta_convention, recipe="\n".join(f"| {k} | {v} |" for k, v in rows.items()),
-        hours=card.gpu_hours, device=card.device, flops=card.flops,
-    )  # fmt: skip
+        **pipeline,
+        front=front,
+        imports="from deradiff.runs import locate\n" * shipped + imports,
+        loaded=loaded,
+        family=card.family,
+        stock=stock,
+        grid=grid,
+        title=where.split("/")[-1] if repo else f"{card.family}, beta {card.beta:g}",
+        lora="- lora\n" if card.method == "lora" else "",
+        beta=f"{card.beta:g}",
+        convention=card.beta_convention,
+        recipe="\n".join(f"| {k} | {v} |" for k, v in rows.items()),
+        hours=card.gpu_hours,
+        device=card.device,
+        flops=card.flops,
+    )
     write_atomic(folder / "README.md", text)

@@ -8,7 +8,9 @@ from typing import Any
 
 from deradiff.compute import denoiser_flops, denoiser_inputs, dpo_step_flops, meta_denoiser
 
-UTILISATION = 0.4  # of a GPU's peak, assumed; measure it with `python -m benchmarks.train` on the GPU itself
+UTILISATION = (
+    0.4  # of a GPU's peak, assumed; measure it with `python -m benchmarks.train` on the GPU itself
+)
 HALF, SINGLE = 2, 4  # bytes
 
 
@@ -37,10 +39,22 @@ class Needs:
 
 
 def dpo_needs(
-    config: Mapping[str, Any], height: int, width: int, steps: int, pairs: int, tflops: float, *, method: str = "full",
-    optimizer: str = "adamw", checkpointing: bool = False, stored_reference: bool = False, batch: int = 1, tokens: int = 77,
-    lora: Any = None, utilisation: float = UTILISATION,
-) -> Needs:  # fmt: skip
+    config: Mapping[str, Any],
+    height: int,
+    width: int,
+    steps: int,
+    pairs: int,
+    tflops: float,
+    *,
+    method: str = "full",
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    stored_reference: bool = False,
+    batch: int = 1,
+    tokens: int = 77,
+    lora: Any = None,
+    utilisation: float = UTILISATION,
+) -> Needs:
     """Needs of Diffusion-DPO in mixed precision, latents and text embeddings cached, on devices of `tflops` x 10^12 FLOP/s.
 
     config, height, width, tokens: as `denoiser_flops`. pairs: of one optimiser step. batch: pairs of one micro-batch. lora: a peft
@@ -60,15 +74,26 @@ def dpo_needs(
     else:
         weights = (HALF + SINGLE) * parameters + (0 if stored_reference else HALF * parameters)
     return Needs(
-        parameters=parameters, trained=count, flops=flops, hours=flops / (tflops * 1e12 * utilisation) / 3600, weights=weights,
-        gradients=SINGLE * count, optimizer=_optimizer_bytes([p.shape for p in trained], optimizer),
-        activations=2 * batch * _kept(network, denoiser_inputs(network.config, height, width, tokens), checkpointing),
-    )  # fmt: skip
+        parameters=parameters,
+        trained=count,
+        flops=flops,
+        hours=flops / (tflops * 1e12 * utilisation) / 3600,
+        weights=weights,
+        gradients=SINGLE * count,
+        optimizer=_optimizer_bytes([p.shape for p in trained], optimizer),
+        activations=2
+        * batch
+        * _kept(network, denoiser_inputs(network.config, height, width, tokens), checkpointing),
+    )
 
 
 def _optimizer_bytes(shapes: list[Any], optimizer: str) -> float:
-    if optimizer == "adafactor":  # Shazeer and Stern 2018: a row and a column for each matrix, as transformers has it; no first moment
-        return SINGLE * sum(s.numel() // s[-1] + s.numel() // s[-2] if len(s) > 1 else s.numel() for s in shapes)
+    if (
+        optimizer == "adafactor"
+    ):  # Shazeer and Stern 2018: a row and a column for each matrix, as transformers has it; no first moment
+        return SINGLE * sum(
+            s.numel() // s[-1] + s.numel() // s[-2] if len(s) > 1 else s.numel() for s in shapes
+        )
     each = {"adamw": 2 * SINGLE, "adamw8bit": 2}
     if optimizer not in each:
         raise ValueError(f"the optimizer must be adamw, adafactor or adamw8bit, not {optimizer!r}")
@@ -81,7 +106,9 @@ def _kept(network: Any, inputs: dict[str, Any], checkpointing: bool) -> float:
     from torch.nn import functional as F
 
     kept: dict[int, int] = {}
-    torch.nn.Module.to(network.train(), torch.bfloat16)  # diffusers' own `to` would warn of its fp32 modules
+    torch.nn.Module.to(
+        network.train(), torch.bfloat16
+    )  # diffusers' own `to` would warn of its fp32 modules
     if checkpointing:
         network.enable_gradient_checkpointing()
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
@@ -104,7 +131,9 @@ def _kept(network: Any, inputs: dict[str, Any], checkpointing: bool) -> float:
     half = {k: _halved(v) for k, v in inputs.items()}
     usual = F.scaled_dot_product_attention
     try:
-        F.scaled_dot_product_attention = lambda query, key, value, *a, **k: Fused.apply(query, key, value)  # type: ignore[assignment]
+        F.scaled_dot_product_attention = lambda query, key, value, *a, **k: Fused.apply(
+            query, key, value
+        )  # type: ignore[assignment]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network(**half)
     finally:
@@ -115,13 +144,21 @@ def _kept(network: Any, inputs: dict[str, Any], checkpointing: bool) -> float:
 def _halved(value: Any) -> Any:
     import torch
 
-    return {k: _halved(v) for k, v in value.items()} if isinstance(value, dict) else value.to(torch.bfloat16)
+    return (
+        {k: _halved(v) for k, v in value.items()}
+        if isinstance(value, dict)
+        else value.to(torch.bfloat16)
+    )
 
 
-def cache_bytes(config: Mapping[str, Any], height: int, width: int, images: int, captions: int, tokens: int = 77) -> float:
+def cache_bytes(
+    config: Mapping[str, Any], height: int, width: int, images: int, captions: int, tokens: int = 77
+) -> float:
     """Disk, in bytes, of the cached latents of `images` pictures and the text embeddings of `captions` captions, in half precision."""
     inputs = denoiser_inputs(meta_denoiser(config).config, height, width, tokens)
     latents = inputs["sample" if "sample" in inputs else "hidden_states"].numel()
-    pooled = inputs.get("pooled_projections", inputs.get("added_cond_kwargs", {}).get("text_embeds"))
+    pooled = inputs.get(
+        "pooled_projections", inputs.get("added_cond_kwargs", {}).get("text_embeds")
+    )
     text = inputs["encoder_hidden_states"].numel() + (0 if pooled is None else pooled.numel())
     return HALF * (float(images) * latents + float(captions) * text)

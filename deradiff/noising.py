@@ -36,7 +36,10 @@ class Noising(Protocol):
 
 def noising_of(scheduler: Any) -> Noising:
     """The forward process behind a pipeline's scheduler, whatever sampler that is. Raises ValueError for one that cannot be trained."""
-    if "Flow" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction":
+    if (
+        "Flow" in type(scheduler).__name__
+        or scheduler.config.get("prediction_type") == "flow_prediction"
+    ):
         return Flow(scheduler)
     return Diffusion(scheduler)
 
@@ -49,7 +52,9 @@ class Diffusion:
         self.schedule = DDPMScheduler.from_config(scheduler.config)
         self.prediction = self.schedule.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"a base model that predicts {self.prediction} cannot be trained: epsilon, v_prediction and flow models can")
+            raise ValueError(
+                f"a base model that predicts {self.prediction} cannot be trained: epsilon, v_prediction and flow models can"
+            )
 
     @property
     def kl_weight(self) -> float:
@@ -71,7 +76,9 @@ class Diffusion:
         both, t = noise.expand_as(latents).flatten(0, 1), timesteps.repeat(len(latents))
         clean = latents.flatten(0, 1)
         noisy = self.schedule.add_noise(clean, both, t)
-        target = both if self.prediction == "epsilon" else self.schedule.get_velocity(clean, both, t)
+        target = (
+            both if self.prediction == "epsilon" else self.schedule.get_velocity(clean, both, t)
+        )
         return noisy.unflatten(0, (len(latents), -1)), target.unflatten(0, (len(latents), -1))
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def log_weight(kl_factor: float, lams: Sequence[Tensor | float], differences: Sequence[Tensor]) -> Tensor:
+def log_weight(
+    kl_factor: float, lams: Sequence[Tensor | float], differences: Sequence[Tensor]
+) -> Tensor:
     """One step's log weights, (rows,): -c [sum lam_i |D_i|^2 - |sum lam_i D_i|^2]; one anchor: -c lam (1 - lam) |D|^2.
 
     kl_factor: c of the step, from `transitions.kl_factors`. lams: for each anchor a number or a tensor that broadcasts to D_i.
@@ -24,7 +26,9 @@ def log_weight(kl_factor: float, lams: Sequence[Tensor | float], differences: Se
     """
     differences = [d.double() if d.dtype == torch.float64 else d.float() for d in differences]
     pull = sum(lam * d for lam, d in zip(lams, differences))
-    spread = sum(lam * d.square() for lam, d in zip(lams, differences)) - torch.square(torch.as_tensor(pull))
+    spread = sum(lam * d.square() for lam, d in zip(lams, differences)) - torch.square(
+        torch.as_tensor(pull)
+    )
     return -kl_factor * spread.flatten(1).sum(1)
 
 
@@ -43,7 +47,9 @@ class Particles:
     def start(self, x: Tensor) -> None:
         """Begin a chain at its first sample x (images * K, ...). Raises ValueError for rows that are no multiple of K."""
         if len(x) % self.count:
-            raise ValueError(f"{len(x)} rows are no multiple of particles={self.count}: each image needs {self.count} rows")
+            raise ValueError(
+                f"{len(x)} rows are no multiple of particles={self.count}: each image needs {self.count} rows"
+            )
         images = len(x) // self.count
         self._keys, self._draws, self._device = _keys(x.reshape(images, -1)), 0, x.device
         self._log_w = torch.zeros(images, self.count, dtype=torch.float64)
@@ -59,7 +65,9 @@ class Particles:
         Systematic resampling (Kitagawa 1996) of the images whose effective sample size fell under K / 2; then their weights are equal.
         last: of all images and in random order, so that an image's first row is a draw by the weights.
         """
-        first, order = self._uniforms(1 + self.count).split([1, self.count], 1)  # also where nobody needs them: others in the batch may
+        first, order = self._uniforms(1 + self.count).split(
+            [1, self.count], 1
+        )  # also where nobody needs them: others in the batch may
         weights = self._log_w.softmax(1)
         ess = 1 / weights.square().sum(1)
         self.ess = torch.minimum(self.ess, ess.float())
@@ -67,7 +75,9 @@ class Particles:
         if not chosen.any():
             return None
         points = (first + torch.arange(self.count)) / self.count
-        offspring = torch.searchsorted(weights.cumsum(1), points, right=True).clamp(max=self.count - 1)
+        offspring = torch.searchsorted(weights.cumsum(1), points, right=True).clamp(
+            max=self.count - 1
+        )
         if last:
             offspring = offspring.gather(1, order.argsort(1))
         index = torch.where(chosen[:, None], offspring, torch.arange(self.count))
@@ -78,7 +88,9 @@ class Particles:
         """(images, count) in [0, 1), new ones at each call."""
         counters = np.arange(self._draws, self._draws + count, dtype=np.uint64)
         self._draws += count
-        return torch.from_numpy((_mixed(self._keys[:, None] + GOLDEN * counters) >> np.uint64(11)) * 2.0**-53)
+        return torch.from_numpy(
+            (_mixed(self._keys[:, None] + GOLDEN * counters) >> np.uint64(11)) * 2.0**-53
+        )
 
 
 def _keys(x: Tensor) -> np.ndarray:

@@ -9,17 +9,26 @@ from typing import Any
 DENOISERS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sdxl": {
-        "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 2, 10],
-        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-}  # fmt: skip
+}
 AUTOENCODER: dict[str, Any] = {  # of both
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2, "latent_channels": 4,
-}  # fmt: skip
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,10 @@ class Recipe:
     checkpointing: bool
 
 
-RECIPES = {"sd15": Recipe(2000, 2048, "adamw", False), "sdxl": Recipe(2000, 2048, "adafactor", True)}
+RECIPES = {
+    "sd15": Recipe(2000, 2048, "adamw", False),
+    "sdxl": Recipe(2000, 2048, "adafactor", True),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,10 @@ class DataSet:
     bytes: float
 
 
-DATA_SETS = {"pickapic_v1": DataSet(583_747, None, 204e9), "pickapic_v2": DataSet(959_040, 59_000, 335e9)}
+DATA_SETS = {
+    "pickapic_v1": DataSet(583_747, None, 204e9),
+    "pickapic_v2": DataSet(959_040, 59_000, 335e9),
+}
 
 # DeRaDiff's row: one SDXL anchor aligned from scratch
 PAPER_GPU_HOURS, PAPER_EFLOPS, PAPER_GPU, PAPER_UTILISATION = 336.0, 188.7, "A100-80GB", 0.5

@@ -60,14 +60,20 @@ def realign(
     Moving, saving, compiling and offloading the pipeline go on as ever; switch on sequential offloading before, where the anchor is a LoRA.
     Raises ValueError, in one sentence, for a mode, lam, anchor or scheduler that cannot be.
     """
-    sources = list(anchor) if isinstance(anchor, Sequence) and not isinstance(anchor, str) else [anchor]
+    sources = (
+        list(anchor) if isinstance(anchor, Sequence) and not isinstance(anchor, str) else [anchor]
+    )
     _check(pipe, len(sources), mode, every, particles, trust_region, batched)
     lams = checked_lams(lam, len(sources))
     family = family_of(pipe)
     found = [check_anchor_family(source, family.name) for source in sources]
     denoiser = getattr(pipe, family.denoiser)
     with ExitStack() as stack:
-        networks = Networks([_attach(pipe, anchor, i, stack) for i, anchor in enumerate(found)], batched, shared_start)
+        networks = Networks(
+            [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(found)],
+            batched,
+            shared_start,
+        )
         if mode != "weights" and any(isinstance(anchor, FullAnchor) for anchor in networks.anchors):
             check_own_loras(denoiser)
         for attached in networks.anchors:
@@ -85,7 +91,9 @@ def realign(
             evaluate = Reuse(networks, clock, dial.bounded, every)
         else:
             evaluate = Weights(unwrapped(denoiser), networks, clock, with_reference=path_kl)
-            stack.callback(unwrapped(denoiser).register_state_dict_pre_hook(evaluate.restore).remove)
+            stack.callback(
+                unwrapped(denoiser).register_state_dict_pre_hook(evaluate.restore).remove
+            )
             stack.callback(evaluate.restore)
         if resampling:
             stack.callback(resampling.release)
@@ -93,7 +101,15 @@ def realign(
         yield dial
 
 
-def _check(pipe: Any, anchors: int, mode: str, every: int, particles: int, trust_region: float | None, batched: bool) -> None:
+def _check(
+    pipe: Any,
+    anchors: int,
+    mode: str,
+    every: int,
+    particles: int,
+    trust_region: float | None,
+    batched: bool,
+) -> None:
     """ValueError for what cannot be, before an anchor is looked for."""
     if mode not in MODES:
         raise ValueError(f"mode must be {', '.join(MODES[:-1])} or {MODES[-1]}, not {mode!r}")
@@ -103,16 +119,26 @@ def _check(pipe: Any, anchors: int, mode: str, every: int, particles: int, trust
     if trust_region is not None and not trust_region > 0:
         raise ValueError(f"trust_region must be a number of nats above 0, not {trust_region!r}")
     if mode != "exact" and (particles > 1 or batched):
-        raise ValueError(f"{'particles' if particles > 1 else 'batched'} needs both networks at every step: use mode='exact', not {mode!r}")
+        raise ValueError(
+            f"{'particles' if particles > 1 else 'batched'} needs both networks at every step: use mode='exact', not {mode!r}"
+        )
     if anchors > 1 and (mode == "reuse" or trust_region is not None):
-        raise ValueError(f"{'mode reuse' if mode == 'reuse' else 'trust_region'} is for one anchor, and there are {anchors}")
+        raise ValueError(
+            f"{'mode reuse' if mode == 'reuse' else 'trust_region'} is for one anchor, and there are {anchors}"
+        )
     if mode == "weights" and trust_region is not None:
-        raise ValueError("trust_region needs the difference of both networks: use mode='exact' or mode='reuse'")
+        raise ValueError(
+            "trust_region needs the difference of both networks: use mode='exact' or mode='reuse'"
+        )
     if str(pipe.scheduler.config.get("variance_type", "")).startswith("learned"):
-        raise ValueError(f"{type(pipe.scheduler).__name__} has a learned variance, whose mixture is not one of outputs: use a fixed one")
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} has a learned variance, whose mixture is not one of outputs: use a fixed one"
+        )
     registry = getattr(getattr(pipe, family_of(pipe).denoiser), "_diffusers_hook", None)
     if registry and HOOK in registry.hooks:
-        raise ValueError("this pipeline is being realigned already: leave that context first, or give several anchors to one")
+        raise ValueError(
+            "this pipeline is being realigned already: leave that context first, or give several anchors to one"
+        )
 
 
 def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter | FullAnchor:
@@ -127,9 +153,17 @@ def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter
 class _Hook(ModelHook):
     """Runs in place of the reference network's forward, inside whatever pipeline calls it."""
 
-    def __init__(self, dial: Dial, clock: Clock, kl: PathKL, resampling: Resampling | None, mode: Mode) -> None:
+    def __init__(
+        self, dial: Dial, clock: Clock, kl: PathKL, resampling: Resampling | None, mode: Mode
+    ) -> None:
         super().__init__()
-        self.dial, self.clock, self.kl, self.resampling, self.mode = dial, clock, kl, resampling, mode
+        self.dial, self.clock, self.kl, self.resampling, self.mode = (
+            dial,
+            clock,
+            kl,
+            resampling,
+            mode,
+        )
         self.compiled: Any = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -150,8 +184,14 @@ def _hooked(denoiser: nn.Module, hook: _Hook) -> Iterator[None]:
     fresh = not hasattr(denoiser, "_diffusers_hook")
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     registry.register_hook(hook, HOOK)
-    ours, original, compiled = denoiser.forward, hook.fn_ref.original_forward, network._compiled_call_impl
-    if compiled is not None and denoiser is network:  # `.compile()` in place would trace the hook, too: what it is to trace is the network
+    ours, original, compiled = (
+        denoiser.forward,
+        hook.fn_ref.original_forward,
+        network._compiled_call_impl,
+    )
+    if (
+        compiled is not None and denoiser is network
+    ):  # `.compile()` in place would trace the hook, too: what it is to trace is the network
         network._compiled_call_impl, hook.compiled = None, torch.compile(original)
     try:
         yield
@@ -160,9 +200,13 @@ def _hooked(denoiser: nn.Module, hook: _Hook) -> Iterator[None]:
             network._compiled_call_impl = compiled
         outer = vars(denoiser).get("forward")
         registry.remove_hook(HOOK, recurse=False)
-        if getattr(denoiser, "_old_forward", None) is ours:  # accelerate's offloading, switched on inside, goes on
+        if (
+            getattr(denoiser, "_old_forward", None) is ours
+        ):  # accelerate's offloading, switched on inside, goes on
             denoiser._old_forward, denoiser.forward = original, outer  # type: ignore[assignment]
-        elif not registry.hooks and "forward" not in before:  # diffusers leaves a bound forward behind
+        elif (
+            not registry.hooks and "forward" not in before
+        ):  # diffusers leaves a bound forward behind
             vars(denoiser).pop("forward", None)
         if fresh and not registry.hooks:
             del denoiser._diffusers_hook

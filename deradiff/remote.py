@@ -20,7 +20,12 @@ def is_hub_id(text: str) -> bool:
 def fetch(repo: str, name: str, revision: str | None = None, repo_type: str | None = None) -> Path:
     """One file of a hub repository, in the cache; repo_type: `dataset` for a data set's. Raises OSError where the hub does not give it
     and the cache does not hold it."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     where: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
     try:
@@ -37,7 +42,9 @@ def fetch_json(repo: str, name: str, revision: str | None = None) -> dict[str, A
     return json.loads(fetch(repo, name, revision).read_text())
 
 
-def listing(repo: str, revision: str | None = None, repo_type: str | None = None) -> tuple[str, list[str]]:
+def listing(
+    repo: str, revision: str | None = None, repo_type: str | None = None
+) -> tuple[str, list[str]]:
     """A hub repository's id and its files; without an answer, the cached copy's folder and its files. Raises OSError where neither is."""
     from huggingface_hub import repo_info, snapshot_download
 
@@ -46,10 +53,14 @@ def listing(repo: str, revision: str | None = None, repo_type: str | None = None
         return repo, [file.rfilename for file in info.siblings or []]
     except Exception as error:
         try:
-            root = snapshot_download(repo, revision=revision, repo_type=repo_type, local_files_only=True)
+            root = snapshot_download(
+                repo, revision=revision, repo_type=repo_type, local_files_only=True
+            )
         except OSError:
             raise OSError(type(error).__name__) from error
-    return root, [file.relative_to(root).as_posix() for file in Path(root).rglob("*") if file.is_file()]
+    return root, [
+        file.relative_to(root).as_posix() for file in Path(root).rglob("*") if file.is_file()
+    ]
 
 
 def commit_of(file: Path) -> str | None:

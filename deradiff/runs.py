@@ -20,7 +20,9 @@ def locate(text: str) -> str:
         return text
     folder = ASSETS / text.removeprefix("asset:")
     if not folder.is_dir():
-        shipped = sorted(f"asset:{path.relative_to(ASSETS)}" for path in ASSETS.glob("*/*") if path.is_dir())
+        shipped = sorted(
+            f"asset:{path.relative_to(ASSETS)}" for path in ASSETS.glob("*/*") if path.is_dir()
+        )
         raise ValueError(f"deradiff ships no {text}; it ships {', '.join(shipped)}")
     return str(folder)
 
@@ -28,7 +30,9 @@ def locate(text: str) -> str:
 def slug(text: str, limit: int = 80) -> str:
     """A file-system safe name for any text; distinct texts get distinct names (a digest is added when anything was changed)."""
     safe = SAFE.sub("-", text).strip("-.")[:limit]
-    return safe if safe == text else f"{safe or 'x'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return (
+        safe if safe == text else f"{safe or 'x'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -45,7 +49,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update(
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
@@ -58,8 +64,12 @@ def claim(run_dir: Path, config: dict[str, Any], ignore: tuple[str, ...] = ()) -
     file = run_dir / "config.yaml"
     if file.is_file():
         old, new = _flat(yaml.safe_load(file.read_text()) or {}), _flat(config)
-        differ = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(ignore)]
+        differ = [
+            k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(ignore)
+        ]
         if differ:
             said = ", ".join(f"{k} ({old.get(k)} there, {new.get(k)} here)" for k in differ)
-            raise ValueError(f"{run_dir} holds a run of another config: {said}; choose another name=... or remove that folder")
+            raise ValueError(
+                f"{run_dir} holds a run of another config: {said}; choose another name=... or remove that folder"
+            )
     write_atomic(file, yaml.safe_dump(config, sort_keys=False))

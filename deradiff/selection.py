@@ -21,7 +21,10 @@ def for_choosing(prompt_ids: Sequence[str], share: float = 0.5) -> NDArray[np.bo
 
     By a hash of the prompt_id alone: a prompt falls on the same side in every run, whatever stands beside it and in which order.
     """
-    drawn = [int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64 for text in prompt_ids]
+    drawn = [
+        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
+        for text in prompt_ids
+    ]
     return np.array(drawn, dtype=np.float64) < share
 
 
@@ -44,7 +47,12 @@ class Choice:
 
 
 def choose(
-    scores: Array, path_kl: Array, budget: float | None, choosing: NDArray[np.bool_], reference: Array | None = None, seed: int = 0
+    scores: Array,
+    path_kl: Array,
+    budget: float | None,
+    choosing: NDArray[np.bool_],
+    reference: Array | None = None,
+    seed: int = 0,
 ) -> Choice:
     """The candidate with the highest mean score on the choosing prompts among those with a mean path KL of at most `budget` nats.
 
@@ -59,9 +67,17 @@ def choose(
     kl, means = _means(path_kl), _means(scores[choosing])
     affordable = ~np.isnan(means) & (np.ones(len(kl), bool) if budget is None else kl <= budget)
     if not affordable.any():
-        least = f"; the smallest is {np.nanmin(kl):.4g}" if np.isfinite(kl).any() else ", for none was recorded"
-        raise ValueError(f"no lambda has a mean path KL within {budget:g} nats{least}: raise the budget or sample smaller lambdas")
-    order = sorted(np.flatnonzero(affordable), key=lambda c: (-means[c], np.nan_to_num(kl[c], nan=np.inf)))
+        least = (
+            f"; the smallest is {np.nanmin(kl):.4g}"
+            if np.isfinite(kl).any()
+            else ", for none was recorded"
+        )
+        raise ValueError(
+            f"no lambda has a mean path KL within {budget:g} nats{least}: raise the budget or sample smaller lambdas"
+        )
+    order = sorted(
+        np.flatnonzero(affordable), key=lambda c: (-means[c], np.nan_to_num(kl[c], nan=np.inf))
+    )
     best, held = int(order[0]), scores[~choosing]
     nothing = Estimate(np.nan, np.nan, np.nan)
     return Choice(
@@ -85,7 +101,11 @@ def _change(before: Array, after: Array, seed: int, level: float = LEVEL) -> Est
     """Mean of after - before over the prompts that have both."""
     difference = (after - before)[:, None]
     difference = difference[~np.isnan(difference[:, 0])]
-    return paired_bootstrap(difference, lambda m: m[..., 0], seed, level) if len(difference) else Estimate(np.nan, np.nan, np.nan)
+    return (
+        paired_bootstrap(difference, lambda m: m[..., 0], seed, level)
+        if len(difference)
+        else Estimate(np.nan, np.nan, np.nan)
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,11 @@ def reward_hacking(before: Array, after: Array, optimised: int = 0, seed: int = 
     """
     others = before.shape[1] - 1
     level = 1 - (1 - LEVEL) / max(others, 1)
-    changes = [_change(b, a, seed, LEVEL if k == optimised else level) for k, (b, a) in enumerate(zip(before.T, after.T, strict=True))]
+    changes = [
+        _change(b, a, seed, LEVEL if k == optimised else level)
+        for k, (b, a) in enumerate(zip(before.T, after.T, strict=True))
+    ]
     fallen = tuple(k for k, change in enumerate(changes) if k != optimised and change.high < 0)
-    return Alarm(changes[optimised], tuple(changes), fallen, bool(changes[optimised].low > 0 and fallen))
+    return Alarm(
+        changes[optimised], tuple(changes), fallen, bool(changes[optimised].low > 0 and fallen)
+    )

@@ -34,7 +34,9 @@ class Estimate:
 @lru_cache(maxsize=8)
 def _counts(prompts: int, seed: int) -> Array:
     """(1 + 2000, P): how often each prompt was drawn; the first row is the sample itself."""
-    draws = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
+    draws = np.random.default_rng(seed).multinomial(
+        prompts, np.full(prompts, 1 / prompts), size=RESAMPLES
+    )
     return np.vstack([np.ones(prompts), draws])
 
 
@@ -51,7 +53,9 @@ def resampled_means(values: Array, seed: int = 0) -> Array:
         return counts @ np.where(present, values, 0.0) / (counts @ present)
 
 
-def paired_bootstrap(values: Array, statistic: Callable[[Array], Array], seed: int = 0, level: float = LEVEL) -> Estimate:
+def paired_bootstrap(
+    values: Array, statistic: Callable[[Array], Array], seed: int = 0, level: float = LEVEL
+) -> Estimate:
     """Percentile interval of a statistic of column means (Efron and Tibshirani 1993, chapter 13), rows resampled with replacement.
 
     values: (P, K), as in `resampled_means`. statistic: column means (..., K) -> (...); it is called once, on the sample's means and those
@@ -86,12 +90,16 @@ class ApproximationError:
         return self.distance.low > 0
 
 
-def approximation_error(model: Array, target: Array, reference: Array, seed: int = 0) -> ApproximationError:
+def approximation_error(
+    model: Array, target: Array, reference: Array, seed: int = 0
+) -> ApproximationError:
     """Approximation error of one realigned model with intervals. model, target, reference: (P,), paired by prompt."""
     values = np.stack([model, target, reference], axis=1)
 
     def estimate(statistic: Callable[[Array, Array, Array], Array]) -> Estimate:
-        return paired_bootstrap(values, lambda means: statistic(means[..., 0], means[..., 1], means[..., 2]), seed)
+        return paired_bootstrap(
+            values, lambda means: statistic(means[..., 0], means[..., 1], means[..., 2]), seed
+        )
 
     difference = estimate(lambda m, t, r: m - t)
     return ApproximationError(
@@ -103,7 +111,9 @@ def approximation_error(model: Array, target: Array, reference: Array, seed: int
     )
 
 
-def share_of_anchor(model: Array, target: Array, anchor: Array, reference: Array, seed: int = 0) -> Estimate:
+def share_of_anchor(
+    model: Array, target: Array, anchor: Array, reference: Array, seed: int = 0
+) -> Estimate:
     """The error in percent of what the anchor itself changed, |anchor mean - reference mean|: one unit for all targets of an anchor.
 
     All (P,), paired by prompt. nan where the interval of that distance holds 0.
@@ -136,10 +146,14 @@ def mean_approximation_error(
     cells = model.shape[1]
     values = np.concatenate([model, target, reference], axis=1)
 
-    def estimate(statistic: Callable[[Array, Array, Array], Array], which: NDArray[np.bool_]) -> Estimate:
+    def estimate(
+        statistic: Callable[[Array, Array, Array], Array], which: NDArray[np.bool_]
+    ) -> Estimate:
         if not which.any():
             return Estimate(np.nan, np.nan, np.nan)
-        split = lambda means: (means[..., i * cells : (i + 1) * cells][..., which] for i in range(3))  # noqa: E731
+        split = lambda means: (
+            means[..., i * cells : (i + 1) * cells][..., which] for i in range(3)
+        )  # noqa: E731
         return paired_bootstrap(values, lambda means: statistic(*split(means)).mean(axis=-1), seed)
 
     every = np.ones(cells, dtype=bool)
@@ -164,7 +178,9 @@ class ErrorSpread:
     median_percent: Estimate
 
 
-def error_spread(model: Array, target: Array, threshold: float | Array, seed: int = 0) -> ErrorSpread:
+def error_spread(
+    model: Array, target: Array, threshold: float | Array, seed: int = 0
+) -> ErrorSpread:
     """Spread of the absolute approximation errors. model, target: (P, C), a row a prompt. threshold: one, or one a cell (C,)."""
     cells = model.shape[1]
     values = np.concatenate([model, target], axis=1)
@@ -174,7 +190,9 @@ def error_spread(model: Array, target: Array, threshold: float | Array, seed: in
         deviation = float(np.nanmean(np.sqrt(np.nansum(centred**2, axis=0) / (present - 1))))
 
     def estimate(statistic: Callable[[Array], Array]) -> Estimate:
-        return paired_bootstrap(values, lambda means: statistic(abs(means[..., :cells] - means[..., cells:])), seed)
+        return paired_bootstrap(
+            values, lambda means: statistic(abs(means[..., :cells] - means[..., cells:])), seed
+        )
 
     return ErrorSpread(
         under=estimate(lambda errors: 100 * (errors <= threshold).mean(axis=-1)),

@@ -19,17 +19,34 @@ def make_tokenizer(captions: list[str], vocabulary: int = 1024, length: int = 16
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )  # type: ignore[assignment]
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, end_of_word_suffix="</w>"))  # type: ignore[call-arg]
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, end_of_word_suffix="</w>"),
+    )  # type: ignore[call-arg]
     merges = json.loads(bpe.to_str())["model"]["merges"]
     learned = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
-    words = bytes_ + [b + "</w>" for b in bytes_] + ["".join(m) for m in learned] + ["<|startoftext|>", "<|endoftext|>"]
+    words = (
+        bytes_
+        + [b + "</w>" for b in bytes_]
+        + ["".join(m) for m in learned]
+        + ["<|startoftext|>", "<|endoftext|>"]
+    )
     vocab = {w: i for i, w in enumerate(dict.fromkeys(words))}
     return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=length)  # type: ignore[arg-type]
 
 
-def make_clip(tokenizer: Any, side: int, width: int = 64, text_layers: int = 2, vision_layers: int = 3, patch: int = 4) -> nn.Module:
+def make_clip(
+    tokenizer: Any,
+    side: int,
+    width: int = 64,
+    text_layers: int = 2,
+    vision_layers: int = 3,
+    patch: int = 4,
+) -> nn.Module:
     """A CLIPModel with random weights for square pictures of `side` pixels."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -41,9 +58,13 @@ def make_clip(tokenizer: Any, side: int, width: int = 64, text_layers: int = 2, 
         "hidden_act": "gelu",
     }
     text = shared | {
-        "vocab_size": len(tokenizer), "num_hidden_layers": text_layers, "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": text_layers,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     vision = shared | {"image_size": side, "patch_size": patch, "num_hidden_layers": vision_layers}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
 
@@ -52,14 +73,20 @@ def make_image_processor(side: int) -> Any:
     """CLIP's image preparation at `side` pixels."""
     from transformers import CLIPImageProcessorPil
 
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
 
 
 def load_clip(folder: str) -> tuple[Any, Any, Any]:
     """CLIPModel, tokenizer and image processor of a folder that holds all three."""
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    return CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
+    return (
+        CLIPModel.from_pretrained(folder),
+        CLIPTokenizer.from_pretrained(folder),
+        CLIPImageProcessorPil.from_pretrained(folder),
+    )
 
 
 def make_vae(channels: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4) -> Any:
@@ -68,31 +95,55 @@ def make_vae(channels: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4)
 
     levels = len(channels)
     return AutoencoderKL(
-        block_out_channels=channels, latent_channels=latent_channels, norm_num_groups=4, layers_per_block=1, scaling_factor=1.0,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, mid_block_add_attention=False,
-    )  # fmt: skip
+        block_out_channels=channels,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        layers_per_block=1,
+        scaling_factor=1.0,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        mid_block_add_attention=False,
+    )
 
 
-def make_pipeline(text_encoder: Any, tokenizer: Any, vae: Any, side: int, channels: tuple[int, ...] = (48, 96)) -> Any:
+def make_pipeline(
+    text_encoder: Any, tokenizer: Any, vae: Any, side: int, channels: tuple[int, ...] = (48, 96)
+) -> Any:
     """A StableDiffusionPipeline around a trained text encoder and autoencoder, with a UNet of random weights and SD's noise schedule."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     levels = len(channels)
     unet = UNet2DConditionModel(
-        sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1), block_out_channels=channels, layers_per_block=1,
-        in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels, norm_num_groups=8,
-        cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=8,
+        sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1),
+        block_out_channels=channels,
+        layers_per_block=1,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        norm_num_groups=8,
+        cross_attention_dim=text_encoder.config.hidden_size,
+        attention_head_dim=8,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
         up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
-    )  # fmt: skip
+    )
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
         timestep_spacing="trailing",
-    )  # fmt: skip
+    )
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def text_tower(clip: Any) -> nn.Module:
@@ -100,7 +151,13 @@ def text_tower(clip: Any) -> nn.Module:
     from transformers import CLIPTextModel
 
     tower = CLIPTextModel(clip.config.text_config)
-    tower.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")})
+    tower.load_state_dict(
+        {
+            k.removeprefix("text_model."): v
+            for k, v in clip.state_dict().items()
+            if k.startswith("text_model.")
+        }
+    )
     return tower
 
 

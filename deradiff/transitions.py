@@ -44,19 +44,29 @@ def transition(
     if type(scheduler).__name__ == "FlowMatchSDEScheduler":
         towards = step.sigma_next - std**2 / (2 * step.sigma)
     mean = step.alpha_next * x0 + towards * eps
-    if type(scheduler).__name__ == "DPMSolverMultistepScheduler" and previous is not None and _second_order(scheduler, step):
+    if (
+        type(scheduler).__name__ == "DPMSolverMultistepScheduler"
+        and previous is not None
+        and _second_order(scheduler, step)
+    ):
         mean = mean + _curvature(scheduler, step) * (x0 - previous)
     if type(scheduler).__name__ == "DDPMScheduler":
         return Gaussian(mean, _ddpm_variance(scheduler, step, output[:, channels:]).to(x))
     return Gaussian(mean, (std**2).to(x))
 
 
-def data_prediction(scheduler: Any, timestep: Tensor, x: Tensor, output: Tensor, *, index: int | None = None) -> Tensor:
+def data_prediction(
+    scheduler: Any, timestep: Tensor, x: Tensor, output: Tensor, *, index: int | None = None
+) -> Tensor:
     """x0 (B, C, ...) as the output predicts it; see `transition`."""
-    return _predictions(scheduler, step_at(scheduler, timestep, index), x, output[:, : x.shape[1]])[0]
+    return _predictions(scheduler, step_at(scheduler, timestep, index), x, output[:, : x.shape[1]])[
+        0
+    ]
 
 
-def network_input(scheduler: Any, timestep: Tensor, x: Tensor, *, index: int | None = None) -> Tensor:
+def network_input(
+    scheduler: Any, timestep: Tensor, x: Tensor, *, index: int | None = None
+) -> Tensor:
     """x (B, ...) as the network expects it: `scheduler.scale_model_input`, without the count of steps that it keeps."""
     if type(scheduler).__name__ not in EULER:
         return x
@@ -77,15 +87,23 @@ def kl_factors(scheduler: Any) -> Tensor:
     bars = _alpha_bars(scheduler)
     snr = bars / (1 - bars)
     gains = torch.cat([snr.log().diff(), torch.ones(1, dtype=snr.dtype)])
-    squared_eps = {"epsilon": torch.ones_like(bars), "v_prediction": bars, "sample": snr}[prediction_type(scheduler)]
-    return (0.5 * gains * squared_eps).nan_to_num(nan=0.0, posinf=torch.inf)  # alpha_bar L -> 0 from pure noise
+    squared_eps = {"epsilon": torch.ones_like(bars), "v_prediction": bars, "sample": snr}[
+        prediction_type(scheduler)
+    ]
+    return (0.5 * gains * squared_eps).nan_to_num(
+        nan=0.0, posinf=torch.inf
+    )  # alpha_bar L -> 0 from pure noise
 
 
 def _alpha_bars(scheduler: Any) -> Tensor:
     """alpha_bar at each of `scheduler.timesteps`."""
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod, so that its steps' signal-to-noise ratio is not known")
-    if hasattr(scheduler, "sigmas"):  # noise over signal, also between the training timesteps (Karras)
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alphas_cumprod, so that its steps' signal-to-noise ratio is not known"
+        )
+    if hasattr(
+        scheduler, "sigmas"
+    ):  # noise over signal, also between the training timesteps (Karras)
         return 1 / (1 + scheduler.sigmas[: len(scheduler.timesteps)].double().cpu() ** 2)
     return scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.long().cpu()]
 
@@ -125,7 +143,9 @@ def _ddpm_variance(scheduler: Any, step: Step, predicted: Tensor) -> Tensor:
     if step.time == 0:
         return torch.zeros(())
     if kind.startswith("learned") and not predicted.numel():
-        raise ValueError(f"variance_type={kind!r} needs a network of twice the sample's channels: use variance_type='fixed_small'")
+        raise ValueError(
+            f"variance_type={kind!r} needs a network of twice the sample's channels: use variance_type='fixed_small'"
+        )
     large = 1 - (step.alpha / step.alpha_next) ** 2
     small = ((step.sigma_next / step.sigma) ** 2 * large).clamp(min=1e-20)
     if kind == "learned":
@@ -141,7 +161,12 @@ def _second_order(scheduler: Any, step: Step) -> bool:
     config, steps = scheduler.config, len(scheduler.timesteps)
     last = step.index == steps - 1
     return config.solver_order == 2 and not (
-        last and (config.euler_at_final or config.final_sigmas_type == "zero" or (config.lower_order_final and steps < 15))
+        last
+        and (
+            config.euler_at_final
+            or config.final_sigmas_type == "zero"
+            or (config.lower_order_final and steps < 15)
+        )
     )
 
 
@@ -150,5 +175,9 @@ def _curvature(scheduler: Any, step: Step) -> Tensor:
     before = step_at(scheduler, scheduler.timesteps[step.index - 1], step.index - 1)
     h, h_before = -step.noise_ratio.log(), -before.noise_ratio.log()
     gain = h * (2 if scheduler.config.algorithm_type == "sde-dpmsolver++" else 1)
-    factor = -torch.expm1(-gain) / 2 if scheduler.config.solver_type == "midpoint" else 1 + torch.expm1(-gain) / gain
+    factor = (
+        -torch.expm1(-gain) / 2
+        if scheduler.config.solver_type == "midpoint"
+        else 1 + torch.expm1(-gain) / gain
+    )
     return step.alpha_next * factor * h / h_before

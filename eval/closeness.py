@@ -15,10 +15,17 @@ from eval.errors import aligned, first_range
 from eval.pairing import Cell, Group, short
 
 HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.4}
-RIVALS = {"realigned": INK, "anchor as is": COLOURS[5], "reference as is": COLOURS[0], "seed floor": COLOURS[2]}
+RIVALS = {
+    "realigned": INK,
+    "anchor as is": COLOURS[5],
+    "reference as is": COLOURS[0],
+    "seed floor": COLOURS[2],
+}
 
 
-def ecdf(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], threshold: float) -> str:
+def ecdf(
+    errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], threshold: float
+) -> str:
     """Share of cells within (0, 1) whose error is at most x % of the target's mean: of the realigned models, and of those that nothing was
     done to; of cells above 1 where there are no others."""
     name, within = first_range(errors)
@@ -42,7 +49,15 @@ def ecdf(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFra
             found = error_ecdf(model * scale, target * scale)
             panel.step(found.x, 100 * found.share, where="post", **style)
             if what == "realigned":
-                panel.fill_between(found.x, 100 * found.low, 100 * found.high, step="post", color=style["color"], alpha=0.15, lw=0)
+                panel.fill_between(
+                    found.x,
+                    100 * found.low,
+                    100 * found.high,
+                    step="post",
+                    color=style["color"],
+                    alpha=0.15,
+                    lw=0,
+                )
         panel.axvline(threshold, color=INK, lw=0.8, linestyle=":")
         panel.set_xscale("symlog", linthresh=threshold / 4)
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -51,12 +66,22 @@ def ecdf(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFra
         panel.set_ylim(0, 102)
 
     handles = [Line2D([], [], **style) for style in shown.values()]
-    handles.append(Line2D([], [], color=INK, lw=0.8, linestyle=":", label=f"{threshold:g} % of the mean"))
-    return panels(list(errors["scorer"].unique()), draw, "error, % of the target's mean", f"% of the cells, {name}", handles)
+    handles.append(
+        Line2D([], [], color=INK, lw=0.8, linestyle=":", label=f"{threshold:g} % of the mean")
+    )
+    return panels(
+        list(errors["scorer"].unique()),
+        draw,
+        "error, % of the target's mean",
+        f"% of the cells, {name}",
+        handles,
+    )
 
 
 def _first(errors: pd.DataFrame, mode: str) -> bool:
-    return bool(mode == errors["mode"].iloc[0])  # a rival to which nothing was done is the same in every mode
+    return bool(
+        mode == errors["mode"].iloc[0]
+    )  # a rival to which nothing was done is the same in every mode
 
 
 def _of(errors: pd.DataFrame, what: str, mode: str) -> pd.DataFrame:
@@ -79,12 +104,21 @@ def scatter(errors: pd.DataFrame) -> str:
 
     def draw(panel: Axes, scorer: str) -> None:
         rows = own[own["scorer"] == scorer]
-        both = [min(rows["mean"].min(), rows["target_mean"].min()), max(rows["mean"].max(), rows["target_mean"].max())]
+        both = [
+            min(rows["mean"].min(), rows["target_mean"].min()),
+            max(rows["mean"].max(), rows["target_mean"].max()),
+        ]
         panel.plot(both, both, color=INK, lw=0.8)
         panel.xaxis.set_major_locator(MaxNLocator(4))
         _points(panel, rows, rows["target_mean"], rows["mean"], looks(own))
 
-    return panels(list(own["scorer"].unique()), draw, "mean score, from scratch", "mean score, realigned", _legend(own))
+    return panels(
+        list(own["scorer"].unique()),
+        draw,
+        "mean score, from scratch",
+        "mean score, realigned",
+        _legend(own),
+    )
 
 
 def bland_altman(errors: pd.DataFrame) -> str:
@@ -103,11 +137,22 @@ def bland_altman(errors: pd.DataFrame) -> str:
         panel.xaxis.set_major_locator(MaxNLocator(4))
         _points(panel, rows, (rows["mean"] + rows["target_mean"]) / 2, signed, looks(own))
 
-    lines = [Line2D([], [], color=COLOURS[5], label="bias"), Line2D([], [], color=COLOURS[5], linestyle="--", label="limits of agreement")]
-    return panels(list(own["scorer"].unique()), draw, "mean of the two scores", "realigned less target, %", [*_legend(own), *lines])
+    lines = [
+        Line2D([], [], color=COLOURS[5], label="bias"),
+        Line2D([], [], color=COLOURS[5], linestyle="--", label="limits of agreement"),
+    ]
+    return panels(
+        list(own["scorer"].unique()),
+        draw,
+        "mean of the two scores",
+        "realigned less target, %",
+        [*_legend(own), *lines],
+    )
 
 
-def _points(panel: Axes, rows: pd.DataFrame, x: pd.Series, y: pd.Series, look: dict[str, dict[str, Any]]) -> None:
+def _points(
+    panel: Axes, rows: pd.DataFrame, x: pd.Series, y: pd.Series, look: dict[str, dict[str, Any]]
+) -> None:
     for anchor in look:
         for above in (False, True):
             here = (rows["anchor"] == anchor) & ((rows["lam"] > 1) == above)
@@ -115,7 +160,14 @@ def _points(panel: Axes, rows: pd.DataFrame, x: pd.Series, y: pd.Series, look: d
 
 
 def _legend(own: pd.DataFrame) -> list[Line2D]:
-    handles = [Line2D([], [], **style, linestyle="", label=short(anchor)) for anchor, style in looks(own).items()]
+    handles = [
+        Line2D([], [], **style, linestyle="", label=short(anchor))
+        for anchor, style in looks(own).items()
+    ]
     if (own["lam"] > 1).any():
-        handles.append(Line2D([], [], color=INK, marker="o", **HOLLOW, linestyle="", label="hollow: lam above 1"))
+        handles.append(
+            Line2D(
+                [], [], color=INK, marker="o", **HOLLOW, linestyle="", label="hollow: lam above 1"
+            )
+        )
     return handles

@@ -33,7 +33,9 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         if self.path_kl is not None and not self.path_kl >= 0:
-            raise ValueError(f"select.path_kl is a budget in nats of at least 0, not {self.path_kl:g}")
+            raise ValueError(
+                f"select.path_kl is a budget in nats of at least 0, not {self.path_kl:g}"
+            )
 
 
 @dataclass
@@ -59,19 +61,27 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if not self.samples:
-            raise ValueError("no samples to evaluate; type samples=[runs/sample/<a>,runs/sample/<b>]")
+            raise ValueError(
+                "no samples to evaluate; type samples=[runs/sample/<a>,runs/sample/<b>]"
+            )
         given = [str(Path(s)) for s in [*self.samples, *self.references]]
         twice = sorted({s for s in given if given.count(s) > 1})
         if twice:
-            raise ValueError(f"samples and references name {', '.join(twice)} more than once; name each run directory once, in one of them")
+            raise ValueError(
+                f"samples and references name {', '.join(twice)} more than once; name each run directory once, in one of them"
+            )
         if not self.scorers:
-            raise ValueError("no scorers to score with; type scorers=shapes, scorers=published or scorers=[clip,pickscore]")
+            raise ValueError(
+                "no scorers to score with; type scorers=shapes, scorers=published or scorers=[clip,pickscore]"
+            )
         for label, scorer in self.scorers.items():
             scorer.name = scorer.name or label
         if self.select.score is None:
             self.select.score = next(iter(self.scorers))
         if self.select.score not in self.scorers:
-            raise ValueError(f"select.score={self.select.score} is not among the scorers {', '.join(self.scorers)}; name one of them")
+            raise ValueError(
+                f"select.score={self.select.score} is not among the scorers {', '.join(self.scorers)}; name one of them"
+            )
         for name in ("margin", "threshold"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0 %, not {getattr(self, name):g}")
@@ -82,7 +92,11 @@ class EvalConfig:
         """The first sample's name, how many more there are, and a digest of which samples and scorers they are."""
         if self.name:
             return slug(self.name)
-        runs = [sorted(str(Path(s)) for s in named) for named in (self.samples, self.references) if named]
+        runs = [
+            sorted(str(Path(s)) for s in named)
+            for named in (self.samples, self.references)
+            if named
+        ]
         told = json.dumps([*runs, {k: asdict(v) for k, v in self.scorers.items()}], sort_keys=True)
         more = f"+{len(self.samples) - 1}" if len(self.samples) > 1 else ""
         return f"{slug(Path(self.samples[0]).name)}{more}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"

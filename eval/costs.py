@@ -18,8 +18,23 @@ multiply-add is 2."""
 
 def compute(cards: dict[str, AnchorCard]) -> Table:
     """What each anchor cost, from its card."""
-    kept = ("method", "beta", "seed", "steps", "pairs_seen", "dataset", "device", "gpu_hours", "flops")
-    data = pd.DataFrame([{"anchor": anchor} | {key: getattr(card, key) for key in kept} for anchor, card in cards.items()])
+    kept = (
+        "method",
+        "beta",
+        "seed",
+        "steps",
+        "pairs_seen",
+        "dataset",
+        "device",
+        "gpu_hours",
+        "flops",
+    )
+    data = pd.DataFrame(
+        [
+            {"anchor": anchor} | {key: getattr(card, key) for key in kept}
+            for anchor, card in cards.items()
+        ]
+    )
     shown = [
         {
             "anchor": short(anchor),
@@ -45,13 +60,21 @@ def saved(cells: list[Cell], cards: dict[str, AnchorCard]) -> Table:
     """For each realigned anchor: what training its targets too has cost, in the cards' own hours and FLOPs."""
     rows, shown = [], []
     for anchor in dict.fromkeys(cell.realigned[ANCHOR] for cell in cells):
-        targets = {cell.beta_target: cell.target[ANCHOR] for cell in cells if cell.realigned[ANCHOR] == anchor}
+        targets = {
+            cell.beta_target: cell.target[ANCHOR]
+            for cell in cells
+            if cell.realigned[ANCHOR] == anchor
+        }
         if not {anchor, *targets.values()} <= set(cards):
             continue
         hours = savings(cards[anchor].gpu_hours, [cards[t].gpu_hours for t in targets.values()])
         flops = savings(cards[anchor].flops, [cards[t].flops for t in targets.values()])
         own = {"anchor": anchor, "beta": cards[anchor].beta, "targets": len(targets)}
-        rows.append(own | {f"hours_{k}": v for k, v in asdict(hours).items()} | {f"flops_{k}": v for k, v in asdict(flops).items()})
+        rows.append(
+            own
+            | {f"hours_{k}": v for k, v in asdict(hours).items()}
+            | {f"flops_{k}": v for k, v in asdict(flops).items()}
+        )
         shown.append(
             {
                 "anchor": short(anchor),
@@ -85,4 +108,10 @@ def published() -> Table:
         "counted / stated": number(paper.ratio),
         "with checkpointing and autoencoder": f"{paper.with_everything:.4g}",
     }
-    return table("published", "The paper's anchor, by the same count", PUBLISHED.format(why=paper.why), data, [shown])
+    return table(
+        "published",
+        "The paper's anchor, by the same count",
+        PUBLISHED.format(why=paper.why),
+        data,
+        [shown],
+    )

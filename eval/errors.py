@@ -10,12 +10,20 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from deradiff.agreement import equivalence
-from deradiff.statistics import Estimate, approximation_error, mean_approximation_error, share_of_anchor
+from deradiff.statistics import (
+    Estimate,
+    approximation_error,
+    mean_approximation_error,
+    share_of_anchor,
+)
 from eval.pairing import ANCHOR, Cell, Group, per_prompt
 from eval.samples import BENCH
 from eval.tables import Table, bench, interval, number, spread, table
 
-RANGES: dict[str, Callable[[float], bool]] = {"0 < lam < 1": lambda lam: 0 < lam < 1, "lam > 1": lambda lam: lam > 1}
+RANGES: dict[str, Callable[[float], bool]] = {
+    "0 < lam < 1": lambda lam: 0 < lam < 1,
+    "lam > 1": lambda lam: lam > 1,
+}
 
 ERRORS = """Target: the model aligned from scratch at beta / lam, on the same prompts, x_T and step noise. Error: |mean score of the
 realigned images less the target's|. % of mean: of the target's |mean score|. % of distance: of |the target's mean score less the
@@ -40,10 +48,14 @@ image (of particles, a particle) and step, as counted while sampling; a model al
 
 def first_range(errors: pd.DataFrame) -> tuple[str, Callable[[float], bool]]:
     """The first of RANGES that holds a cell of some errors: the paper's, where there is one."""
-    return next((name, within) for name, within in RANGES.items() if errors["lam"].map(within).any())
+    return next(
+        (name, within) for name, within in RANGES.items() if errors["lam"].map(within).any()
+    )
 
 
-def approximation_errors(cells: list[Cell], groups: dict[Group, pd.DataFrame], scorers: list[str], margin: float) -> Table:
+def approximation_errors(
+    cells: list[Cell], groups: dict[Group, pd.DataFrame], scorers: list[str], margin: float
+) -> Table:
     """A row per scorer, cell and rival: the realigned model, the anchor as is, the reference as is, the target's other training seeds.
 
     margin: of the equivalence test, in percent of the distance.
@@ -60,10 +72,14 @@ def approximation_errors(cells: list[Cell], groups: dict[Group, pd.DataFrame], s
     if len(data):
         floors = data[data["what"] == "seed floor"].groupby(["scorer", "cell"])["error"].mean()
         data["floor"] = [floors.get(key, np.nan) for key in zip(data["scorer"], data["cell"])]
-    return table("approximation", "Approximation errors", ERRORS.format(margin=margin), data, _shown(data))
+    return table(
+        "approximation", "Approximation errors", ERRORS.format(margin=margin), data, _shown(data)
+    )
 
 
-def _row(cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: str, margin: float) -> dict[str, Any]:
+def _row(
+    cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: str, margin: float
+) -> dict[str, Any]:
     paired, images = per_prompt(groups, [rival, cell.target, cell.reference], scorer)
     if not images:
         return {}
@@ -72,10 +88,25 @@ def _row(cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: st
     # the margin is a share of a distance that is measured on the same prompts, so it is a number a prompt: what the test compares is linear
     tested = equivalence(model - target, margin / 100 * (target - reference))
     means = paired.mean()
-    told = {"beta": cell.beta, "lam": cell.lam, "beta_target": cell.beta_target, "mode": cell.mode, "training_seed": cell.training_seed}
+    told = {
+        "beta": cell.beta,
+        "lam": cell.lam,
+        "beta_target": cell.beta_target,
+        "mode": cell.mode,
+        "training_seed": cell.training_seed,
+    }
     who = {"anchor": cell.realigned[ANCHOR], "target": cell.target[ANCHOR], "rival": rival[ANCHOR]}
-    count = {"prompts": len(paired), "images": images, "mean": means[0], "target_mean": means[1], "reference_mean": means[2]}
-    numbers = [spread(name, getattr(found, name)) for name in ("difference", "error", "percent_of_mean", "share", "distance")]
+    count = {
+        "prompts": len(paired),
+        "images": images,
+        "mean": means[0],
+        "target_mean": means[1],
+        "reference_mean": means[2],
+    }
+    numbers = [
+        spread(name, getattr(found, name))
+        for name in ("difference", "error", "percent_of_mean", "share", "distance")
+    ]
     numbers.append(spread("share_of_anchor", _share_of_anchor(cell, rival, groups, scorer)))
     return (
         told
@@ -87,7 +118,9 @@ def _row(cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: st
     )
 
 
-def _share_of_anchor(cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: str) -> Estimate:
+def _share_of_anchor(
+    cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: str
+) -> Estimate:
     if cell.anchor is None:
         return Estimate(np.nan, np.nan, np.nan)
     paired, _ = per_prompt(groups, [rival, cell.target, cell.anchor, cell.reference], scorer)
@@ -123,27 +156,60 @@ def _shown(data: pd.DataFrame) -> list[dict[str, str]]:
     return lines
 
 
-def summary(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], margin: float) -> Table:
+def summary(
+    errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], margin: float
+) -> Table:
     """Mean absolute errors per scorer and mode, for lam in (0, 1) and for lam above 1, of the realigned models and of their rivals."""
     rows = _summary(errors, cells, groups)
-    return table("summary", "Mean approximation errors", SUMMARY.format(margin=margin), pd.DataFrame(rows), _summary_shown(rows))
+    return table(
+        "summary",
+        "Mean approximation errors",
+        SUMMARY.format(margin=margin),
+        pd.DataFrame(rows),
+        _summary_shown(rows),
+    )
 
 
-def modes(cells: list[Cell], groups: dict[Group, pd.DataFrame], scorers: list[str], margin: float, samples: pd.DataFrame) -> Table:
+def modes(
+    cells: list[Cell],
+    groups: dict[Group, pd.DataFrame],
+    scorers: list[str],
+    margin: float,
+    samples: pd.DataFrame,
+) -> Table:
     """The summary again over the cells, prompts and seeds that every mode has, and what each mode costs; no row where there is one mode."""
     cells, groups = _shared(cells, groups)
     rows = _summary(approximation_errors(cells, groups, scorers, margin).data, cells, groups)
-    cost = samples[~samples["lam"].isin([0, 1])].groupby("mode")["evaluations"].apply(lambda e: pd.to_numeric(e).mean())
+    cost = (
+        samples[~samples["lam"].isin([0, 1])]
+        .groupby("mode")["evaluations"]
+        .apply(lambda e: pd.to_numeric(e).mean())
+    )
     rows = [row | {"evaluations": cost[row["mode"]]} for row in rows]
-    shown = [line | {"evaluations a step": number(cost[line["mode"]])} for line in _summary_shown(rows)]
-    return table("modes", "The modes side by side", MODES + SUMMARY.format(margin=margin), pd.DataFrame(rows), shown)
+    shown = [
+        line | {"evaluations a step": number(cost[line["mode"]])} for line in _summary_shown(rows)
+    ]
+    return table(
+        "modes",
+        "The modes side by side",
+        MODES + SUMMARY.format(margin=margin),
+        pd.DataFrame(rows),
+        shown,
+    )
 
 
-def _shared(cells: list[Cell], groups: dict[Group, pd.DataFrame]) -> tuple[list[Cell], dict[Group, pd.DataFrame]]:
+def _shared(
+    cells: list[Cell], groups: dict[Group, pd.DataFrame]
+) -> tuple[list[Cell], dict[Group, pd.DataFrame]]:
     """The cells that every mode realigned, with the images that all of these share; none where there is one mode."""
     modes = {cell.mode for cell in cells}
     of = {
-        cell: {c.mode for c in cells if (c.target, c.lam, c.realigned[ANCHOR]) == (cell.target, cell.lam, cell.realigned[ANCHOR])}
+        cell: {
+            c.mode
+            for c in cells
+            if (c.target, c.lam, c.realigned[ANCHOR])
+            == (cell.target, cell.lam, cell.realigned[ANCHOR])
+        }
         for cell in cells
     }
     shared = [cell for cell in cells if of[cell] == modes] if len(modes) > 1 else []
@@ -155,7 +221,9 @@ def _shared(cells: list[Cell], groups: dict[Group, pd.DataFrame]) -> tuple[list[
     return shared, {group: scores[scores.index.isin(ids)] for group, scores in groups.items()}
 
 
-def _summary(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]) -> list[dict[str, Any]]:
+def _summary(
+    errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]
+) -> list[dict[str, Any]]:
     keys, rows = ["scorer", "mode", *BENCH, "what"], []
     for told, found in errors.groupby(keys, sort=False) if len(errors) else []:
         for name, within in RANGES.items():
@@ -163,7 +231,9 @@ def _summary(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.Dat
             if len(chosen):
                 rows.append({"range": name} | dict(zip(keys, told)) | _means(chosen, cells, groups))
     order = list(dict.fromkeys(row["scorer"] for row in rows))
-    return sorted(rows, key=lambda row: (list(RANGES).index(row["range"]), order.index(row["scorer"])))  # modes below one another
+    return sorted(
+        rows, key=lambda row: (list(RANGES).index(row["range"]), order.index(row["scorer"]))
+    )  # modes below one another
 
 
 def aligned(
@@ -174,14 +244,20 @@ def aligned(
     paired = []
     for row in chosen.to_dict("records"):
         cell = cells[row["cell"]]
-        rival = next(group for what, group in cell.rivals() if (what, group[ANCHOR]) == (row["what"], row["rival"]))
+        rival = next(
+            group
+            for what, group in cell.rivals()
+            if (what, group[ANCHOR]) == (row["what"], row["rival"])
+        )
         paired.append(per_prompt(groups, [rival, cell.target, cell.reference], row["scorer"])[0])
     wide = pd.concat(paired, axis=1, keys=range(len(paired)))
     model, target, reference = (wide.xs(part, axis=1, level=1).to_numpy() for part in range(3))
     return model, target, reference
 
 
-def _means(chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]) -> dict[str, Any]:
+def _means(
+    chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]
+) -> dict[str, Any]:
     """The means of some rows of the errors."""
     model, target, reference = aligned(chosen, cells, groups)
     clear = chosen["clear"].to_numpy(dtype=bool)
@@ -222,7 +298,9 @@ def _summary_shown(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "worst of anchor's": number(own["worst_share_of_anchor"]),
                 "anchor as is": rival.get("anchor as is", "–"),
                 "seed floor": rival.get("seed floor", "–"),
-                "under the floor": f"{own['cells_under_floor']} of {own['cells_with_floor']}" if own["cells_with_floor"] else "–",
+                "under the floor": f"{own['cells_under_floor']} of {own['cells_with_floor']}"
+                if own["cells_with_floor"]
+                else "–",
                 "equivalent": f"{own['cells_equivalent']} of {own['cells']}",
             }
         )

@@ -30,7 +30,12 @@ class Evaluation:
 
 
 def evaluate(
-    config: EvalConfig, samples: pd.DataFrame, scores: pd.DataFrame, cards: dict[str, AnchorCard], cells: list[Cell], missing: list[str]
+    config: EvalConfig,
+    samples: pd.DataFrame,
+    scores: pd.DataFrame,
+    cards: dict[str, AnchorCard],
+    cells: list[Cell],
+    missing: list[str],
 ) -> Evaluation:
     """Everything that the scores say. scores: a row per image and scorer, as `score_images` returns them."""
     groups, scorers = by_group(scores), list(config.scorers)
@@ -55,7 +60,9 @@ def evaluate(
     ]
     by_name, grids = {table.name: table for table in made}, pictures.grids(samples)
     verdicts = [answer.sentence, report.verdict(summary.data, missing)]
-    return Evaluation(by_name, draw(config, by_name, samples, cells, groups, grids), grids, answer, verdicts)
+    return Evaluation(
+        by_name, draw(config, by_name, samples, cells, groups, grids), grids, answer, verdicts
+    )
 
 
 def draw(
@@ -81,7 +88,14 @@ def draw(
     return {name: plot for name, plot in drawn.items() if plot}
 
 
-def write(run_dir: Path, config: EvalConfig, samples: pd.DataFrame, scores: pd.DataFrame, made: Evaluation, missing: list[str]) -> None:
+def write(
+    run_dir: Path,
+    config: EvalConfig,
+    samples: pd.DataFrame,
+    scores: pd.DataFrame,
+    made: Evaluation,
+    missing: list[str],
+) -> None:
     """tables/*.csv and *.md, plots/*.svg, report.html; a table or figure that an earlier command left, and this one has not, goes."""
     for table in made.tables.values():
         table.write(run_dir / "tables")
@@ -90,9 +104,16 @@ def write(run_dir: Path, config: EvalConfig, samples: pd.DataFrame, scores: pd.D
             old.unlink()
     for name, svg in made.plots.items():
         write_atomic(run_dir / "plots" / f"{name}.svg", svg)
-    told = scores.drop_duplicates("scorer").set_index("scorer")[["version", "scale", "preprocessing"]]
-    scorers = [{"label": k, "checkpoint": s.checkpoint or s.file or "default"} | told.loc[k].to_dict() for k, s in config.scorers.items()]
-    page = report.render(run_dir.name, samples, scorers, made.tables, made.plots, made.grids, made.verdicts, missing)
+    told = scores.drop_duplicates("scorer").set_index("scorer")[
+        ["version", "scale", "preprocessing"]
+    ]
+    scorers = [
+        {"label": k, "checkpoint": s.checkpoint or s.file or "default"} | told.loc[k].to_dict()
+        for k, s in config.scorers.items()
+    ]
+    page = report.render(
+        run_dir.name, samples, scorers, made.tables, made.plots, made.grids, made.verdicts, missing
+    )
     write_atomic(run_dir / "report.html", page)
 
 
@@ -108,8 +129,13 @@ def track(tracked: Tracker, run_dir: Path, made: Evaluation) -> None:
         if len(table.data):
             tracked.table(table.name, list(table.shown.columns), table.shown.to_numpy().tolist())
     for grid in made.grids[:1]:
-        rows = [[line["prompt"], *(Path(file) if file else "" for file in line["files"])] for line in grid["lines"]]
-        tracked.table("pictures", ["prompt", *(f"lam={head['lam']}" for head in grid["heads"])], rows)
+        rows = [
+            [line["prompt"], *(Path(file) if file else "" for file in line["files"])]
+            for line in grid["lines"]
+        ]
+        tracked.table(
+            "pictures", ["prompt", *(f"lam={head['lam']}" for head in grid["heads"])], rows
+        )
     for name in made.plots:
         tracked.image(name, run_dir / "plots" / f"{name}.svg")
     for file in ("report.html", "scores.parquet"):

@@ -60,7 +60,9 @@ def pair_up(samples: pd.DataFrame, cards: dict[str, AnchorCard]) -> tuple[list[C
     """
     cells, missing = [], []
     for bench, images in samples.groupby(BENCH):
-        models = images.drop_duplicates(GROUP).sort_values(["beta", "lam", "mode"])  # a model of samples and references is of the former
+        models = images.drop_duplicates(GROUP).sort_values(
+            ["beta", "lam", "mode"]
+        )  # a model of samples and references is of the former
         ends = {lam: _by_anchor(models[models["lam"] == lam]) for lam in (0, 1)}
         betas = {a: b for a, b in zip(models["anchor"], models["beta"]) if not pd.isna(b)}
         for model in models[models["realigned"] & ~models["lam"].isin([0, 1])].to_dict("records"):
@@ -80,7 +82,9 @@ def pair_up(samples: pd.DataFrame, cards: dict[str, AnchorCard]) -> tuple[list[C
 
 def _without_partner(cell: Cell, images: pd.DataFrame) -> tuple[int, int]:
     """How many realigned images the target or the reference has no image to compare with for, and of how many."""
-    ids = {group: set(zip(rows["prompt_id"], rows["seed"])) for group, rows in images.groupby(GROUP)}
+    ids = {
+        group: set(zip(rows["prompt_id"], rows["seed"])) for group, rows in images.groupby(GROUP)
+    }
     own = ids[cell.realigned]
     return len(own - (ids[cell.target] & ids[cell.reference])), len(own)
 
@@ -101,25 +105,44 @@ def _cell(
     beta = betas[anchor]
     told = f"{told} targets beta={beta / lam:g}"
     fits = [
-        a for a, b in betas.items()
-        if a != anchor and a in anchors and _comparable(a, anchor, cards) and math.isclose(b, beta / lam, rel_tol=BETA_TOLERANCE)
-    ]  # fmt: skip
+        a
+        for a, b in betas.items()
+        if a != anchor
+        and a in anchors
+        and _comparable(a, anchor, cards)
+        and math.isclose(b, beta / lam, rel_tol=BETA_TOLERANCE)
+    ]
     if not fits:
         return f"{told}: no sample run of an anchor at that beta, with 1 among its lambdas, is among the samples"
     target, *others = _by_training_seed(fits, anchor, cards)
-    sources = [a for a in (target, anchor, *references) if a in references and _comparable(a, target, cards)]
+    sources = [
+        a
+        for a in (target, anchor, *references)
+        if a in references and _comparable(a, target, cards)
+    ]
     if not sources:
         return f"{told}: no images of the reference are among the samples; sample with 0 among the lambdas"
     return Cell(
-        beta=beta, beta_target=betas[target], lam=lam, mode=model["mode"], bench=bench, training_seed=_seed(anchor, cards),
-        realigned=tuple(model[key] for key in GROUP), target=anchors[target], reference=references[sources[0]],
-        anchor=anchors.get(anchor), second_seeds=tuple(anchors[a] for a in others),
-    )  # fmt: skip
+        beta=beta,
+        beta_target=betas[target],
+        lam=lam,
+        mode=model["mode"],
+        bench=bench,
+        training_seed=_seed(anchor, cards),
+        realigned=tuple(model[key] for key in GROUP),
+        target=anchors[target],
+        reference=references[sources[0]],
+        anchor=anchors.get(anchor),
+        second_seeds=tuple(anchors[a] for a in others),
+    )
 
 
 def _by_anchor(models: pd.DataFrame) -> dict[str, Group]:
     """One group an anchor; at lam = 0 and 1 every mode gives the same images, so the first serves."""
-    return {model["anchor"]: tuple(model[key] for key in GROUP) for model in reversed(models.to_dict("records"))}
+    return {
+        model["anchor"]: tuple(model[key] for key in GROUP)
+        for model in reversed(models.to_dict("records"))
+    }
 
 
 def _seed(anchor: str, cards: dict[str, AnchorCard]) -> int | None:
@@ -141,16 +164,28 @@ def _by_training_seed(fits: list[str], anchor: str, cards: dict[str, AnchorCard]
         raise ValueError(
             f"{' and '.join(short(a) for a in fits)} agree in beta and training seed, so either could be the target; evaluate them apart"
         )
-    return sorted(fits, key=lambda a: (_seed(a, cards) != _seed(anchor, cards), _seed(a, cards) or 0))
+    return sorted(
+        fits, key=lambda a: (_seed(a, cards) != _seed(anchor, cards), _seed(a, cards) or 0)
+    )
 
 
 def by_group(scores: pd.DataFrame) -> dict[Group, pd.DataFrame]:
     """The scores of each model: rows (prompt_id, seed), a column a scorer, in the order they were scored."""
-    wide = scores.pivot_table(index=[*GROUP, "prompt_id", "seed"], columns="scorer", values="score", aggfunc="first", sort=False)
+    wide = scores.pivot_table(
+        index=[*GROUP, "prompt_id", "seed"],
+        columns="scorer",
+        values="score",
+        aggfunc="first",
+        sort=False,
+    )
     return {group: rows.droplevel(GROUP) for group, rows in wide.groupby(level=GROUP, sort=False)}
 
 
-def per_prompt(groups: dict[Group, pd.DataFrame], chosen: list[Group], scorer: str) -> tuple[pd.DataFrame, int]:
+def per_prompt(
+    groups: dict[Group, pd.DataFrame], chosen: list[Group], scorer: str
+) -> tuple[pd.DataFrame, int]:
     """Mean scores over seeds, a row a prompt and a column a group, of the images that all groups share; and how many those are."""
-    shared = pd.concat([groups[group][scorer] for group in chosen], axis=1, join="inner", keys=range(len(chosen)))
+    shared = pd.concat(
+        [groups[group][scorer] for group in chosen], axis=1, join="inner", keys=range(len(chosen))
+    )
     return shared.groupby(level="prompt_id", sort=True).mean(), len(shared)

@@ -48,11 +48,15 @@ BY = """Absolute error in % of the target's mean score, of one anchor (a row) re
 is the anchor itself, an identity. Intervals: in the csv."""
 
 
-def paper_errors(summary: pd.DataFrame, errors: pd.DataFrame, cards: dict[str, AnchorCard]) -> Table:
+def paper_errors(
+    summary: pd.DataFrame, errors: pd.DataFrame, cards: dict[str, AnchorCard]
+) -> Table:
     """The summary in the paper's units, with the paper's numbers in columns of their own where base model and sampling are the paper's."""
     shown, rows, beside = [], [], False
     for own in summary[summary["what"] == "realigned"].to_dict("records") if len(summary) else []:
-        same = np.logical_and.reduce([errors[c] == own[c] for c in ("scorer", "mode", *BENCH)]) & errors["lam"].map(RANGES[own["range"]])
+        same = np.logical_and.reduce(
+            [errors[c] == own[c] for c in ("scorer", "mode", *BENCH)]
+        ) & errors["lam"].map(RANGES[own["range"]])
         chosen = errors[same & (errors["what"] == "realigned")]
         identities = own["cells"] / (own["cells"] + chosen["anchor"].nunique())
         as_is = errors[same & (errors["what"] == "reference as is")]["percent_of_mean"].mean()
@@ -60,8 +64,13 @@ def paper_errors(summary: pd.DataFrame, errors: pd.DataFrame, cards: dict[str, A
         beside = beside or published is not None
         told = {key: own[key] for key in ("range", "scorer", "mode", *BENCH, "cells")}
         ours = {key: own[key] for key in own if key.startswith(("error", "percent_of_mean"))}
-        more = {"percent_with_identities": identities * own["percent_of_mean"], "reference_percent_of_mean": as_is}
-        paper = dict(zip(("paper_error", "paper_percent_of_mean"), published or (math.nan, math.nan)))
+        more = {
+            "percent_with_identities": identities * own["percent_of_mean"],
+            "reference_percent_of_mean": as_is,
+        }
+        paper = dict(
+            zip(("paper_error", "paper_percent_of_mean"), published or (math.nan, math.nan))
+        )
         rows.append(told | ours | more | paper)
         shown.append(
             {
@@ -72,39 +81,63 @@ def paper_errors(summary: pd.DataFrame, errors: pd.DataFrame, cards: dict[str, A
                 "cells": str(own["cells"]),
                 "mean error": interval(own, "error"),
                 "% of mean": interval(own, "percent_of_mean"),
-                "with identities": number(more["percent_with_identities"]) if own["range"] == "0 < lam < 1" else "–",
+                "with identities": number(more["percent_with_identities"])
+                if own["range"] == "0 < lam < 1"
+                else "–",
                 "reference as is, % of mean": number(as_is),
                 "paper's mean error": number(paper["paper_error"]),
                 "paper's % of mean": number(paper["paper_percent_of_mean"]),
             }
         )
     if not beside:
-        shown = [{key: text for key, text in row.items() if not key.startswith("paper's")} for row in shown]
-    note = f"{PAPER} {BESIDE}" if beside else f"{PAPER} The paper's numbers are not shown: this is not its base model and sampler."
+        shown = [
+            {key: text for key, text in row.items() if not key.startswith("paper's")}
+            for row in shown
+        ]
+    note = (
+        f"{PAPER} {BESIDE}"
+        if beside
+        else f"{PAPER} The paper's numbers are not shown: this is not its base model and sampler."
+    )
     return table("paper", "In the paper's measures", note, pd.DataFrame(rows), shown)
 
 
 def _family(anchor: str, row: Any, cards: dict[str, AnchorCard]) -> str | None:
     """Which of the paper's experiments images belong to: by base model, sampler, steps and guidance; None: to none."""
     family = BASES.get(cards[anchor].base_model) if anchor in cards else None
-    as_paper = (row["sampler"], row["steps"], row["guidance_scale"]) == ("euler_ancestral", 50, GUIDANCE.get(family or ""))
+    as_paper = (row["sampler"], row["steps"], row["guidance_scale"]) == (
+        "euler_ancestral",
+        50,
+        GUIDANCE.get(family or ""),
+    )
     return family if as_paper else None
 
 
-def _published(chosen: pd.DataFrame, row: Any, cards: dict[str, AnchorCard]) -> tuple[float, float] | None:
+def _published(
+    chosen: pd.DataFrame, row: Any, cards: dict[str, AnchorCard]
+) -> tuple[float, float] | None:
     families = {_family(anchor, row, cards) for anchor in chosen["anchor"]}
     family = families.pop() if len(families) == 1 else None
     return MAE[family].get(row["scorer"]) if family else None
 
 
-def agreement(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], threshold: float) -> Table:
+def agreement(
+    errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], threshold: float
+) -> Table:
     """Median error, share of errors under a threshold, and Bland-Altman's limits, over the realigned cells of a scorer and mode."""
     rows, keys = [], ["scorer", "mode", *BENCH]
-    for told, found in errors[errors["what"] == "realigned"].groupby(keys, sort=False) if len(errors) else []:
+    for told, found in (
+        errors[errors["what"] == "realigned"].groupby(keys, sort=False) if len(errors) else []
+    ):
         for name, within in RANGES.items():
             chosen = found[found["lam"].map(within)]
             if len(chosen):
-                rows.append({"range": name} | dict(zip(keys, told)) | {"cells": len(chosen)} | _agreement(chosen, cells, groups, threshold))
+                rows.append(
+                    {"range": name}
+                    | dict(zip(keys, told))
+                    | {"cells": len(chosen)}
+                    | _agreement(chosen, cells, groups, threshold)
+                )
     rows.sort(key=lambda row: list(RANGES).index(row["range"]))
     shown = [
         {
@@ -117,14 +150,24 @@ def agreement(errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.Da
             "in % of the SD": interval(row, "median_percent"),
             f"at most {threshold:g} %": interval(row, "under"),
             "Bland-Altman bias, %": interval(row, "bias") if "bias" in row else "–",
-            "limits of agreement, %": f"{number(row['lower'])} to {number(row['upper'])}" if "bias" in row else "–",
+            "limits of agreement, %": f"{number(row['lower'])} to {number(row['upper'])}"
+            if "bias" in row
+            else "–",
         }
         for row in rows
     ]
-    return table("agreement", "How the errors are spread", AGREEMENT.format(threshold=threshold), pd.DataFrame(rows), shown)
+    return table(
+        "agreement",
+        "How the errors are spread",
+        AGREEMENT.format(threshold=threshold),
+        pd.DataFrame(rows),
+        shown,
+    )
 
 
-def _agreement(chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], threshold: float) -> dict[str, float]:
+def _agreement(
+    chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], threshold: float
+) -> dict[str, float]:
     model, target, _ = aligned(chosen, cells, groups)
     scale = chosen["target_mean"].abs().to_numpy()
     errors = error_spread(model, target, threshold / 100 * scale)
@@ -133,7 +176,9 @@ def _agreement(chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.D
         limits = limits_of_agreement(100 * chosen["difference"].to_numpy() / scale)
         found |= {name: getattr(limits, name) for name in ("bias", "lower", "upper")}
     return {"deviation": errors.deviation} | {
-        key: value for name, estimate in found.items() for key, value in spread(name, estimate).items()
+        key: value
+        for name, estimate in found.items()
+        for key, value in spread(name, estimate).items()
     }
 
 
@@ -146,11 +191,24 @@ def by_target(errors: pd.DataFrame, cards: dict[str, AnchorCard]) -> Table:
     for told, found in own.groupby(keys, sort=False) if len(own) else []:
         line = dict(zip(keys, told))
         errors_of = dict(zip(found["beta_target"], found["percent_of_mean"])) | {line["beta"]: 0.0}
-        head = {"scorer": line["scorer"], "anchor": short(line["anchor"]), "mode": line["mode"], "sampled": bench(line)}
+        head = {
+            "scorer": line["scorer"],
+            "anchor": short(line["anchor"]),
+            "mode": line["mode"],
+            "sampled": bench(line),
+        }
         shown.append(head | {_beta(beta): number(errors_of.get(beta)) for beta in betas})
-        published = BY_TARGET.get(line["scorer"], {}) if line["beta"] == 2000 and _family(line["anchor"], line, cards) else {}
+        published = (
+            BY_TARGET.get(line["scorer"], {})
+            if line["beta"] == 2000 and _family(line["anchor"], line, cards)
+            else {}
+        )
         if published:
-            shown.append(head | {"anchor": "the paper's, beta 2000"} | {_beta(beta): number(published.get(int(beta))) for beta in betas})
+            shown.append(
+                head
+                | {"anchor": "the paper's, beta 2000"}
+                | {_beta(beta): number(published.get(int(beta))) for beta in betas}
+            )
     columns = [
         "scorer",
         "anchor",
@@ -163,7 +221,9 @@ def by_target(errors: pd.DataFrame, cards: dict[str, AnchorCard]) -> Table:
         "percent_of_mean_low",
         "percent_of_mean_high",
     ]
-    return table("by_target", "One anchor, every target", BY, own[columns] if len(own) else own, shown)
+    return table(
+        "by_target", "One anchor, every target", BY, own[columns] if len(own) else own, shown
+    )
 
 
 def _beta(beta: float) -> str:

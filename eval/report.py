@@ -29,7 +29,11 @@ def verdict(summary: pd.DataFrame, missing: list[str]) -> str:
     column = "share" if clear else "percent_of_mean"
     unit = "of the way from the reference to it" if clear else "of its mean score"
     text = f"For {name}, a realigned model misses the model aligned from scratch by {_span(own, column)} {unit}"
-    text += f"; the anchor left as it is would miss by {_span(idle, column)}." if idle[column].notna().any() else "."
+    text += (
+        f"; the anchor left as it is would miss by {_span(idle, column)}."
+        if idle[column].notna().any()
+        else "."
+    )
     floored, under = int(own["cells_with_floor"].sum()), int(own["cells_under_floor"].sum())
     if floored:
         return f"{text} {under} of {floored} errors lie under the seed floor, the difference that a second training seed makes."
@@ -40,11 +44,18 @@ def _span(rows: pd.DataFrame, column: str) -> str:
     """The least and the most of a column over scorers, each with its interval and how many pairs of anchor and target it is the mean of."""
     rows = rows[rows[column].notna()].sort_values(column)
     ends = rows.iloc[[0, -1]] if len(rows) > 1 else rows
-    return " to ".join(f"{interval(row, column, ' %')} ({row['scorer']}, {_pairs(row, column)})" for row in ends.to_dict("records"))
+    return " to ".join(
+        f"{interval(row, column, ' %')} ({row['scorer']}, {_pairs(row, column)})"
+        for row in ends.to_dict("records")
+    )
 
 
 def _pairs(row: dict[str, Any], column: str) -> str:
-    count = f"{row['clear_cells']} of {row['cells']}" if column == "share" and row["clear_cells"] < row["cells"] else f"{row['cells']}"
+    count = (
+        f"{row['clear_cells']} of {row['cells']}"
+        if column == "share" and row["clear_cells"] < row["cells"]
+        else f"{row['cells']}"
+    )
     return f"{count} pair{'s' if row['cells'] > 1 else ''}{' whose distance is clear of 0' if 'of' in count else ''}"
 
 
@@ -61,13 +72,21 @@ def render(
     """The report. Prompts, paths and labels are others' text: all of it is escaped; only our own SVG and script go in as markup, and the
     page's content security policy lets no other script run."""
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    options: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    options: dict[str, Any] = {
+        "undefined": jinja2.StrictUndefined,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+    }
     environment = jinja2.Environment(loader=folder, autoescape=True, **options)
     script = environment.get_template("report.js.j2").render()
     return environment.get_template("report.html.j2").render(
         title=title,
         verdicts=verdicts,
-        counts={"models": len(samples.drop_duplicates(GROUP)), "images": len(samples), "prompts": samples["prompt_id"].nunique()},
+        counts={
+            "models": len(samples.drop_duplicates(GROUP)),
+            "images": len(samples),
+            "prompts": samples["prompt_id"].nunique(),
+        },
         grids=[grid for grid in grids if grid["lines"]],
         figures={name: Markup(svg) for name, svg in figures.items()},
         tables=tables,

@@ -26,7 +26,9 @@ def state() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def score_images(samples: pd.DataFrame, scorers: dict[str, ScorerConfig], batch_size: int, cache: Path) -> pd.DataFrame | None:
+def score_images(
+    samples: pd.DataFrame, scorers: dict[str, ScorerConfig], batch_size: int, cache: Path
+) -> pd.DataFrame | None:
     """A row per image and scorer: the samples' columns but `file`, then `scorer` (the label), `version`, `scale`, `preprocessing`, `score`.
 
     cache: the folder of the scores of all runs. Under torchrun or accelerate launch the ranks share the images, on a GPU each; the main
@@ -35,20 +37,42 @@ def score_images(samples: pd.DataFrame, scorers: dict[str, ScorerConfig], batch_
     """
     here, tables = state(), []
     rows = samples.drop(columns="file").assign(key=_keys(samples))
-    with tqdm(total=len(samples) * len(scorers), unit="image", disable=None if here.is_main_process else True) as progress:
+    with tqdm(
+        total=len(samples) * len(scorers),
+        unit="image",
+        disable=None if here.is_main_process else True,
+    ) as progress:
         for label, config in scorers.items():
             progress.set_description(label)
             scorer = deradiff.scorers.load_scorer(*settings(config), device=str(here.device))
-            scores = _complete(scorer, label, samples, batch_size, ScoreCache(cache, scorer), progress)
-            told = {"scorer": label, "version": scorer.version, "scale": scorer.scale, "preprocessing": scorer.preprocessing}
+            scores = _complete(
+                scorer, label, samples, batch_size, ScoreCache(cache, scorer), progress
+            )
+            told = {
+                "scorer": label,
+                "version": scorer.version,
+                "scale": scorer.scale,
+                "preprocessing": scorer.preprocessing,
+            }
             if here.is_main_process:
-                tables.append(rows.drop(columns="key").assign(**told, score=[scores[k] for k in rows["key"]]))
+                tables.append(
+                    rows.drop(columns="key").assign(**told, score=[scores[k] for k in rows["key"]])
+                )
     return pd.concat(tables, ignore_index=True) if here.is_main_process else None
 
 
-def settings(scorer: ScorerConfig) -> tuple[str, str | None, str | None, str | None, str | None, str | None]:
+def settings(
+    scorer: ScorerConfig,
+) -> tuple[str, str | None, str | None, str | None, str | None, str | None]:
     """What `check_scorer` and `load_scorer` are called with."""
-    return scorer.name, scorer.checkpoint, scorer.tokenizer, scorer.model_config, scorer.head, scorer.file
+    return (
+        scorer.name,
+        scorer.checkpoint,
+        scorer.tokenizer,
+        scorer.model_config,
+        scorer.head,
+        scorer.file,
+    )
 
 
 def write_scores(scores: pd.DataFrame, file: Path) -> None:
@@ -62,22 +86,45 @@ def _keys(samples: pd.DataFrame) -> list[Key]:
     return [key(sha256, prompt) for sha256, prompt in zip(samples["sha256"], samples["prompt"])]
 
 
-def _complete(scorer: Scorer, label: str, samples: pd.DataFrame, batch_size: int, cache: ScoreCache, progress: tqdm) -> dict[Key, float]:
+def _complete(
+    scorer: Scorer,
+    label: str,
+    samples: pd.DataFrame,
+    batch_size: int,
+    cache: ScoreCache,
+    progress: tqdm,
+) -> dict[Key, float]:
     """Score what the cache lacks; the ranks share it. The main process returns with every score, the others perhaps without some."""
     here, images = state(), samples.assign(key=_keys(samples)).drop_duplicates("key")
     todo = images[[k not in cache.scores for k in images["key"]]]
     progress.update(len(samples) - len(todo))
     here.wait_for_everyone()  # nobody writes before everybody has read, and so shares out the same rest
-    _score(scorer, label, todo.iloc[here.process_index :: here.num_processes], batch_size, cache, progress)
+    _score(
+        scorer,
+        label,
+        todo.iloc[here.process_index :: here.num_processes],
+        batch_size,
+        cache,
+        progress,
+    )
     here.wait_for_everyone()
     if here.is_main_process and here.num_processes > 1:
         cache.read()
-        lost = todo[[k not in cache.scores for k in todo["key"]]]  # on a file system that is slow to show what others wrote
+        lost = todo[
+            [k not in cache.scores for k in todo["key"]]
+        ]  # on a file system that is slow to show what others wrote
         _score(scorer, label, lost, batch_size, cache, progress)
     return cache.scores
 
 
-def _score(scorer: Scorer, label: str, images: pd.DataFrame, batch_size: int, cache: ScoreCache, progress: tqdm) -> None:
+def _score(
+    scorer: Scorer,
+    label: str,
+    images: pd.DataFrame,
+    batch_size: int,
+    cache: ScoreCache,
+    progress: tqdm,
+) -> None:
     for start in range(0, len(images), batch_size):
         batch = images.iloc[start : start + batch_size]
         cache.add(batch["key"], _scores(scorer, label, batch))

@@ -47,7 +47,12 @@ class _Study:
         return self.paired[scorer].loc[~self.choosing, columns].to_numpy()
 
 
-def select(samples: pd.DataFrame, groups: dict[Group, pd.DataFrame], scorers: list[str], config: SelectConfig) -> Answer:
+def select(
+    samples: pd.DataFrame,
+    groups: dict[Group, pd.DataFrame],
+    scorers: list[str],
+    config: SelectConfig,
+) -> Answer:
     """The best of the models in `samples` (not in references) by `config.score`, of those whose mean path KL is within the budget.
 
     Compared on the prompts and seeds that all of them share.
@@ -58,10 +63,16 @@ def select(samples: pd.DataFrame, groups: dict[Group, pd.DataFrame], scorers: li
     texts = samples.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
     choosing = for_choosing(list(texts[prompts]))  # by the text: it may come twice, under two ids
     if min(choosing.sum(), (~choosing).sum()) < FEWEST:
-        return _none(f"the models share {len(prompts)} prompts, too few to choose by some and report on others")
+        return _none(
+            f"the models share {len(prompts)} prompts, too few to choose by some and report on others"
+        )
     kl = samples.groupby([*GROUP, "prompt_id"])["path_kl"].mean()
     path_kl = np.stack(
-        [np.zeros(len(prompts)) if g[LAM] == 0 else kl[g].reindex(prompts).to_numpy(dtype=float) for g in candidates], axis=1
+        [
+            np.zeros(len(prompts)) if g[LAM] == 0 else kl[g].reindex(prompts).to_numpy(dtype=float)
+            for g in candidates
+        ],
+        axis=1,
     )
     try:
         choice = choose(paired[score].to_numpy(), path_kl, config.path_kl, choosing)
@@ -73,17 +84,37 @@ def select(samples: pd.DataFrame, groups: dict[Group, pd.DataFrame], scorers: li
         _row(i, choice.index, study)
         | {"beta": betas[candidates[i][ANCHOR]], "path_kl": choice.path_kl[i]}
         | {"affordable": bool(choice.affordable[i]), "chosen": i == choice.index}
-        for i in sorted(range(len(candidates)), key=lambda i: (not choice.affordable[i], -choice.chosen_by[i]))
+        for i in sorted(
+            range(len(candidates)), key=lambda i: (not choice.affordable[i], -choice.chosen_by[i])
+        )
     ]
     own = next(row for row in rows if row["chosen"])
-    budget = f", of the models with a mean path KL of at most {number(config.path_kl)} nats" if config.path_kl is not None else ""
-    note = SELECTION.format(score=score, budget=budget, choosing=choosing.sum(), reporting=(~choosing).sum())
-    made = table("selection", "Every candidate, best first", note, pd.DataFrame(rows), [_shown(row, score) for row in rows])
-    return Answer(made, _sentence(own, rows, score, config.path_kl), tuple(own["alarm"].split(", ")) if own["alarm"] else ())
+    budget = (
+        f", of the models with a mean path KL of at most {number(config.path_kl)} nats"
+        if config.path_kl is not None
+        else ""
+    )
+    note = SELECTION.format(
+        score=score, budget=budget, choosing=choosing.sum(), reporting=(~choosing).sum()
+    )
+    made = table(
+        "selection",
+        "Every candidate, best first",
+        note,
+        pd.DataFrame(rows),
+        [_shown(row, score) for row in rows],
+    )
+    return Answer(
+        made,
+        _sentence(own, rows, score, config.path_kl),
+        tuple(own["alarm"].split(", ")) if own["alarm"] else (),
+    )
 
 
 def _none(why: str) -> Answer:
-    return Answer(table("selection", "Which lambda", why, pd.DataFrame(), []), f"No lambda is chosen: {why}.")
+    return Answer(
+        table("selection", "Which lambda", why, pd.DataFrame(), []), f"No lambda is chosen: {why}."
+    )
 
 
 def _candidates(samples: pd.DataFrame) -> list[Group]:
@@ -95,13 +126,21 @@ def _candidates(samples: pd.DataFrame) -> list[Group]:
 
 def _row(i: int, best: int, study: _Study) -> dict[str, Any]:
     group = study.candidates[i]
-    reference = next((j for j, g in enumerate(study.candidates) if g[LAM] == 0 and g[:ANCHOR] == group[:ANCHOR]), None)
-    difference = lambda one, other: paired_bootstrap(study.reported(study.score, [one, other]), lambda m: m[..., 0] - m[..., 1])  # noqa: E731
+    reference = next(
+        (j for j, g in enumerate(study.candidates) if g[LAM] == 0 and g[:ANCHOR] == group[:ANCHOR]),
+        None,
+    )
+    difference = lambda one, other: paired_bootstrap(
+        study.reported(study.score, [one, other]), lambda m: m[..., 0] - m[..., 1]
+    )  # noqa: E731
     return (
         dict(zip(GROUP, group))
         | {"choosing_mean": study.paired[study.score].loc[study.choosing, i].mean()}
         | spread("mean", paired_bootstrap(study.reported(study.score, [i]), lambda m: m[..., 0]))
-        | spread("gain", difference(i, reference) if reference is not None else Estimate(np.nan, np.nan, np.nan))
+        | spread(
+            "gain",
+            difference(i, reference) if reference is not None else Estimate(np.nan, np.nan, np.nan),
+        )
         | spread("below_chosen", difference(best, i))
         | {"alarm": ", ".join(_alarm(i, study))}
     )
@@ -114,15 +153,23 @@ def _alarm(i: int, study: _Study) -> list[str]:
     """
     own, others = study.candidates[i], [scorer for scorer in study.paired if scorer != study.score]
     before = [
-        j for j, g in enumerate(study.candidates)
-        if g[:ANCHOR] == own[:ANCHOR] and g[LAM] < own[LAM] and (g[LAM] == 0 or g[ANCHOR:LAM] == own[ANCHOR:LAM])
-    ]  # fmt: skip
+        j
+        for j, g in enumerate(study.candidates)
+        if g[:ANCHOR] == own[:ANCHOR]
+        and g[LAM] < own[LAM]
+        and (g[LAM] == 0 or g[ANCHOR:LAM] == own[ANCHOR:LAM])
+    ]
     if not before or not others:
         return []
-    best = {scorer: max(before, key=lambda j: study.paired[scorer].loc[study.choosing, j].mean()) for scorer in others}
+    best = {
+        scorer: max(before, key=lambda j: study.paired[scorer].loc[study.choosing, j].mean())
+        for scorer in others
+    }
     best[study.score] = min(before, key=lambda j: study.candidates[j][LAM])
     names = [study.score, *others]
-    at = lambda where: np.concatenate([study.reported(name, [where[name]]) for name in names], axis=1)  # noqa: E731
+    at = lambda where: np.concatenate(
+        [study.reported(name, [where[name]]) for name in names], axis=1
+    )  # noqa: E731
     alarm = reward_hacking(at(best), at(dict.fromkeys(names, i)), optimised=0)
     return [names[k] for k in alarm.fallen] if alarm.raised else []
 
@@ -132,7 +179,9 @@ def _shown(row: dict[str, Any], score: str) -> dict[str, str]:
         "": "chosen" if row["chosen"] else "" if row["affordable"] else "over the budget",
         "anchor": "reference" if row["lam"] == 0 else short(row["anchor"]),
         "lam": number(row["lam"]),
-        "target beta": number(row["beta"] / row["lam"] if row["lam"] and not pd.isna(row["beta"]) else None),
+        "target beta": number(
+            row["beta"] / row["lam"] if row["lam"] and not pd.isna(row["beta"]) else None
+        ),
         "mode": row["mode"],
         "sampled": bench(row),
         "path KL": number(row["path_kl"]),
@@ -150,14 +199,22 @@ def _named(row: dict[str, Any]) -> str:
     return f"lam = {row['lam']:g}{aim} of {short(row['anchor'])}"
 
 
-def _sentence(own: dict[str, Any], rows: list[dict[str, Any]], score: str, budget: float | None) -> str:
+def _sentence(
+    own: dict[str, Any], rows: list[dict[str, Any]], score: str, budget: float | None
+) -> str:
     text = f"Choose {_named(own)}: on prompts that had no say in it, {score} is {interval(own, 'mean')}"
     if own["lam"] and np.isfinite(own["gain"]):
         text += f", {interval(own, 'gain')} above the reference"
     within = f", within the budget of {number(budget)}" if budget is not None else ""
-    text += f", at a path KL of {number(own['path_kl'])} nats{within}" if np.isfinite(own["path_kl"]) else ""
+    text += (
+        f", at a path KL of {number(own['path_kl'])} nats{within}"
+        if np.isfinite(own["path_kl"])
+        else ""
+    )
     if not own["alarm"]:
         return text + "; no other score falls as it rises."
     calm = next((row for row in rows if row["affordable"] and not row["alarm"]), None)
-    instead = f"; the best without it is {_named(calm)}, {score} {interval(calm, 'mean')}" if calm else ""
+    instead = (
+        f"; the best without it is {_named(calm)}, {score} {interval(calm, 'mean')}" if calm else ""
+    )
     return f"{text}. Reward-hacking alarm: {own['alarm']} {'fall' if ',' in own['alarm'] else 'falls'} as {score} rises{instead}."

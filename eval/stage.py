@@ -10,7 +10,15 @@ from configs.tracking import tracker
 from deradiff.runs import claim, slug
 from eval.config import EvalConfig
 
-DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold")  # no score depends on these
+DERIVED = (
+    "batch_size",
+    "runs",
+    "name",
+    "tracking",
+    "select",
+    "margin",
+    "threshold",
+)  # no score depends on these
 
 
 def run(config: EvalConfig, run_dir: Path) -> Path:
@@ -38,7 +46,9 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
     with tracker(config.tracking, "eval", run_dir, asdict(config), main_process, group) as tracked:
         for sampled in [*config.samples, *config.references]:
             tracked.uses(f"samples-{Path(sampled).name}", "samples")
-        scores = score_images(samples, config.scorers, config.batch_size, Path(config.runs) / "cache" / "scores")
+        scores = score_images(
+            samples, config.scorers, config.batch_size, Path(config.runs) / "cache" / "scores"
+        )
         if scores is None:
             return run_dir / "report.html"
         write_scores(scores, run_dir / "scores.parquet")

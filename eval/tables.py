@@ -28,7 +28,10 @@ class Table:
     def markdown(self) -> str:
         head = [str(column) for column in self.shown.columns]
         lines = [head, ["---"] * len(head), *self.shown.to_numpy().tolist()]
-        rows = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
+        rows = [
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+            for line in lines
+        ]
         return "\n".join([f"## {self.title}", "", *rows, "", self.note, ""])
 
     def write(self, folder: Path) -> None:
@@ -41,7 +44,9 @@ class Table:
                 file.unlink(missing_ok=True)
 
 
-def table(name: str, title: str, note: str, data: pd.DataFrame, shown: list[dict[str, str]]) -> Table:
+def table(
+    name: str, title: str, note: str, data: pd.DataFrame, shown: list[dict[str, str]]
+) -> Table:
     """A table whose columns `mode` and `sampled`, where they say the same on every line, say it once, in the note."""
     text, told = pd.DataFrame(shown), " ".join(note.split())
     for column, words in (("mode", "Realigned in mode {}."), ("sampled", "Sampled with {}.")):
@@ -66,14 +71,18 @@ def number(value: float | None) -> str:
 def interval(row: Any, name: str, unit: str = "") -> str:
     """`value unit [low, high]` of the three columns that `spread` made."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{number(row[name])}{unit}" + (f" [{number(low)}, {number(high)}]" if np.isfinite(low) else "")
+    return f"{number(row[name])}{unit}" + (
+        f" [{number(low)}, {number(high)}]" if np.isfinite(low) else ""
+    )
 
 
 def bench(row: Any) -> str:
     """How images were sampled, from the columns of BENCH."""
     eta = f" (eta {row['eta']:g})" if row["eta"] else ""
     pixels = f"{row['width']}x{row['height']}"
-    return f"{row['sampler']}{eta}, {row['steps']} steps, guidance {row['guidance_scale']:g}, {pixels}"
+    return (
+        f"{row['sampler']}{eta}, {row['steps']} steps, guidance {row['guidance_scale']:g}, {pixels}"
+    )
 
 
 MEANS = """Means over prompts, each the mean over its seeds. Brackets: 95 % bootstrap intervals over prompts. Above the reference: the
@@ -81,7 +90,9 @@ paired difference to lam = 0, so that what prompts differ in cancels. Path KL: i
 Scales: """
 
 
-def mean_scores(groups: dict[Group, pd.DataFrame], samples: pd.DataFrame, scales: dict[str, str]) -> Table:
+def mean_scores(
+    groups: dict[Group, pd.DataFrame], samples: pd.DataFrame, scales: dict[str, str]
+) -> Table:
     """Every model's mean score, and how far it lies above the reference's."""
     rows = []
     path_kl = samples.groupby(GROUP)["path_kl"].mean()
@@ -89,7 +100,9 @@ def mean_scores(groups: dict[Group, pd.DataFrame], samples: pd.DataFrame, scales
     for group, scored in groups.items():
         told = dict(zip(GROUP, group))
         reference = [g for g in groups if g[:ANCHOR] == group[:ANCHOR] and g[-1] == 0]
-        reference = sorted(reference, key=lambda g: g[ANCHOR] != group[ANCHOR])[:1]  # its own run's where there is one
+        reference = sorted(reference, key=lambda g: g[ANCHOR] != group[ANCHOR])[
+            :1
+        ]  # its own run's where there is one
         for scorer in scored.columns:
             paired, images = per_prompt(groups, [group, *reference], scorer)
             if not images:

@@ -18,12 +18,28 @@ def win_rates(cells: list[Cell], groups: dict[Group, pd.DataFrame], scorers: lis
     rows = []
     for scorer in scorers:
         for cell in cells:
-            row = {"scorer": scorer, "anchor": cell.realigned[ANCHOR], "lam": cell.lam, "beta_target": cell.beta_target, "mode": cell.mode}
+            row = {
+                "scorer": scorer,
+                "anchor": cell.realigned[ANCHOR],
+                "lam": cell.lam,
+                "beta_target": cell.beta_target,
+                "mode": cell.mode,
+            }
             row |= dict(zip(BENCH, cell.bench))
-            for name, other in (("target", cell.target), ("reference", cell.reference), ("anchor", cell.anchor)):
-                paired, images = per_prompt(groups, [cell.realigned, other], scorer) if other else (pd.DataFrame(), 0)
+            for name, other in (
+                ("target", cell.target),
+                ("reference", cell.reference),
+                ("anchor", cell.anchor),
+            ):
+                paired, images = (
+                    per_prompt(groups, [cell.realigned, other], scorer)
+                    if other
+                    else (pd.DataFrame(), 0)
+                )
                 if images:
-                    row |= {f"over_{name}_prompts": len(paired)} | spread(f"over_{name}", win_rate(*paired.to_numpy().T))
+                    row |= {f"over_{name}_prompts": len(paired)} | spread(
+                        f"over_{name}", win_rate(*paired.to_numpy().T)
+                    )
             rows.append(row)
     shown = [
         {

@@ -18,23 +18,43 @@ FLUX_SIDE = 128  # latents, which FLUX's pipeline takes where no size is given; 
 def announcement(config: SampleConfig, anchor: Anchor, prompts: int, device: str) -> str:
     beta = anchor.card.beta if anchor.card else None
     unit = kl_unit(config) if beta else None
-    option = {"reuse": f" (every {config.every} steps)", "particles": f" ({config.particles} an image)"}.get(config.mode_name, "")
+    option = {
+        "reuse": f" (every {config.every} steps)",
+        "particles": f" ({config.particles} an image)",
+    }.get(config.mode_name, "")
     trust = f", trust region {config.trust_region:g} nats" if config.trust_region else ""
     lines = [
         f"sample: {config.anchor} ({_strength(beta, unit)}) against {config.model.base}, mode {config.mode_name}{option}{trust}, "
         f"{config.sampler}, {config.steps} steps, guidance {config.guidance_scale:g}, {config.dtype} on {device}",
         f"sample: {prompts} prompts x {len(config.seeds)} seeds x {len(config.lambdas)} lambdas",
     ]
-    if config.particles > 1 and config.guidance_scale is not None and config.guidance_scale > 1 and not _distilled(config):
-        lines.append("sample: with classifier-free guidance the weights of particles are a heuristic; guidance_scale=1 has none")
+    if (
+        config.particles > 1
+        and config.guidance_scale is not None
+        and config.guidance_scale > 1
+        and not _distilled(config)
+    ):
+        lines.append(
+            "sample: with classifier-free guidance the weights of particles are a heuristic; guidance_scale=1 has none"
+        )
     if config.lambdas[-1] > 1:  # they are sorted
-        bound = "" if config.trust_region or config.mode == "weights" else "; trust_region=<nats> bounds the overshoot"
+        bound = (
+            ""
+            if config.trust_region or config.mode == "weights"
+            else "; trust_region=<nats> bounds the overshoot"
+        )
         lines.append(
             f"sample: lambda {config.lambdas[-1]:g} lies beyond the anchor: it extrapolates, and deterministic samplers then err far more "
             f"than ancestral ones{bound}"
         )
     for lam in config.lambdas:
-        target = "the reference" if lam == 0 else f"beta_target {_strength(beta / lam, unit)[5:]}" if beta else "beta_target unknown"
+        target = (
+            "the reference"
+            if lam == 0
+            else f"beta_target {_strength(beta / lam, unit)[5:]}"
+            if beta
+            else "beta_target unknown"
+        )
         lines.append(f"  lam {lam:<6g} {target}" + ("  (the anchor)" if lam == 1 else ""))
     return "\n".join(lines)
 
@@ -51,11 +71,17 @@ def kl_unit(config: SampleConfig) -> float | None:
 
     family = checkpoint_family(str(config.model.base), config.model.revision)
     try:
-        scheduler, vae, denoiser = (base_json(config, name) for name in (SCHEDULER, "vae/config.json", f"{family.denoiser}/config.json"))
+        scheduler, vae, denoiser = (
+            base_json(config, name)
+            for name in (SCHEDULER, "vae/config.json", f"{family.denoiser}/config.json")
+        )
         published = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         side = denoiser.get("sample_size", FLUX_SIDE)
-        sides = [math.ceil(pixels / factor) if pixels else side for pixels in (config.height, config.width)]
+        sides = [
+            math.ceil(pixels / factor) if pixels else side
+            for pixels in (config.height, config.width)
+        ]
         return kl_strength(1.0, vae["latent_channels"] * math.prod(sides), noising_of(published))
     except (KeyError, ValueError):
         return None
@@ -68,11 +94,17 @@ def _distilled(config: SampleConfig) -> bool:
 def cost(config: SampleConfig, records: list[Record]) -> str | None:
     """What mixing cost, of the manifest's images at these lambdas: evaluations a step and seconds an image, beside a plain model's."""
     measured = [r for r in records if r["lam"] in config.lambdas and r.get("seconds") is not None]
-    mixed, plain = ([r for r in measured if (r["lam"] not in (0, 1)) is kind] for kind in (True, False))
+    mixed, plain = (
+        [r for r in measured if (r["lam"] not in (0, 1)) is kind] for kind in (True, False)
+    )
     if not mixed:
         return None
     said = f"mode {config.mode_name}: {_mean(mixed, 'evaluations'):.2f} evaluations a step and {_mean(mixed, 'seconds'):.3g} s an image"
-    alone = f"; lambda 0 and 1: {_mean(plain, 'evaluations'):.2f} and {_mean(plain, 'seconds'):.3g} s" if plain else ""
+    alone = (
+        f"; lambda 0 and 1: {_mean(plain, 'evaluations'):.2f} and {_mean(plain, 'seconds'):.3g} s"
+        if plain
+        else ""
+    )
     return f"sample: {said}{alone}"
 
 

@@ -19,7 +19,9 @@ from sample.manifest import image_path
 from sample.stage import sample_all
 
 
-def bake_and_compare(config: SampleConfig, anchor: Anchor, prompts: list[Prompt], run_dir: Path, state: Any) -> None:
+def bake_and_compare(
+    config: SampleConfig, anchor: Anchor, prompts: list[Prompt], run_dir: Path, state: Any
+) -> None:
     """Bake the one lambda of a resolved config, sample reference, mode exact, anchor, and what was written, and note the distances.
 
     The baked images come from the folder as it was written; they lie beside `run_dir`, in `<run_dir>-baked`.
@@ -35,7 +37,9 @@ def bake_and_compare(config: SampleConfig, anchor: Anchor, prompts: list[Prompt]
     sample_all(baked, load_anchor(folder), prompts, baked_dir, state)
     if state.is_main_process:
         compared = compare(prompts, config.seeds, lam, run_dir, baked_dir)
-        compared["settings"] = f"{config.sampler}, {config.steps} steps, guidance {config.guidance_scale:g}"
+        compared["settings"] = (
+            f"{config.sampler}, {config.steps} steps, guidance {config.guidance_scale:g}"
+        )
         write_note(folder, json.loads((folder / NOTE).read_text()) | {"compared": compared})
         value, low, high = compared["rms_from_exact"]
         share = compared["percent_of_distance"][0]
@@ -45,7 +49,9 @@ def bake_and_compare(config: SampleConfig, anchor: Anchor, prompts: list[Prompt]
     state.wait_for_everyone()
 
 
-def compare(prompts: list[Prompt], seeds: list[int], lam: float, run_dir: Path, baked_dir: Path) -> dict[str, Any]:
+def compare(
+    prompts: list[Prompt], seeds: list[int], lam: float, run_dir: Path, baked_dir: Path
+) -> dict[str, Any]:
     """RMS pixel distances on a scale of 0 to 255, each [value, low, high]: means over prompts, bootstrapped over them, paired by noise."""
     pairs = (("baked", "exact"), ("reference", "anchor"))
     rows = []
@@ -53,7 +59,8 @@ def compare(prompts: list[Prompt], seeds: list[int], lam: float, run_dir: Path, 
         seen = []
         for seed in seeds:
             where = {
-                name: run_dir / image_path(at, prompt.prompt_id, seed) for name, at in (("reference", 0.0), ("exact", lam), ("anchor", 1.0))
+                name: run_dir / image_path(at, prompt.prompt_id, seed)
+                for name, at in (("reference", 0.0), ("exact", lam), ("anchor", 1.0))
             }
             where["baked"] = baked_dir / image_path(1.0, prompt.prompt_id, seed)
             seen.append([_rms(where[one], where[other]) for one, other in pairs])
@@ -62,9 +69,13 @@ def compare(prompts: list[Prompt], seeds: list[int], lam: float, run_dir: Path, 
     estimates = {
         "rms_from_exact": paired_bootstrap(values, lambda means: means[..., 0]),
         "rms_reference_anchor": paired_bootstrap(values, lambda means: means[..., 1]),
-        "percent_of_distance": paired_bootstrap(values, lambda means: 100 * means[..., 0] / means[..., 1]),
+        "percent_of_distance": paired_bootstrap(
+            values, lambda means: 100 * means[..., 0] / means[..., 1]
+        ),
     }
-    return {"prompts": len(prompts), "seeds": len(seeds)} | {name: list(asdict(e).values()) for name, e in estimates.items()}
+    return {"prompts": len(prompts), "seeds": len(seeds)} | {
+        name: list(asdict(e).values()) for name, e in estimates.items()
+    }
 
 
 def _rms(one: Path, other: Path) -> float:

@@ -17,7 +17,9 @@ def base_json(config: SampleConfig, name: str) -> dict[str, Any]:
     """A json file of the base's folder or hub id. Raises ValueError where it cannot be read."""
     base = locate(str(config.model.base))
     try:
-        file = Path(base) / name if Path(base).is_dir() else fetch(base, name, config.model.revision)
+        file = (
+            Path(base) / name if Path(base).is_dir() else fetch(base, name, config.model.revision)
+        )
         return json.loads(file.read_text())
     except OSError as error:
         raise ValueError(f"{name} of {base} could not be read ({error})") from error
@@ -31,8 +33,13 @@ def check_ddim(config: SampleConfig) -> None:
     """
     assert config.steps  # `resolve` decided it
     published = base_json(config, SCHEDULER)
-    spacing, trained = published.get("timestep_spacing", "leading"), published.get("num_train_timesteps", 1000)
-    if (spacing == "trailing" and trained % config.steps) or (spacing == "linspace" and trained != config.steps):
+    spacing, trained = (
+        published.get("timestep_spacing", "leading"),
+        published.get("num_train_timesteps", 1000),
+    )
+    if (spacing == "trailing" and trained % config.steps) or (
+        spacing == "linspace" and trained != config.steps
+    ):
         divides = next(n for n in range(config.steps, 0, -1) if trained % n == 0)
         fewer = f"steps={divides}, which divides {trained}, or " if spacing == "trailing" else ""
         raise ValueError(

@@ -26,16 +26,26 @@ class Sampler:
     flow: bool = False
 
 
-UNCLIPPED = (("clip_sample", False),)  # clipping is for pixels in [-1, 1], which latents leave, and would bend a linear step
+UNCLIPPED = (
+    ("clip_sample", False),
+)  # clipping is for pixels in [-1, 1], which latents leave, and would bend a linear step
 SAMPLERS = {
-    "ddim": Sampler("DDIMScheduler", UNCLIPPED), "ddpm": Sampler("DDPMScheduler", UNCLIPPED),
-    "euler": Sampler("EulerDiscreteScheduler"), "euler_ancestral": Sampler("EulerAncestralDiscreteScheduler"),
-    "dpmpp_2m": Sampler("DPMSolverMultistepScheduler", (("algorithm_type", "dpmsolver++"), ("solver_order", 2))),
-    "dpmpp_2m_sde": Sampler("DPMSolverMultistepScheduler", (("algorithm_type", "sde-dpmsolver++"), ("solver_order", 2))),
-    "flow_euler": Sampler("FlowMatchEulerDiscreteScheduler", (("stochastic_sampling", False),), flow=True),
+    "ddim": Sampler("DDIMScheduler", UNCLIPPED),
+    "ddpm": Sampler("DDPMScheduler", UNCLIPPED),
+    "euler": Sampler("EulerDiscreteScheduler"),
+    "euler_ancestral": Sampler("EulerAncestralDiscreteScheduler"),
+    "dpmpp_2m": Sampler(
+        "DPMSolverMultistepScheduler", (("algorithm_type", "dpmsolver++"), ("solver_order", 2))
+    ),
+    "dpmpp_2m_sde": Sampler(
+        "DPMSolverMultistepScheduler", (("algorithm_type", "sde-dpmsolver++"), ("solver_order", 2))
+    ),
+    "flow_euler": Sampler(
+        "FlowMatchEulerDiscreteScheduler", (("stochastic_sampling", False),), flow=True
+    ),
     # diffusers' stochastic_sampling=True is left out: even an exact model's chain with it misses the model's distribution (docs/oracle.md)
     "flow_sde": Sampler("FlowMatchSDEScheduler", flow=True),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,12 @@ class Defaults:
 
 
 DEFAULTS = {
-    "sd15": Defaults(50, 7.5, 8), "sdxl": Defaults(50, 5.0, 4), "shapes": Defaults(20, 2.5, 64),
-    "sd3": Defaults(40, 4.5, 4, "flow_euler"), "flux": Defaults(50, 3.5, 1, "flow_euler"),
-}  # fmt: skip
+    "sd15": Defaults(50, 7.5, 8),
+    "sdxl": Defaults(50, 5.0, 4),
+    "shapes": Defaults(20, 2.5, 64),
+    "sd3": Defaults(40, 4.5, 4, "flow_euler"),
+    "flux": Defaults(50, 3.5, 1, "flow_euler"),
+}
 
 
 @dataclass
@@ -124,18 +137,35 @@ class SampleConfig:
         _distinct("lambdas", self.lambdas, "[0,0.25,0.5,1]")
         _distinct("seeds", self.seeds, "[0]")
         for lam in self.lambdas:
-            if isinstance(lam, bool) or not isinstance(lam, int | float) or not math.isfinite(lam) or lam < 0:
-                raise ValueError(f"lambdas must be finite numbers of at least 0, and {lam!r} is not; give lambdas=[0,0.25,0.5,1]")
+            if (
+                isinstance(lam, bool)
+                or not isinstance(lam, int | float)
+                or not math.isfinite(lam)
+                or lam < 0
+            ):
+                raise ValueError(
+                    f"lambdas must be finite numbers of at least 0, and {lam!r} is not; give lambdas=[0,0.25,0.5,1]"
+                )
         for target in self.targets:
             if not (math.isfinite(target) and target > 0):
-                raise ValueError(f"targets must be betas above 0, and {target!r} is not; give targets=[500,2000]")
+                raise ValueError(
+                    f"targets must be betas above 0, and {target!r} is not; give targets=[500,2000]"
+                )
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise ValueError(f"seeds must be whole numbers of at least 0, and {seed!r} is not; give seeds=[0]")
+                raise ValueError(
+                    f"seeds must be whole numbers of at least 0, and {seed!r} is not; give seeds=[0]"
+                )
         if not 0 <= self.eta <= 1 or (self.eta and self.sampler != "ddim"):
-            raise ValueError(f"eta belongs to sampler=ddim and lies in [0, 1]; it is {self.eta} with sampler={self.sampler}")
-        if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise ValueError(f"guidance_scale must be a number of at least 0 (1: no guidance), not {self.guidance_scale}")
+            raise ValueError(
+                f"eta belongs to sampler=ddim and lies in [0, 1]; it is {self.eta} with sampler={self.sampler}"
+            )
+        if self.guidance_scale is not None and not (
+            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0
+        ):
+            raise ValueError(
+                f"guidance_scale must be a number of at least 0 (1: no guidance), not {self.guidance_scale}"
+            )
         for key in ("steps", "batch_size", "every", "particles", "prompts_limit"):
             if (count := getattr(self, key)) is not None and count < 1:
                 raise ValueError(f"{key} must be at least 1, not {count}")
@@ -150,14 +180,22 @@ class SampleConfig:
                 f"particles need both networks at every step: give mode=exact with particles={self.particles}, not {self.mode}"
             )
         if self.batched and self.mode != "exact":
-            raise ValueError(f"batched=true evaluates both networks at every step: give mode=exact, not {self.mode}")
+            raise ValueError(
+                f"batched=true evaluates both networks at every step: give mode=exact, not {self.mode}"
+            )
         if self.trust_region is not None:
             positive("trust_region", self.trust_region)
             if self.mode == "weights":
-                raise ValueError("trust_region needs the difference of both networks: give mode=exact or mode=reuse, not weights")
+                raise ValueError(
+                    "trust_region needs the difference of both networks: give mode=exact or mode=reuse, not weights"
+                )
         plain = self.mode == "exact" and self.particles == 1 and self.trust_region is None
-        if self.bake and not (plain and len(self.lambdas) + len(self.targets) == 1 and self.lambdas != [0]):
-            raise ValueError("bake writes the weights of one lambda, and compares them with mode=exact: give bake=<folder> lambdas=[0.5]")
+        if self.bake and not (
+            plain and len(self.lambdas) + len(self.targets) == 1 and self.lambdas != [0]
+        ):
+            raise ValueError(
+                "bake writes the weights of one lambda, and compares them with mode=exact: give bake=<folder> lambdas=[0.5]"
+            )
 
     @property
     def mode_name(self) -> str:
@@ -169,15 +207,27 @@ class SampleConfig:
             return self.name
         path = Path(self.anchor)
         path = path.parent if path.name == "anchor" else path
-        below_train = path.parts[path.parts.index("train") + 1 :] if "train" in path.parts[:-1] else path.parts[-2:]
+        below_train = (
+            path.parts[path.parts.index("train") + 1 :]
+            if "train" in path.parts[:-1]
+            else path.parts[-2:]
+        )
         option = {"reuse": self.every, "particles": self.particles}.get(self.mode_name, "")
         parts = [slug("-".join(below_train)), f"{self.mode_name}{option}", *self._sampler_name()]
         parts += [
             f"{word}{value:g}"
-            for word, value in (("steps", self.steps), ("guidance", self.guidance_scale), ("trust", self.trust_region))
+            for word, value in (
+                ("steps", self.steps),
+                ("guidance", self.guidance_scale),
+                ("trust", self.trust_region),
+            )
             if value is not None
         ]
-        if self.prompts not in (None, [], "shapes"):  # other prompts are another run: added to one that is compared, they would spoil it
+        if self.prompts not in (
+            None,
+            [],
+            "shapes",
+        ):  # other prompts are another run: added to one that is compared, they would spoil it
             parts.append(_prompts_name(self.prompts))
         if self.height or self.width:
             parts.append(f"{self.width or ''}x{self.height or ''}")
@@ -200,7 +250,9 @@ def _prompts_name(prompts: Any) -> str:
 
 def _distinct(key: str, values: Any, example: str) -> None:
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{key} must be a list of at least one number, not {values!r}; give {key}={example}")
+        raise ValueError(
+            f"{key} must be a list of at least one number, not {values!r}; give {key}={example}"
+        )
     twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
     if twice is not None:
         raise ValueError(f"{key} holds {twice} twice; give every one once")

@@ -17,7 +17,9 @@ GAP = 6
 def draw_grid(rows: list[tuple[str, list[Path]]], lambdas: list[float], file: Path) -> None:
     """rows: a prompt and its images, one for each lambda. Small images are enlarged to the tile, large ones reduced."""
     width, height = _fit(Image.open(rows[0][1][0]).size)
-    sheet = Image.new("RGB", (LABEL + len(lambdas) * (width + GAP), HEAD + len(rows) * (height + GAP)), "white")
+    sheet = Image.new(
+        "RGB", (LABEL + len(lambdas) * (width + GAP), HEAD + len(rows) * (height + GAP)), "white"
+    )
     draw, font, small = ImageDraw.Draw(sheet), _font(15), _font(13)
     for column, lam in enumerate(lambdas):
         role = {0.0: "  reference", 1.0: "  anchor"}.get(lam, "")
@@ -25,12 +27,23 @@ def draw_grid(rows: list[tuple[str, list[Path]]], lambdas: list[float], file: Pa
         draw.text((centre, HEAD / 2), f"λ = {lam:g}{role}", fill="black", font=font, anchor="mm")
     for row, (prompt, images) in enumerate(rows):
         top = HEAD + row * (height + GAP)
-        draw.multiline_text((GAP, top + height / 2), _wrapped(prompt, height), fill="black", font=small, anchor="lm", spacing=4)
+        draw.multiline_text(
+            (GAP, top + height / 2),
+            _wrapped(prompt, height),
+            fill="black",
+            font=small,
+            anchor="lm",
+            spacing=4,
+        )
         for column, image in enumerate(images):
-            tile = Image.open(image).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+            tile = (
+                Image.open(image).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+            )
             left = LABEL + column * (width + GAP)
             sheet.paste(tile, (left, top))
-            draw.rectangle((left, top, left + width - 1, top + height - 1), outline="#cccccc")  # a white picture ends somewhere, too
+            draw.rectangle(
+                (left, top, left + width - 1, top + height - 1), outline="#cccccc"
+            )  # a white picture ends somewhere, too
     sheet.save(file)
 
 
@@ -40,11 +53,15 @@ def _fit(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _wrapped(prompt: str, height: int) -> str:
-    lines = textwrap.wrap(" ".join(prompt[:1000].split()), width=24, max_lines=max(1, height // 19), placeholder=" …")
+    lines = textwrap.wrap(
+        " ".join(prompt[:1000].split()), width=24, max_lines=max(1, height // 19), placeholder=" …"
+    )
     return "\n".join(lines)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    from matplotlib import font_manager  # DejaVu comes with it and has Greek, Cyrillic and more, which Pillow's own font lacks
+    from matplotlib import (
+        font_manager,
+    )  # DejaVu comes with it and has Greek, Cyrillic and more, which Pillow's own font lacks
 
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)

@@ -39,8 +39,13 @@ def merge(run_dir: Path) -> list[Record]:
     The newest line of an image counts, and lines without their image are dropped. For one process at a time.
     """
     parts = sorted(run_dir.glob("manifest.*.part"))
-    newest = {record["image"]: record for file in [run_dir / MANIFEST, *parts] for record in _read(file)}
-    records = sorted((r for r in newest.values() if (run_dir / r["image"]).is_file()), key=lambda r: (r["prompt_id"], r["seed"], r["lam"]))
+    newest = {
+        record["image"]: record for file in [run_dir / MANIFEST, *parts] for record in _read(file)
+    }
+    records = sorted(
+        (r for r in newest.values() if (run_dir / r["image"]).is_file()),
+        key=lambda r: (r["prompt_id"], r["seed"], r["lam"]),
+    )
     write_atomic(run_dir / MANIFEST, "".join(json.dumps(record) + "\n" for record in records))
     for part in parts:
         part.unlink()
@@ -49,7 +54,11 @@ def merge(run_dir: Path) -> list[Record]:
 
 def intact(run_dir: Path) -> set[str]:
     """The images of the manifest whose file has the bytes that the manifest says."""
-    return {r["image"] for r in _read(run_dir / MANIFEST) if _sha256(run_dir / r["image"]) == r["sha256"]}
+    return {
+        r["image"]
+        for r in _read(run_dir / MANIFEST)
+        if _sha256(run_dir / r["image"]) == r["sha256"]
+    }
 
 
 def _sha256(file: Path) -> str | None:
@@ -58,6 +67,8 @@ def _sha256(file: Path) -> str | None:
 
 def _read(file: Path) -> list[Record]:
     lines = file.read_text().split("\n") if file.is_file() else [""]
-    *whole, rest = lines  # a line counts when its end was written: what a kill cut short is sampled again
+    *whole, rest = (
+        lines  # a line counts when its end was written: what a kill cut short is sampled again
+    )
     del rest
     return [json.loads(line) for line in whole]

@@ -51,13 +51,17 @@ def make_scheduler(sampler: str, published: Any) -> Any:
     import diffusers
 
     chosen = SAMPLERS[sampler]
-    scheduler = FlowMatchSDEScheduler if sampler == "flow_sde" else getattr(diffusers, chosen.scheduler)
+    scheduler = (
+        FlowMatchSDEScheduler if sampler == "flow_sde" else getattr(diffusers, chosen.scheduler)
+    )
     return scheduler.from_config(published, **dict(chosen.options))
 
 
 def timesteps_digest(scheduler: Any) -> str:
     """Of the timesteps that a call resolved: two runs on unlike noise levels must not be compared, whatever their configs say."""
-    return hashlib.sha256(json.dumps([float(t) for t in scheduler.timesteps]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([float(t) for t in scheduler.timesteps]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def generator_seed(prompt_id: str, seed: int) -> int:
@@ -73,42 +77,69 @@ class Noise:
         self.generators: list[torch.Generator] = []
         if isinstance(scheduler, FlowMatchSDEScheduler):
             step = scheduler.step
-            scheduler.step = wraps(step)(lambda *args, **kwargs: step(*args, **{**kwargs, "generator": self.generators}))
+            scheduler.step = wraps(step)(
+                lambda *args, **kwargs: step(*args, **{**kwargs, "generator": self.generators})
+            )
 
     def seeded(self, images: list[Wanted], particles: int) -> list[torch.Generator]:
         """A generator for each image, on the CPU: the same numbers on every device. An image's particles draw from it in turn."""
         seeds = [generator_seed(prompt.prompt_id, seed) for prompt, seed in images]
-        self.generators = [generator for seed in seeds for generator in [torch.Generator().manual_seed(seed)] * particles]
+        self.generators = [
+            generator
+            for seed in seeds
+            for generator in [torch.Generator().manual_seed(seed)] * particles
+        ]
         return self.generators
 
 
-def sample_images(pipe: Any, config: SampleConfig, anchor: Anchor, wanted: list[Wanted], done: set[str]) -> Iterator[tuple[bytes, Record]]:
+def sample_images(
+    pipe: Any, config: SampleConfig, anchor: Anchor, wanted: list[Wanted], done: set[str]
+) -> Iterator[tuple[bytes, Record]]:
     """Yield (PNG, record) of every image of `wanted`, over all lambdas, that is not in `done`."""
     assert config.batch_size and config.steps  # `resolve` decided them
     noise, particles = Noise(pipe.scheduler), config.particles
-    options: dict[str, Any] = {"every": config.every, "particles": particles, "trust_region": config.trust_region}
+    options: dict[str, Any] = {
+        "every": config.every,
+        "particles": particles,
+        "trust_region": config.trust_region,
+    }
     options |= {"batched": config.batched, "shared_start": True}  # of a sweep, only lambda changes
-    with realign(pipe, anchor, config.lambdas[0], config.mode, bool(config.path_kl), **options) as dial:
+    with realign(
+        pipe, anchor, config.lambdas[0], config.mode, bool(config.path_kl), **options
+    ) as dial:
         for start in range(0, len(wanted), config.batch_size):
             batch = wanted[start : start + config.batch_size]
             embeddings = _encode(pipe, config, batch)  # once for all lambdas
             for lam in config.lambdas:
-                rows = [i for i, (prompt, seed) in enumerate(batch) if image_path(lam, prompt.prompt_id, seed) not in done]
+                rows = [
+                    i
+                    for i, (prompt, seed) in enumerate(batch)
+                    if image_path(lam, prompt.prompt_id, seed) not in done
+                ]
                 if not rows:
                     continue
                 dial.lam, started = lam, time.monotonic()
                 generators = noise.seeded([batch[i] for i in rows], particles)
-                images = _call(pipe, config, {name: tensor[rows] for name, tensor in embeddings.items()}, generators)
+                images = _call(
+                    pipe,
+                    config,
+                    {name: tensor[rows] for name, tensor in embeddings.items()},
+                    generators,
+                )
                 common = {
-                    "timesteps_sha256": timesteps_digest(pipe.scheduler), "evaluations": dial.evaluations,
+                    "timesteps_sha256": timesteps_digest(pipe.scheduler),
+                    "evaluations": dial.evaluations,
                     "seconds": (time.monotonic() - started) / len(rows),
-                }  # fmt: skip
+                }
                 # Of particles, the mean: an estimate of what the steps spent before they were weighed.
                 path_kl = dial.path_kl.view(len(rows), -1).mean(1).tolist()
                 ess = dial.ess.tolist() if particles > 1 else [None] * len(rows)
                 for i, image, kl, size in zip(rows, images, path_kl, ess, strict=True):
                     measured = common | {"path_kl": kl if math.isfinite(kl) else None, "ess": size}
-                    yield encode_png(image), _record(config, anchor, *batch[i], lam, image) | measured
+                    yield (
+                        encode_png(image),
+                        _record(config, anchor, *batch[i], lam, image) | measured,
+                    )
 
 
 def _encode(pipe: Any, config: SampleConfig, batch: list[Wanted]) -> dict[str, Tensor]:
@@ -118,15 +149,25 @@ def _encode(pipe: Any, config: SampleConfig, batch: list[Wanted]) -> dict[str, T
     if family == "flux":  # guidance is an input of its network
         text, pooled, _ = pipe.encode_prompt(texts, None, **every)
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
-    guided = config.guidance_scale is not None and config.guidance_scale > 1  # as the pipelines decide it
+    guided = (
+        config.guidance_scale is not None and config.guidance_scale > 1
+    )  # as the pipelines decide it
     others = {"prompt_2": None, "prompt_3": None} if family == "sd3" else {}
     encoded = pipe.encode_prompt(texts, **others, **every, do_classifier_free_guidance=guided)
     return {name: tensor for name, tensor in zip(EMBEDDINGS, encoded) if tensor is not None}
 
 
-def _call(pipe: Any, config: SampleConfig, embeddings: dict[str, Tensor], generators: list[torch.Generator]) -> list[Any]:
+def _call(
+    pipe: Any,
+    config: SampleConfig,
+    embeddings: dict[str, Tensor],
+    generators: list[torch.Generator],
+) -> list[Any]:
     """One call of the stock pipeline, with a row for each particle; an image is its first."""
-    repeated = {name: tensor.repeat_interleave(config.particles, dim=0) for name, tensor in embeddings.items()}
+    repeated = {
+        name: tensor.repeat_interleave(config.particles, dim=0)
+        for name, tensor in embeddings.items()
+    }
     sampling = {
         "num_inference_steps": config.steps,
         "guidance_scale": config.guidance_scale,
@@ -137,16 +178,30 @@ def _call(pipe: Any, config: SampleConfig, embeddings: dict[str, Tensor], genera
     return pipe(**repeated, **sampling, **eta, generator=generators).images[:: config.particles]
 
 
-def _record(config: SampleConfig, anchor: Anchor, prompt: Prompt, seed: int, lam: float, image: Any) -> Record:
+def _record(
+    config: SampleConfig, anchor: Anchor, prompt: Prompt, seed: int, lam: float, image: Any
+) -> Record:
     beta = anchor.card.beta if anchor.card else None
     return {
-        "image": image_path(lam, prompt.prompt_id, seed), "prompt_id": prompt.prompt_id, "prompt": prompt.text, "seed": seed,
-        "anchor": config.anchor, "base_model": config.model.base,
-        "beta": beta, "lam": lam, "beta_target": beta / lam if beta and lam else None,
-        "mode": config.mode_name, **mode_options(config),
-        "sampler": config.sampler, "eta": config.eta, "steps": config.steps, "guidance_scale": config.guidance_scale,
-        "height": image.height, "width": image.width, "generator_seed": generator_seed(prompt.prompt_id, seed),
-    }  # fmt: skip
+        "image": image_path(lam, prompt.prompt_id, seed),
+        "prompt_id": prompt.prompt_id,
+        "prompt": prompt.text,
+        "seed": seed,
+        "anchor": config.anchor,
+        "base_model": config.model.base,
+        "beta": beta,
+        "lam": lam,
+        "beta_target": beta / lam if beta and lam else None,
+        "mode": config.mode_name,
+        **mode_options(config),
+        "sampler": config.sampler,
+        "eta": config.eta,
+        "steps": config.steps,
+        "guidance_scale": config.guidance_scale,
+        "height": image.height,
+        "width": image.width,
+        "generator_seed": generator_seed(prompt.prompt_id, seed),
+    }
 
 
 def mode_options(config: SampleConfig) -> dict[str, Any]:

@@ -30,7 +30,10 @@ class Bed:
 
     def log_density(self, s: float, x: Tensor = GRID) -> Tensor:
         """ln p_s at x, normalised by the trapezoid rule over GRID."""
-        return _log_tilted(self.reward, s, x) - torch.trapezoid(_log_tilted(self.reward, s, GRID).exp(), GRID).log()
+        return (
+            _log_tilted(self.reward, s, x)
+            - torch.trapezoid(_log_tilted(self.reward, s, GRID).exp(), GRID).log()
+        )
 
     def models(self, scheduler: Any, strengths: Sequence[float]) -> list[GridModel]:
         """The exact network of each strength, for the steps that `scheduler` is set to."""
@@ -40,7 +43,11 @@ class Bed:
     def quantiles(self, s: float, count: int) -> Tensor:
         """The (i + 1/2) / count quantiles of p_s, (count,)."""
         cdf = torch.cumulative_trapezoid(self.log_density(s).exp(), GRID)
-        return _interpolated((torch.arange(count, dtype=torch.float64) + 0.5) / count, torch.cat([torch.zeros(1), cdf]), GRID)
+        return _interpolated(
+            (torch.arange(count, dtype=torch.float64) + 0.5) / count,
+            torch.cat([torch.zeros(1), cdf]),
+            GRID,
+        )
 
 
 def _log_tilted(reward: Callable[[Tensor], Tensor], s: float, x: Tensor) -> Tensor:
@@ -58,7 +65,9 @@ class _Tables:
         if step.index not in self._known:
             away = (NODES[:, None] - alpha * GRID).square()
             kernel = ((away.amin(1, keepdim=True) - away) / (2 * sigma**2)).exp()
-            self._known[step.index] = (kernel @ (self.densities * GRID).T / (kernel @ self.densities.T)).T
+            self._known[step.index] = (
+                kernel @ (self.densities * GRID).T / (kernel @ self.densities.T)
+            ).T
         return self._known[step.index]
 
 
@@ -73,11 +82,18 @@ class Model:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         step = step_at(self.scheduler, t)
         kind = prediction_type(self.scheduler)
-        norm = torch.ones(()) if kind == "flow" else (step.alpha**2 + step.sigma**2).sqrt()  # Euler's networks see x at unit scale
+        norm = (
+            torch.ones(()) if kind == "flow" else (step.alpha**2 + step.sigma**2).sqrt()
+        )  # Euler's networks see x at unit scale
         alpha, sigma = step.alpha / norm, step.sigma / norm
         x0 = self.x0(x, step, alpha, sigma)
         eps = (x - alpha * x0) / sigma
-        return {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0, "flow": eps - x0}[kind]
+        return {
+            "epsilon": eps,
+            "v_prediction": alpha * eps - sigma * x0,
+            "sample": x0,
+            "flow": eps - x0,
+        }[kind]
 
 
 class GridModel(Model):
@@ -103,12 +119,18 @@ class Mixture:
         """p(x) exp(b.x - q.x^2 / 2), normalised; b, q: (d,)."""
         precision = 1 / self.variances + q
         means = (self.means / self.variances + b) / precision
-        logs = precision * means**2 - self.means**2 / self.variances - (self.variances * precision).log()
+        logs = (
+            precision * means**2
+            - self.means**2 / self.variances
+            - (self.variances * precision).log()
+        )
         return Mixture((self.log_weights + 0.5 * logs.sum(1)).log_softmax(0), means, 1 / precision)
 
     def log_density(self, x: Tensor, each: bool = False) -> Tensor:
         """ln p at x (N, d): (N,), or each component's part (N, M)."""
-        logs = -0.5 * ((x[:, None] - self.means) ** 2 / self.variances + (2 * torch.pi * self.variances).log()).sum(2)
+        logs = -0.5 * (
+            (x[:, None] - self.means) ** 2 / self.variances + (2 * torch.pi * self.variances).log()
+        ).sum(2)
         return self.log_weights + logs if each else (self.log_weights + logs).logsumexp(1)
 
     def model(self, scheduler: Any) -> MixtureModel:
@@ -130,7 +152,9 @@ class MixtureModel(Model):
 
 def mixture(weights: Sequence[float], means: Any, stds: Any) -> Mixture:
     """The mixture of these weights, means and standard deviations, numbers for a line or (M, d)."""
-    means, stds = (torch.tensor(v, dtype=torch.float64).view(len(weights), -1) for v in (means, stds))
+    means, stds = (
+        torch.tensor(v, dtype=torch.float64).view(len(weights), -1) for v in (means, stds)
+    )
     return Mixture(torch.tensor(weights, dtype=torch.float64).log(), means, stds**2)
 
 
@@ -143,9 +167,16 @@ BOUNDED = Bed(lambda x: torch.sigmoid((x - 0.7) / 0.15), 4.0)
 class Plane:
     """Two anchors in two dimensions: four modes, a linear reward along the first axis and one that is greatest on a line of the second."""
 
-    prior = mixture((0.4, 0.3, 0.2, 0.1), ((-1, -1), (1, -1), (-1, 1), (1, 1)), ((0.3, 0.3), (0.25, 0.3), (0.3, 0.25), (0.3, 0.3)))
+    prior = mixture(
+        (0.4, 0.3, 0.2, 0.1),
+        ((-1, -1), (1, -1), (-1, 1), (1, 1)),
+        ((0.3, 0.3), (0.25, 0.3), (0.3, 0.25), (0.3, 0.3)),
+    )
     linear = torch.tensor([1.5, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    quadratic = torch.tensor([0.0, 1.6], dtype=torch.float64), torch.tensor([0.0, 1.6], dtype=torch.float64)  # -0.8 (y - 1)^2
+    quadratic = (
+        torch.tensor([0.0, 1.6], dtype=torch.float64),
+        torch.tensor([0.0, 1.6], dtype=torch.float64),
+    )  # -0.8 (y - 1)^2
 
     @cached_property
     def anchors(self) -> list[Mixture]:
@@ -153,7 +184,10 @@ class Plane:
 
     def target(self, lams: Sequence[float]) -> Mixture:
         """p_ref exp(sum lam_i s_i r_i)."""
-        b, q = (sum(lam * part for lam, part in zip(lams, parts)) for parts in zip(self.linear, self.quadratic))
+        b, q = (
+            sum(lam * part for lam, part in zip(lams, parts))
+            for parts in zip(self.linear, self.quadratic)
+        )
         return self.prior.tilted(b, q)
 
     def modes(self, x: Tensor) -> Tensor:
@@ -163,7 +197,10 @@ class Plane:
     def exact_modes(self, lams: Sequence[float]) -> Tensor:
         target = self.target(lams)
         above = torch.special.ndtr(target.means / target.variances.sqrt())  # (M, 2)
-        x, y = torch.stack([1 - above[:, 0], above[:, 0]]), torch.stack([1 - above[:, 1], above[:, 1]])
+        x, y = (
+            torch.stack([1 - above[:, 0], above[:, 0]]),
+            torch.stack([1 - above[:, 1], above[:, 1]]),
+        )
         return torch.einsum("m,ym,xm->yx", target.log_weights.exp(), y, x).flatten()
 
 
@@ -189,7 +226,9 @@ def kl_of_quantiles(x: Tensor, log_density: Tensor) -> float:
 def kl_between(x: Tensor, y: Tensor) -> float:
     """KL in nats between the laws whose evenly spaced quantiles are x (N,) and y (N,)."""
     x, y = x.sort().values, y.sort().values
-    log_density = _interpolated((x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2, -(len(y) * y.diff()).log())
+    log_density = _interpolated(
+        (x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2, -(len(y) * y.diff()).log()
+    )
     return (-(len(x) * x.diff()).log() - log_density).mean().item()
 
 
@@ -200,7 +239,9 @@ def w2(x: Tensor, quantiles: Tensor) -> float:
 
 def noise(scheduler: Any, rows: int, dimensions: int = 1, seed: int = 0) -> Tensor:
     """A chain's start, (rows, dimensions)."""
-    start = torch.randn(rows, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = torch.randn(
+        rows, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return start * getattr(scheduler, "init_noise_sigma", 1.0)
 
 

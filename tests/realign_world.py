@@ -18,7 +18,11 @@ from deradiff.families import FAMILIES, family_of
 
 STEPS = 3
 BASES = {family: tiny_pipeline(family) for family in FAMILIES}
-SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "euler": EulerAncestralDiscreteScheduler}
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": EulerAncestralDiscreteScheduler,
+}
 
 
 @dataclass
@@ -45,7 +49,9 @@ class World:
             pipe.load_lora_weights(self.anchors[anchor])
         else:
             name = FAMILIES[self.family].denoiser
-            network = type(getattr(pipe, name)).from_pretrained(self.anchors[anchor], subfolder=name)
+            network = type(getattr(pipe, name)).from_pretrained(
+                self.anchors[anchor], subfolder=name
+            )
             pipe.register_modules(**{name: network})
         return tiny_variant(pipe, self.kind, self.pipe.components.get("controlnet"))
 
@@ -58,49 +64,90 @@ def make_worlds(root: Path) -> dict[str, World]:
         networks = {f"full{i}": perturbed_denoiser(denoiser, seed=i) for i in (1, 2)}
         networks |= {f"lora{i}": tiny_lora(denoiser, seed=i) for i in (1, 2)}
         for name, network in networks.items():
-            save_anchor(root / family / name, network, AnchorCard(base_model="tiny", family=family, method=name[:4], beta=2000))
+            save_anchor(
+                root / family / name,
+                network,
+                AnchorCard(base_model="tiny", family=family, method=name[:4], beta=2000),
+            )
         worlds[family] = World(family, base, {name: root / family / name for name in networks})
     return worlds
 
 
 def sample(pipe, seeds=(0, 1), **options):
     """Latents (N, 4, 8, 8), or FLUX's packed ones (N, 16, 64), one generator an image."""
-    options = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"} | _pictures(pipe, len(seeds)) | options
+    options = (
+        {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+        | _pictures(pipe, len(seeds))
+        | options
+    )
     if FAMILIES[family_of(pipe).name].flow:
         options = {"max_sequence_length": 16} | options
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds for _ in range(options.get("num_images_per_prompt", 1))]
+    generators = [
+        torch.Generator().manual_seed(seed)
+        for seed in seeds
+        for _ in range(options.get("num_images_per_prompt", 1))
+    ]
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # SD3's ControlNet pipelines encode their picture with noise that no generator is asked for
+        torch.manual_seed(
+            0
+        )  # SD3's ControlNet pipelines encode their picture with noise that no generator is asked for
         return pipe([f"prompt {seed}" for seed in seeds], generator=generators, **options).images
 
 
 def _pictures(pipe, count: int) -> dict[str, Any]:
     """The arguments that a pipeline of this kind takes beside the prompt: pictures, masks, sizes."""
     accepted = inspect.signature(pipe.__call__).parameters
-    blue, grey = ([Image.new("RGB", (64, 64), colour)] * count for colour in ((30, 60, 200), (120, 120, 120)))
+    blue, grey = (
+        [Image.new("RGB", (64, 64), colour)] * count for colour in ((30, 60, 200), (120, 120, 120))
+    )
     mask = [Image.linear_gradient("L").resize((64, 64))] * count
     kind = type(pipe).__name__
-    given = {"height": 64, "width": 64, "image": blue, "control_image": grey, "mask_image": mask, "control_mask": mask, "strength": 0.7}
+    given = {
+        "height": 64,
+        "width": 64,
+        "image": blue,
+        "control_image": grey,
+        "mask_image": mask,
+        "control_mask": mask,
+        "strength": 0.7,
+    }
     if not ("Img2Img" in kind or "Inpaint" in kind):
-        given["image"] = grey  # a ControlNet's, in the UNets' pipelines; other text-to-image pipelines have none
+        given["image"] = (
+            grey  # a ControlNet's, in the UNets' pipelines; other text-to-image pipelines have none
+        )
     return {name: value for name, value in given.items() if name in accepted}
 
 
 def fingerprint(network) -> dict[str, Any]:
     """All that a network is: modules, weights, gradients wanted, and attributes."""
     return {
-        "modules": [(name, id(module), module.training) for name, module in network.named_modules()],
+        "modules": [
+            (name, id(module), module.training) for name, module in network.named_modules()
+        ],
         "parameters": {
-            name: (id(p), p.data_ptr(), p.requires_grad, p.detach().numpy().tobytes()) for name, p in network.named_parameters()
+            name: (id(p), p.data_ptr(), p.requires_grad, p.detach().numpy().tobytes())
+            for name, p in network.named_parameters()
         },
         "attributes": sorted(vars(network)),
         "adapters": sorted(getattr(network, "peft_config", {})),
-        "active": [(name, list(m.active_adapters), dict(m.scaling)) for name, m in network.named_modules() if hasattr(m, "scaling")],
+        "active": [
+            (name, list(m.active_adapters), dict(m.scaling))
+            for name, m in network.named_modules()
+            if hasattr(m, "scaling")
+        ],
     }
 
 
 def denoise(unet, seed: int = 0):
     """One evaluation outside any loop, in the arguments of a pipeline, as a tuple."""
-    x, text = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in ((2, 4, 8, 8), (2, 5, 32)))
+    x, text = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for shape in ((2, 4, 8, 8), (2, 5, 32))
+    )
     with torch.no_grad():
-        return unet(x.to(unet.dtype), torch.tensor(401), encoder_hidden_states=text.to(unet.dtype), return_dict=False)[0]
+        return unet(
+            x.to(unet.dtype),
+            torch.tensor(401),
+            encoder_hidden_states=text.to(unet.dtype),
+            return_dict=False,
+        )[0]

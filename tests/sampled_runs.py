@@ -61,7 +61,14 @@ def write_run(
     name = f"shapes-beta{beta:g}-seed{training_seed}"
     anchor, run = root / "train" / name / "anchor", root / "sample" / f"{name}-{mode}"
     cost = {"steps": 200, "pairs_seen": 3200, "gpu_hours": 0.02, "device": "cpu", "flops": 2e13}
-    card = AnchorCard(base_model="asset:shapes/base", family="sd15", method="lora", beta=beta, seed=training_seed, **cost)
+    card = AnchorCard(
+        base_model="asset:shapes/base",
+        family="sd15",
+        method="lora",
+        beta=beta,
+        seed=training_seed,
+        **cost,
+    )
     anchor.mkdir(parents=True, exist_ok=True)
     (anchor / "anchor.json").write_text(json.dumps(asdict(card)))
     (anchor / "pytorch_lora_weights.safetensors").touch()
@@ -72,10 +79,34 @@ def write_run(
             png, image = picture(caption, seed, strength), f"lam={lam:.2f}/p{index}-s{seed}.png"
             (run / image).parent.mkdir(parents=True, exist_ok=True)
             (run / image).write_bytes(png)
-            what = {"image": image, "sha256": hashlib.sha256(png).hexdigest(), "prompt_id": f"p{index}", "prompt": caption, "seed": seed}
-            who = {"anchor": str(anchor), "beta": beta, "lam": lam, "beta_target": beta / lam if lam else None, "mode": mode}
-            how = {"sampler": "ddim", "steps": 20, "guidance_scale": 2.5, "height": 32, "width": 32, "generator_seed": 100 * index + seed}
-            lines.append(json.dumps(what | who | how | {"path_kl": 40 * lam**2 * 1000 / beta} | overrides, ensure_ascii=False))
+            what = {
+                "image": image,
+                "sha256": hashlib.sha256(png).hexdigest(),
+                "prompt_id": f"p{index}",
+                "prompt": caption,
+                "seed": seed,
+            }
+            who = {
+                "anchor": str(anchor),
+                "beta": beta,
+                "lam": lam,
+                "beta_target": beta / lam if lam else None,
+                "mode": mode,
+            }
+            how = {
+                "sampler": "ddim",
+                "steps": 20,
+                "guidance_scale": 2.5,
+                "height": 32,
+                "width": 32,
+                "generator_seed": 100 * index + seed,
+            }
+            lines.append(
+                json.dumps(
+                    what | who | how | {"path_kl": 40 * lam**2 * 1000 / beta} | overrides,
+                    ensure_ascii=False,
+                )
+            )
     (run / "manifest.jsonl").write_text("\n".join(lines) + "\n")
     return str(run)
 
@@ -92,7 +123,9 @@ class Colourful:
         if self.fail_after is not None and len(self.scored) >= self.fail_after:
             raise KeyboardInterrupt
         self.scored += prompts
-        return torch.tensor([float(np.asarray(image, dtype=float).std(axis=2).mean()) for image in images])
+        return torch.tensor(
+            [float(np.asarray(image, dtype=float).std(axis=2).mean()) for image in images]
+        )
 
 
 def counting(monkeypatch):
@@ -105,7 +138,13 @@ def counting(monkeypatch):
 
 def configured(root, samples, *scorers, **settings):
     chosen = {name: ScorerConfig() for name in scorers or ("vivid",)}
-    config = EvalConfig(samples=samples, scorers=chosen, runs=str(root), tracking=TrackingConfig(kind="none"), **settings)
+    config = EvalConfig(
+        samples=samples,
+        scorers=chosen,
+        runs=str(root),
+        tracking=TrackingConfig(kind="none"),
+        **settings,
+    )
     return config, root / "eval" / config.run_name()
 
 

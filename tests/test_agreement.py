@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deradiff.agreement import ecdf, equivalence, error_ecdf, limits_of_agreement, win_rate, win_share
+from deradiff.agreement import (
+    ecdf,
+    equivalence,
+    error_ecdf,
+    limits_of_agreement,
+    win_rate,
+    win_share,
+)
 
 STUDIES, PROMPTS, MARGIN = 1000, 40, 0.1
 
@@ -37,7 +44,9 @@ def test_a_true_difference_of_the_margin_is_called_equivalent_in_5_studies_of_10
 
 def test_a_planted_bias_is_not_called_equivalent_and_a_planted_zero_is():
     rng = np.random.default_rng(2)
-    beyond = sum(equivalence(d, MARGIN).equivalent for d in rng.normal(2 * MARGIN, 0.2, (STUDIES, PROMPTS)))
+    beyond = sum(
+        equivalence(d, MARGIN).equivalent for d in rng.normal(2 * MARGIN, 0.2, (STUDIES, PROMPTS))
+    )
     zero = sum(equivalence(d, MARGIN).equivalent for d in rng.normal(0, 0.1, (STUDIES, PROMPTS)))
     assert beyond <= 1 and zero > 0.99 * STUDIES
 
@@ -57,7 +66,11 @@ def test_a_measured_margin_finds_what_is_equivalent_whatever_the_distances_sign(
         margins = rng.normal(distance, 0.1, PROMPTS) / 5
         assert equivalence(rng.normal(0.02, 0.05, PROMPTS), margins).equivalent
         assert not equivalence(rng.normal(0.25, 0.05, PROMPTS), margins).equivalent
-    assert equivalence(np.full(9, 0.01), 0.1).p == equivalence(np.full(9, 0.01), np.full(9, 0.1)).p == 0
+    assert (
+        equivalence(np.full(9, 0.01), 0.1).p
+        == equivalence(np.full(9, 0.01), np.full(9, 0.1)).p
+        == 0
+    )
 
 
 def test_equivalence_of_the_same_images_of_one_prompt_and_of_holes():
@@ -75,12 +88,19 @@ def test_equivalence_of_the_same_images_of_one_prompt_and_of_holes():
 @pytest.mark.parametrize(("wins", "trials"), [(0, 12), (7, 12), (12, 12), (53, 90)])
 def test_win_rates_have_wilsons_interval(wins, trials):
     model = np.r_[np.ones(wins), -np.ones(trials - wins)]
-    found, wilson = win_rate(model, np.zeros(trials)), stats.binomtest(wins, trials).proportion_ci(method="wilson")
-    assert (found.value, found.low, found.high) == pytest.approx((100 * wins / trials, 100 * wilson.low, 100 * wilson.high))
+    found, wilson = (
+        win_rate(model, np.zeros(trials)),
+        stats.binomtest(wins, trials).proportion_ci(method="wilson"),
+    )
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (100 * wins / trials, 100 * wilson.low, 100 * wilson.high)
+    )
 
 
 def test_ties_count_half_and_holes_not_at_all():
-    assert win_rate(np.array([1.0, 2, 3, np.nan]), np.array([1.0, 1, 5, 0])).value == pytest.approx(50)
+    assert win_rate(np.array([1.0, 2, 3, np.nan]), np.array([1.0, 1, 5, 0])).value == pytest.approx(
+        50
+    )
     assert win_share(np.array([0.5, 1.0])).value == 75
     with pytest.raises(ValueError, match="at least one prompt"):
         win_rate(np.array([np.nan]), np.array([1.0]))
@@ -97,9 +117,13 @@ def test_limits_of_agreement_are_bland_and_altmans_and_cover():
     values = np.random.default_rng(7).normal(2, 3, 500)
     found = limits_of_agreement(np.append(values, np.nan))
     deviation = values.std(ddof=1)
-    assert found.deviation == pytest.approx(deviation) and found.bias.value == pytest.approx(values.mean())
+    assert found.deviation == pytest.approx(deviation) and found.bias.value == pytest.approx(
+        values.mean()
+    )
     assert found.upper.value == pytest.approx(values.mean() + 1.959964 * deviation)
-    approximate = 1.96 * deviation * np.sqrt(1 / 500 + 1.96**2 / (2 * 499))  # their own approximation of 1999
+    approximate = (
+        1.96 * deviation * np.sqrt(1 / 500 + 1.96**2 / (2 * 499))
+    )  # their own approximation of 1999
     assert found.upper.high - found.upper.value == pytest.approx(approximate, rel=0.06)
     interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.bias.low, found.bias.high) == pytest.approx((interval.low, interval.high))
@@ -118,7 +142,9 @@ def test_ecdf_is_scipys_within_the_kolmogorov_smirnov_band():
     assert np.allclose(found.x, theirs.quantiles) and np.allclose(found.share, theirs.probabilities)
     inside = (found.low > 0) & (found.high < 1)
     half = (found.high - found.low)[inside].max() / 2
-    assert half == pytest.approx(stats.kstwo.ppf(0.95, 60), rel=0.03)  # Massart's constant is a little wider than the exact band
+    assert half == pytest.approx(
+        stats.kstwo.ppf(0.95, 60), rel=0.03
+    )  # Massart's constant is a little wider than the exact band
     assert found.low.min() >= 0 and found.high.max() <= 1
     with pytest.raises(ValueError, match="at least one"):
         ecdf(np.array([np.nan]))
@@ -131,4 +157,8 @@ def test_the_errors_distribution_is_of_means_and_its_band_of_prompts():
     exact = error_ecdf(target + planted, target)
     assert np.allclose(exact.x, [0.1, 0.2, 0.4]) and np.allclose(exact.share, [1 / 3, 2 / 3, 1])
     noisy = error_ecdf(target + planted + rng.normal(0, 1.0, (200, 3)), target)
-    assert (noisy.low <= noisy.share).all() and (noisy.share <= noisy.high).all() and (noisy.high - noisy.low).max() > 0.3
+    assert (
+        (noisy.low <= noisy.share).all()
+        and (noisy.share <= noisy.high).all()
+        and (noisy.high - noisy.low).max() > 0.3
+    )

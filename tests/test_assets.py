@@ -7,7 +7,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.shapes_assets import SHIPPED, TOLERANCE, measure, ordered, renders, sampled, zero_shot
+from benchmarks.shapes_assets import (
+    SHIPPED,
+    TOLERANCE,
+    measure,
+    ordered,
+    renders,
+    sampled,
+    zero_shot,
+)
 from deradiff.data import shapes
 from deradiff.families import checkpoint_family
 from deradiff.scorers import load_scorer
@@ -17,13 +25,23 @@ FIGURES = json.loads((SHIPPED / "metrics.json").read_text())
 
 def test_the_base_is_a_plain_pipeline_of_half_precision():
     pipe = DiffusionPipeline.from_pretrained(SHIPPED / "base")
-    assert type(pipe).__name__ == "StableDiffusionPipeline" and checkpoint_family("asset:shapes/base").name == "sd15"
+    assert (
+        type(pipe).__name__ == "StableDiffusionPipeline"
+        and checkpoint_family("asset:shapes/base").name == "sd15"
+    )
     files = list(SHIPPED.rglob("*"))
     assert sum(f.stat().st_size for f in files if f.is_file()) < 10e6
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl", ".py")]
-    assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()} == {torch.float32}
-    assert pipe(shapes.CAPTIONS[0], num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
-    stored = DiffusionPipeline.from_pretrained(SHIPPED / "base", dtype=torch.float16).unet.state_dict()
+    assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()} == {
+        torch.float32
+    }
+    assert pipe(shapes.CAPTIONS[0], num_inference_steps=2, height=32, width=32).images[0].size == (
+        32,
+        32,
+    )
+    stored = DiffusionPipeline.from_pretrained(
+        SHIPPED / "base", dtype=torch.float16
+    ).unet.state_dict()
     assert all(torch.equal(v, stored[k].float()) for k, v in pipe.unet.state_dict().items())
 
 
@@ -47,5 +65,10 @@ def test_every_shipped_figure_is_measured_again():
     found = measure({name: SHIPPED / name for name in ("base", "clip", "pickscore", "hpsv2")})
     assert found.keys() == FIGURES.keys()
     for name, value in found.items():
-        assert value == pytest.approx(FIGURES[name], abs=TOLERANCE * (10 if name.endswith("_db") else 1)), name
-    assert found["judge_samples_all"] >= 0.9 and found["clip_zero_shot_samples"] >= 0.8 * found["clip_zero_shot_renders"]
+        assert value == pytest.approx(
+            FIGURES[name], abs=TOLERANCE * (10 if name.endswith("_db") else 1)
+        ), name
+    assert (
+        found["judge_samples_all"] >= 0.9
+        and found["clip_zero_shot_samples"] >= 0.8 * found["clip_zero_shot_renders"]
+    )

@@ -8,20 +8,42 @@ from deradiff import realign
 
 def test_both_tables_come_out(capsys):
     sample.main(["--steps", "4", "--batch", "1", "--repeats", "1"])
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    cost = {(row[0].strip("| "), row[1]): float(row[2]) for row in rows if len(row) == 6 and row[2] != "evaluations"}
+    rows = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
+    ]
+    cost = {
+        (row[0].strip("| "), row[1]): float(row[2])
+        for row in rows
+        if len(row) == 6 and row[2] != "evaluations"
+    }
     assert cost == {
-        ("plain", ""): 1, ("lora", "exact"): 2, ("lora", "exact, batched"): 2, ("lora", "weights"): 1, ("lora", "reuse, every=4"): 1.25,
-        ("full", "exact"): 2, ("full", "weights"): 1, ("full", "reuse, every=4"): 1.25,
-    }  # fmt: skip
-    assert [row[0].strip("| ") for row in rows if len(row) == 4] == ["sweep of 5 lambdas", "lora", "full"]
+        ("plain", ""): 1,
+        ("lora", "exact"): 2,
+        ("lora", "exact, batched"): 2,
+        ("lora", "weights"): 1,
+        ("lora", "reuse, every=4"): 1.25,
+        ("full", "exact"): 2,
+        ("full", "weights"): 1,
+        ("full", "reuse, every=4"): 1.25,
+    }
+    assert [row[0].strip("| ") for row in rows if len(row) == 4] == [
+        "sweep of 5 lambdas",
+        "lora",
+        "full",
+    ]
 
 
 def test_random_networks_of_the_published_shapes_sample():
     for network in ("sd15", "sdxl"):
-        args = sample.parsed(["--network", network, "--width", "32", "--pixels", "64", "--batch", "1"])
+        args = sample.parsed(
+            ["--network", network, "--width", "32", "--pixels", "64", "--batch", "1"]
+        )
         pipe = sample.make_pipeline(args)
-        assert pipe(**sample.embeddings(pipe, 1), num_inference_steps=1, output_type="latent").images.isfinite().all()
+        assert (
+            pipe(**sample.embeddings(pipe, 1), num_inference_steps=1, output_type="latent")
+            .images.isfinite()
+            .all()
+        )
 
 
 def test_the_published_loop_samples_the_same_images(tmp_path):
@@ -31,5 +53,7 @@ def test_the_published_loop_samples_the_same_images(tmp_path):
         ours = bench.call()
     for image in range(2):
         prompt = {name: tensor[image : image + 1] for name, tensor in bench.text.items()}
-        theirs = published_loop.sample(bench.pipe, anchor, 0.3, 3, 5.0, tuple(ours.shape[1:]), image, prompt)
+        theirs = published_loop.sample(
+            bench.pipe, anchor, 0.3, 3, 5.0, tuple(ours.shape[1:]), image, prompt
+        )
         torch.testing.assert_close(theirs[0], ours[image], rtol=1e-3, atol=1e-3)

@@ -28,7 +28,11 @@ def published(config):
         return UNet2DConditionModel(**config)
 
 
-@pytest.mark.parametrize(("config", "side", "tera", "giga"), [(SD15, 64, 0.80, 0.860), (SDXL, 128, 6.76, 2.567)], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("config", "side", "tera", "giga"),
+    [(SD15, 64, 0.80, 0.860), (SDXL, 128, 6.76, 2.567)],
+    ids=["sd15", "sdxl"],
+)
 def test_one_forward_of_the_published_denoisers(config, side, tera, giga):
     unet = published(config)
     assert sum(p.numel() for p in unet.parameters()) / 1e9 == pytest.approx(giga, abs=0.001)
@@ -46,23 +50,51 @@ def test_the_count_is_that_of_a_real_forward(family):
     unet = tiny_unet(family)
     added = {}
     if family == "sdxl":
-        added = {"added_cond_kwargs": {"text_embeds": torch.zeros(1, 32), "time_ids": torch.zeros(1, 6)}}
+        added = {
+            "added_cond_kwargs": {"text_embeds": torch.zeros(1, 32), "time_ids": torch.zeros(1, 6)}
+        }
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(1, 4, 16, 8), torch.zeros(1), torch.zeros(1, 20, unet.config.cross_attention_dim), **added)
+        unet(
+            torch.zeros(1, 4, 16, 8),
+            torch.zeros(1),
+            torch.zeros(1, 20, unet.config.cross_attention_dim),
+            **added,
+        )
     real = counter.get_total_flops()
-    assert denoiser_flops(unet.config, 16, 8, tokens=20) == pytest.approx(real, rel=0.2)  # fused attention counts a little otherwise
-    assert denoiser_flops(unet.config, 16, 16, tokens=20) > 1.8 * denoiser_flops(unet.config, 16, 8, tokens=20)
+    assert denoiser_flops(unet.config, 16, 8, tokens=20) == pytest.approx(
+        real, rel=0.2
+    )  # fused attention counts a little otherwise
+    assert denoiser_flops(unet.config, 16, 16, tokens=20) > 1.8 * denoiser_flops(
+        unet.config, 16, 8, tokens=20
+    )
 
 
 SD3 = {
-    "_class_name": "SD3Transformer2DModel", "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 16,
-    "num_attention_heads": 2, "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 20, "out_channels": 4,
-}  # fmt: skip
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 20,
+    "out_channels": 4,
+}
 FLUX = {
-    "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 2,
-    "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 20, "guidance_embeds": True,
+    "_class_name": "FluxTransformer2DModel",
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "guidance_embeds": True,
     "axes_dims_rope": [4, 4, 8],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("config", [SD3, FLUX], ids=["sd3", "flux"])
@@ -80,7 +112,9 @@ def test_a_flow_transformer_is_counted_on_its_own_inputs(config):
             module.register_forward_hook(linear)
     network(**denoiser_inputs(network.config, 8, 8, tokens))
     assert seen < counted < 1.25 * seen
-    assert counted / rows < denoiser_flops(config, 16, 16, tokens=20) / rows  # more pixels, more work
+    assert (
+        counted / rows < denoiser_flops(config, 16, 16, tokens=20) / rows
+    )  # more pixels, more work
 
 
 def test_the_published_autoencoder():
@@ -88,7 +122,9 @@ def test_the_published_autoencoder():
     assert encoder_flops(AUTOENCODER, 512, 512) / 1e12 == pytest.approx(1.12, abs=0.01)
 
 
-@pytest.mark.parametrize(("method", "checkpointing"), [("full", False), ("full", True), ("lora", False), ("lora", True)])
+@pytest.mark.parametrize(
+    ("method", "checkpointing"), [("full", False), ("full", True), ("lora", False), ("lora", True)]
+)
 def test_a_step_costs_what_torch_counts_of_it(method, checkpointing):
     """Forward and backward of SD1.5 on the meta device; the reference's forward is the remaining 1."""
     unet, forward = published(SD15), 0.80327e12
@@ -99,8 +135,12 @@ def test_a_step_costs_what_torch_counts_of_it(method, checkpointing):
         unet.enable_gradient_checkpointing()
     unet.train()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768)).sample.sum().backward()
-    assert dpo_step_flops(forward, 1, method, checkpointing) / 2 == pytest.approx(counter.get_total_flops() + forward, rel=0.06)
+        unet(
+            torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768)
+        ).sample.sum().backward()
+    assert dpo_step_flops(forward, 1, method, checkpointing) / 2 == pytest.approx(
+        counter.get_total_flops() + forward, rel=0.06
+    )
 
 
 def test_steps_scale_with_pairs_and_refuse_other_methods():
@@ -114,11 +154,20 @@ def test_steps_scale_with_pairs_and_refuse_other_methods():
 
 def test_the_papers_row_is_derived_from_its_recipe_and_says_by_how_much_it_differs():
     row = published_dpo()
-    assert row.published_flops == pytest.approx(336 * 3600 * 0.5 * 312e12, rel=1e-3)  # their reckoning
+    assert row.published_flops == pytest.approx(
+        336 * 3600 * 0.5 * 312e12, rel=1e-3
+    )  # their reckoning
     assert row.flops == pytest.approx(2000 * 2048 * 2 * 4 * 6.76e12, rel=1e-3)
     assert row.ratio == pytest.approx(row.flops / 188.7e18) == pytest.approx(1.174, abs=1e-3)
     assert row.with_everything == pytest.approx(2000 * 2048 * 2 * (5 * 6.76e12 + 4.88e12), rel=1e-3)
-    for figure in ("+17%", "59% of the peak", "84% of the peak", "336 h", "221.6 EFLOP", "316.9 EFLOP"):
+    for figure in (
+        "+17%",
+        "59% of the peak",
+        "84% of the peak",
+        "336 h",
+        "221.6 EFLOP",
+        "316.9 EFLOP",
+    ):
         assert figure in row.why
     with pytest.raises(ValueError, match="sdxl alone, not for sd15"):
         published_dpo("sd15")

@@ -56,15 +56,23 @@ def test_step_zero_is_ln_two_and_ties_count_half(outputs):
 
 def test_the_mean_is_taken_after_the_logarithm():
     target = torch.zeros(2, 2, 1, 1, 1)
-    pred = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).reshape(2, 2, 1, 1, 1)  # margins +3 and -3: their mean is 0
+    pred = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).reshape(
+        2, 2, 1, 1, 1
+    )  # margins +3 and -3: their mean is 0
     terms = dpo_loss(pred, torch.full_like(pred, 0.5**0.5), target, 6.0)
     assert terms.margin.tolist() == pytest.approx([3.0, -3.0])
-    assert terms.loss.item() == pytest.approx((math.log1p(math.exp(-3)) + math.log1p(math.exp(3))) / 2)
+    assert terms.loss.item() == pytest.approx(
+        (math.log1p(math.exp(-3)) + math.log1p(math.exp(3))) / 2
+    )
 
 
 def test_winner_and_loser_share_noise_and_timestep():
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    latents, noise, t = torch.randn(2, 3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 400, 999])
+    latents, noise, t = (
+        torch.randn(2, 3, 4, 2, 2),
+        torch.randn(3, 4, 2, 2),
+        torch.tensor([0, 400, 999]),
+    )
     noisy, target = noising_of(scheduler)(latents, noise, t)
     root = scheduler.alphas_cumprod[t].sqrt().reshape(3, 1, 1, 1)
     rest = (1 - scheduler.alphas_cumprod[t]).sqrt().reshape(3, 1, 1, 1)
@@ -75,15 +83,23 @@ def test_winner_and_loser_share_noise_and_timestep():
 
 def test_velocity_target():
     scheduler = DDPMScheduler(prediction_type="v_prediction")
-    latents, noise, t = torch.randn(2, 3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([1, 400, 999])
+    latents, noise, t = (
+        torch.randn(2, 3, 4, 2, 2),
+        torch.randn(3, 4, 2, 2),
+        torch.tensor([1, 400, 999]),
+    )
     _, target = noising_of(scheduler)(latents, noise, t)
     alpha = scheduler.alphas_cumprod[t].reshape(3, 1, 1, 1)
     torch.testing.assert_close(target[1], alpha.sqrt() * noise - (1 - alpha).sqrt() * latents[1])
 
 
-@pytest.mark.parametrize("beta, elements, expected", [(2000, 4 * 64 * 64, 0.0094), (5000, 4 * 128 * 128, 0.0058)])
+@pytest.mark.parametrize(
+    "beta, elements, expected", [(2000, 4 * 64 * 64, 0.0094), (5000, 4 * 128 * 128, 0.0058)]
+)
 def test_kl_strength_of_the_published_betas(beta, elements, expected):
-    noising = noising_of(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+    noising = noising_of(
+        DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    )
     assert kl_strength(beta, elements, noising) == pytest.approx(expected, abs=5e-5)
 
 
@@ -98,12 +114,20 @@ def test_stored_errors_give_the_loss_of_the_outputs_they_were_taken_from(outputs
 def test_a_flow_is_a_straight_line_and_its_target_the_velocity_along_it():
     flow = noising_of(FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert isinstance(flow, Flow)
-    latents, noise, t = torch.randn(2, 3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([1.0, 400.0, 1000.0])
+    latents, noise, t = (
+        torch.randn(2, 3, 4, 2, 2),
+        torch.randn(3, 4, 2, 2),
+        torch.tensor([1.0, 400.0, 1000.0]),
+    )
     noisy, target = flow(latents, noise, t)
     for side in (0, 1):
         for i, time in enumerate((0.001, 0.4, 1.0)):
-            torch.testing.assert_close(noisy[side, i], (1 - time) * latents[side, i] + time * noise[i])
-            torch.testing.assert_close(noisy[side, i] - time * target[side, i], latents[side, i], atol=1e-5, rtol=1e-5)  # back to data
+            torch.testing.assert_close(
+                noisy[side, i], (1 - time) * latents[side, i] + time * noise[i]
+            )
+            torch.testing.assert_close(
+                noisy[side, i] - time * target[side, i], latents[side, i], atol=1e-5, rtol=1e-5
+            )  # back to data
     assert torch.equal(flow.time(t), t / 1000)
 
 
@@ -114,7 +138,9 @@ def test_flow_times_are_drawn_as_the_published_trainers_draw_them(shift, dynamic
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.cat([noising_of(scheduler).draw(generator) for _ in range(4000)])
-    u = compute_density_for_timestep_sampling("logit_normal", 200_000, 0.0, 1.0, generator=torch.Generator().manual_seed(1))
+    u = compute_density_for_timestep_sampling(
+        "logit_normal", 200_000, 0.0, 1.0, generator=torch.Generator().manual_seed(1)
+    )
     published = scheduler.timesteps[(u * 1000).long()]
     levels = torch.linspace(0.02, 0.98, 25)
     assert (drawn.quantile(levels) - published.quantile(levels)).abs().max() < 25  # of 1000
@@ -123,7 +149,9 @@ def test_flow_times_are_drawn_as_the_published_trainers_draw_them(shift, dynamic
 def test_kl_strength_of_a_flow_counts_each_step_as_the_transitions_do():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     t = scheduler.sigmas.double()[:1000].numpy()
-    steps = np.log(t[:-1] / t[1:]) - (t[:-1] - t[1:])  # method.md section 4: |D_v|^2 of one step in nats
+    steps = np.log(t[:-1] / t[1:]) - (
+        t[:-1] - t[1:]
+    )  # method.md section 4: |D_v|^2 of one step in nats
     assert noising_of(scheduler).kl_weight == pytest.approx(2 * steps.sum(), rel=1e-5)
 
 

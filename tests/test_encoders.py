@@ -34,9 +34,13 @@ def edit(file, **keys):
 def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_else(base, tmp_path):  # noqa: F811
     before = encoders_key(str(base))
     for name, change in {
-        "vae": lambda b: rewrite(b / "vae/diffusion_pytorch_model.safetensors", lambda t: add(t, "quant_conv.bias")),
+        "vae": lambda b: rewrite(
+            b / "vae/diffusion_pytorch_model.safetensors", lambda t: add(t, "quant_conv.bias")
+        ),
         "scale": lambda b: edit(b / "vae/config.json", scaling_factor=0.5),
-        "text": lambda b: rewrite(next((b / "text_encoder").glob("*.safetensors")), lambda t: add(t, sorted(t)[0])),
+        "text": lambda b: rewrite(
+            next((b / "text_encoder").glob("*.safetensors")), lambda t: add(t, sorted(t)[0])
+        ),
         "tokenizer": lambda b: edit(b / "tokenizer/tokenizer_config.json", model_max_length=7),
     }.items():
         changed = shutil.copytree(base, tmp_path / name)
@@ -50,24 +54,40 @@ def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_el
 
 
 def test_another_autoencoder_takes_the_place_of_the_bases_own(base, tmp_path):  # noqa: F811
-    own, same, other = encoders_key(str(base)), encoders_key(str(base), vae=str(base / "vae")), save_tiny("sd15", tmp_path, seed=1) / "vae"
+    own, same, other = (
+        encoders_key(str(base)),
+        encoders_key(str(base), vae=str(base / "vae")),
+        save_tiny("sd15", tmp_path, seed=1) / "vae",
+    )
     keys = {own, same, encoders_key(str(base), vae=str(other))}
     assert len(keys) == 3
     shutil.copytree(base, tmp_path / "base")
-    rewrite(tmp_path / "base/vae/diffusion_pytorch_model.safetensors", lambda t: add(t, "quant_conv.bias"))
-    assert encoders_key(str(tmp_path / "base"), vae=str(base / "vae")) == same, "its own is not asked for"
+    rewrite(
+        tmp_path / "base/vae/diffusion_pytorch_model.safetensors",
+        lambda t: add(t, "quant_conv.bias"),
+    )
+    assert encoders_key(str(tmp_path / "base"), vae=str(base / "vae")) == same, (
+        "its own is not asked for"
+    )
 
 
 def test_a_hub_model_is_told_by_its_commit(monkeypatch, tmp_path):
     def fetch(repo, name, revision=None):
         file = tmp_path / f"snapshots/{repo[-1]}{revision or 'main'}" / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}))
+        file.write_text(
+            json.dumps(
+                {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+            )
+        )
         return file
 
     for module in ("families", "data.encoders"):
         monkeypatch.setattr(f"deradiff.{module}.fetch", fetch)
-    assert encoders_key("a/b") == "vae=AutoencoderKL a/b@bmain" and encoders_key("a/b", "v2") == "vae=AutoencoderKL a/b@bv2"
+    assert (
+        encoders_key("a/b") == "vae=AutoencoderKL a/b@bmain"
+        and encoders_key("a/b", "v2") == "vae=AutoencoderKL a/b@bv2"
+    )
     assert encoders_key("a/b", vae="c/d").endswith(" a/b@bmain c/d@dmain")
 
 
@@ -80,10 +100,17 @@ def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(fam
     for key, rows in encode_prompts(whole, ["a", ""]).items():
         assert torch.equal(rows, encode_prompts(encodes, ["a", ""])[key])
     trains = load_pipeline(folder, **described_encoders(folder, None, None, torch.bfloat16))
-    assert latent_shape(trains, 64) == latent_shape(whole, 64) and trains.vae.dtype == torch.bfloat16
+    assert (
+        latent_shape(trains, 64) == latent_shape(whole, 64) and trains.vae.dtype == torch.bfloat16
+    )
     assert all(p.is_meta for p in trains.vae.parameters())
-    assert [n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)].count("vae") == 1
-    assert {n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)} == {"vae", name}
+    assert [n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)].count(
+        "vae"
+    ) == 1
+    assert {n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)} == {
+        "vae",
+        name,
+    }
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

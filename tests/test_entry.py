@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-APP = '''
+APP = """
 import os
 import sys
 import time
@@ -56,7 +56,7 @@ def run(config, run_dir):
         time.sleep(600)
 
 main = entry("toy", Toy, run, configs=str(Path(__file__).parents[1] / "conf"))
-'''  # fmt: skip
+"""
 CONFIG = """
 defaults:
   - toy_schema
@@ -73,21 +73,29 @@ def toy(tmp_path):
     """`toy(*arguments, **environment)` runs `python -m toy` in an empty folder; `toy.start` starts it."""
     (tmp_path / "toy").mkdir()
     (tmp_path / "conf/model").mkdir(parents=True)
-    (tmp_path / "toy/stage.py").write_text(APP)  # as the stages have it: what a cluster's job imports is no __main__
+    (tmp_path / "toy/stage.py").write_text(
+        APP
+    )  # as the stages have it: what a cluster's job imports is no __main__
     (tmp_path / "toy/__main__.py").write_text("from toy.stage import main\n\nmain()\n")
     (tmp_path / "conf/toy.yaml").write_text(CONFIG)
     (tmp_path / "conf/model/small.yaml").write_text("base: org/small\n")
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+    }
 
     started = []
 
     def start(*arguments, **environment):
         process = subprocess.Popen(
-            [sys.executable, "-m", "toy", *arguments], cwd=tmp_path, env=clean | {"PYTHONPATH": str(ROOT)} | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "toy", *arguments],
+            cwd=tmp_path,
+            env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             # A shell starts background jobs with Ctrl-C ignored, and children inherit that: here it must arrive.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
         started.append(process)
         return process
 
@@ -108,7 +116,9 @@ def test_a_good_command_runs_in_the_folder_that_the_config_names(toy):
     done = toy("data=x", "dpo.beta=500", "model=small")
     assert (done.returncode, done.err) == (0, "")
     assert "beta 500 base org/small in runs/toy/beta500" in done.out
-    assert {p.name for p in toy.folder.iterdir()} == {"toy", "conf"}, "Hydra leaves no log, outputs or .hydra folder"
+    assert {p.name for p in toy.folder.iterdir()} == {"toy", "conf"}, (
+        "Hydra leaves no log, outputs or .hydra folder"
+    )
 
 
 MISTAKES = {
@@ -117,8 +127,14 @@ MISTAKES = {
     ("data=x", "beta=3"): "Key 'beta' not in 'Toy' (beta); did you mean dpo.beta?",
     ("data=x", "lambdas=0.5"): "lambdas is a list: give lambdas=[0.5]",
     ("data=x", "+extra=3"): "Key 'extra' not in 'Toy' (extra)",
-    ("data=x", "dpo.beta=many"): "Value 'many' of type 'str' could not be converted to Float (dpo.beta)",
-    ("data=x", "lambdas=[a]"): "Value 'a' of type 'str' could not be converted to Float (lambdas[0])",
+    (
+        "data=x",
+        "dpo.beta=many",
+    ): "Value 'many' of type 'str' could not be converted to Float (dpo.beta)",
+    (
+        "data=x",
+        "lambdas=[a]",
+    ): "Value 'a' of type 'str' could not be converted to Float (lambdas[0])",
     ("data=x", "dpo.beta=-1"): "dpo.beta must be above 0, not -1.0",
     ("dpo.beta=3",): "data is missing: give data=...",
     ("data=x", "model=big"): "Could not find 'model/big'; there are small",
@@ -132,11 +148,17 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence_on_stderr_and_status_2(toy, arguments):
     done = toy(*arguments)
     assert done.returncode == 2
-    assert done.err.startswith("toy: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
+    assert done.err.startswith("toy: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), (
+        done.err
+    )
     assert MISTAKES[arguments] in done.err
 
 
 def test_a_bug_keeps_its_traceback(toy):
     done = toy("data=bug")
-    assert done.returncode == 1 and "Traceback" in done.err and done.err.endswith("RuntimeError: a bug of ours\n")
+    assert (
+        done.returncode == 1
+        and "Traceback" in done.err
+        and done.err.endswith("RuntimeError: a bug of ours\n")
+    )
     assert "hydra" not in done.err, "the traceback is of our own code"

@@ -37,7 +37,10 @@ class Level:
 
     def __call__(self, images, prompts):
         self.seen += zip([image.getpixel((0, 0))[0] for image in images], prompts)
-        return torch.tensor([image.getpixel((0, 0))[0] + len(p) for image, p in zip(images, prompts)], dtype=torch.float32)
+        return torch.tensor(
+            [image.getpixel((0, 0))[0] + len(p) for image, p in zip(images, prompts)],
+            dtype=torch.float32,
+        )
 
 
 def drawn(folder: Path, count: int = 12, prompt: str = "p{}") -> pd.DataFrame:
@@ -48,7 +51,14 @@ def drawn(folder: Path, count: int = 12, prompt: str = "p{}") -> pd.DataFrame:
         Image.new("RGB", (3, 3), (i // 2,) * 3).save(file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         rows.append(
-            {"run": f"run{i % 3}", "image": file.name, "file": str(file), "sha256": digest, "prompt": prompt.format(i // 2), "role": i}
+            {
+                "run": f"run{i % 3}",
+                "image": file.name,
+                "file": str(file),
+                "sha256": digest,
+                "prompt": prompt.format(i // 2),
+                "role": i,
+            }
         )
     return pd.DataFrame(rows)
 
@@ -57,13 +67,24 @@ def drawn(folder: Path, count: int = 12, prompt: str = "p{}") -> pd.DataFrame:
 def scored(monkeypatch, tmp_path):
     """score_images with one `Level` behind every name; of which rank, and of how many."""
 
-    def score(samples, scorer, rank=0, ranks=1, labels=("level",), batch_size=4, meeting=lambda: None):
+    def score(
+        samples, scorer, rank=0, ranks=1, labels=("level",), batch_size=4, meeting=lambda: None
+    ):
         here = SimpleNamespace(
-            process_index=rank, num_processes=ranks, is_main_process=rank == 0, device="cpu", wait_for_everyone=lambda: meeting()
+            process_index=rank,
+            num_processes=ranks,
+            is_main_process=rank == 0,
+            device="cpu",
+            wait_for_everyone=lambda: meeting(),
         )
         monkeypatch.setattr(scoring, "state", lambda: here)
         monkeypatch.setattr(deradiff.scorers, "load_scorer", lambda *a, **k: scorer)
-        return score_images(samples, {label: ScorerConfig(name=label) for label in labels}, batch_size, tmp_path / "cache")
+        return score_images(
+            samples,
+            {label: ScorerConfig(name=label) for label in labels},
+            batch_size,
+            tmp_path / "cache",
+        )
 
     return score
 
@@ -73,10 +94,17 @@ def test_every_image_has_its_row_and_nothing_is_scored_twice(tmp_path, scored):
     found = scored(samples, scorer)
     assert len(scorer.seen) == 6 and len(found) == 12  # two of each
     assert found["score"].tolist() == [i // 2 + 2 for i in range(12)]
-    assert {"run", "image", "role", "scorer", "version", "scale", "preprocessing"} <= set(found.columns) and "file" not in found
+    assert {"run", "image", "role", "scorer", "version", "scale", "preprocessing"} <= set(
+        found.columns
+    ) and "file" not in found
     again = Level()
-    assert scored(samples.iloc[::-1], again)["score"].tolist() == found["score"].tolist()[::-1] and not again.seen
-    more = pd.concat([samples, samples.assign(prompt="another")])  # a prompt is half of what a score depends on
+    assert (
+        scored(samples.iloc[::-1], again)["score"].tolist() == found["score"].tolist()[::-1]
+        and not again.seen
+    )
+    more = pd.concat(
+        [samples, samples.assign(prompt="another")]
+    )  # a prompt is half of what a score depends on
     scored(more, again)
     assert len(again.seen) == 6 and {prompt for _, prompt in again.seen} == {"another"}
 
@@ -117,7 +145,17 @@ def test_a_kill_costs_no_more_than_a_batch(tmp_path, scored):
 
 
 @pytest.mark.parametrize(
-    "torn", [b'["a', b"\xff\xfe\n", b'{"a": 1}\n', b"[1, 2, 3]\n", b'["a", "b", NaN]\n', b'["a", "b", "c"]\n', b"null\n", b"\n\n"]
+    "torn",
+    [
+        b'["a',
+        b"\xff\xfe\n",
+        b'{"a": 1}\n',
+        b"[1, 2, 3]\n",
+        b'["a", "b", NaN]\n',
+        b'["a", "b", "c"]\n',
+        b"null\n",
+        b"\n\n",
+    ],
 )
 def test_a_line_that_is_not_whole_counts_as_not_there(tmp_path, scored, torn):
     samples = drawn(tmp_path)
@@ -126,7 +164,10 @@ def test_a_line_that_is_not_whole_counts_as_not_there(tmp_path, scored, torn):
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:3]) + torn)
     again = Level()
-    assert scored(samples, again)["score"].tolist() == [i // 2 + 2 for i in range(12)] and len(again.seen) == 3
+    assert (
+        scored(samples, again)["score"].tolist() == [i // 2 + 2 for i in range(12)]
+        and len(again.seen) == 3
+    )
 
 
 def test_prompts_may_be_any_text(tmp_path, scored):
@@ -141,7 +182,9 @@ def test_prompts_may_be_any_text(tmp_path, scored):
 
 def test_scores_come_back_to_the_last_bit(tmp_path):
     scores = np.random.default_rng(0).normal(0, 1e-3, 50).astype(np.float32)
-    ScoreCache(tmp_path, Level()).add([key(str(i), "p") for i in range(50)], [float(s) for s in scores])
+    ScoreCache(tmp_path, Level()).add(
+        [key(str(i), "p") for i in range(50)], [float(s) for s in scores]
+    )
     held = ScoreCache(tmp_path, Level())
     assert [np.float32(held.scores[key(str(i), "p")]) for i in range(50)] == list(scores)
     assert json.loads((held.folder / "scorer.json").read_text())["scale"] == "grey level"
@@ -152,7 +195,11 @@ def test_several_processes_add_at_once(tmp_path):
     for i in range(9):
         caches[i % 3].add([key(str(i), "p")], [i])
     caches[0].read()
-    assert caches[0].scores == ScoreCache(tmp_path, Level()).scores == {key(str(i), "p"): i for i in range(9)}
+    assert (
+        caches[0].scores
+        == ScoreCache(tmp_path, Level()).scores
+        == {key(str(i), "p"): i for i in range(9)}
+    )
 
 
 def test_ranks_share_the_images_and_the_main_one_has_them_all(tmp_path, scored):
@@ -168,8 +215,12 @@ def test_ranks_share_the_images_and_the_main_one_has_them_all(tmp_path, scored):
         for file in (tmp_path / "cache").rglob("*.later") if len(meetings) == 2 else ():
             file.rename(file.with_suffix(".jsonl"))
 
-    assert scored(samples, scorers[0], 0, 4, meeting=meeting)["score"].tolist() == [i // 2 + 2 for i in range(20)]
-    assert [len(s.seen) for s in scorers] == [3, 3, 2, 2] and len({s for scorer in scorers for s in scorer.seen}) == 10
+    assert scored(samples, scorers[0], 0, 4, meeting=meeting)["score"].tolist() == [
+        i // 2 + 2 for i in range(20)
+    ]
+    assert [len(s.seen) for s in scorers] == [3, 3, 2, 2] and len(
+        {s for scorer in scorers for s in scorer.seen}
+    ) == 10
 
 
 def test_what_another_rank_lost_the_main_one_scores(tmp_path, scored):
@@ -180,7 +231,9 @@ def test_what_another_rank_lost_the_main_one_scores(tmp_path, scored):
 def test_a_score_that_is_no_number_is_refused_and_not_kept(tmp_path, scored):
     class Broken(Level):
         def __call__(self, images, prompts):
-            return super().__call__(images, prompts) / torch.tensor([float(image.getpixel((0, 0))[0] != 2) for image in images])
+            return super().__call__(images, prompts) / torch.tensor(
+                [float(image.getpixel((0, 0))[0] != 2) for image in images]
+            )
 
     with pytest.raises(ValueError, match=r"level gave no finite score for .*4.png; leave it out"):
         scored(drawn(tmp_path), Broken(), batch_size=2)
@@ -192,7 +245,9 @@ def test_a_score_that_is_no_number_is_refused_and_not_kept(tmp_path, scored):
 def test_the_table_is_written_whole(tmp_path, scored):
     found = scored(drawn(tmp_path), Level())
     write_scores(found, tmp_path / "scores.parquet")
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "scores.parquet"), found, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "scores.parquet"), found, check_dtype=False
+    )
 
 
 SCORER = """
@@ -220,11 +275,22 @@ def ranks(folder: Path, count: int = 2) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "SEEN": str(folder / "seen")}
-    told = [str(folder / name) for name in ("samples.parquet", "slow.py", "cache", "scores.parquet")]
+    env = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(count),
+        "SEEN": str(folder / "seen"),
+    }
+    told = [
+        str(folder / name) for name in ("samples.parquet", "slow.py", "cache", "scores.parquet")
+    ]
     root = Path(__file__).parent.parent
     return [
-        subprocess.Popen([sys.executable, "-c", RANK, *told], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=root)
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, *told],
+            env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            cwd=root,
+        )
         for r in range(count)
     ]
 
@@ -240,7 +306,9 @@ def test_two_ranks_of_which_one_is_killed_and_the_same_command_again(tmp_path):
         time.sleep(0.05)
         assert all(p.poll() is None for p in first)
     first[1].send_signal(signal.SIGKILL)
-    assert first[1].wait(60) == -signal.SIGKILL and first[0].wait(120) != 0  # the meeting fails, it does not wait
+    assert (
+        first[1].wait(60) == -signal.SIGKILL and first[0].wait(120) != 0
+    )  # the meeting fails, it does not wait
     assert not (tmp_path / "scores.parquet").exists()
     kept = sum(len(f.read_text().splitlines()) for f in (tmp_path / "cache").rglob("*.jsonl"))
     before = len(seen.read_text().split())

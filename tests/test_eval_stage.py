@@ -47,18 +47,28 @@ def test_the_errors_are_those_that_the_scores_hold(evaluated):
     """Each number of the table again, from the scores, by hand."""
     scores, errors = pd.read_parquet(evaluated / "scores.parquet"), read(evaluated, "approximation")
     vivid = scores[scores["scorer"] == "vivid"]
-    mean = {k: v for k, v in vivid[~vivid["run"].str.contains("seed1")].groupby(["beta", "lam"])["score"].mean().items()}
+    mean = {
+        k: v
+        for k, v in vivid[~vivid["run"].str.contains("seed1")]
+        .groupby(["beta", "lam"])["score"]
+        .mean()
+        .items()
+    }
     own = errors[(errors["scorer"] == "vivid") & (errors["what"] == "realigned")]
     assert sorted(own["lam"]) == [0.25, 0.5, 2.0]  # lam = 0 and 1 are no cells
     for row in own.to_dict("records"):
         target, reference = mean[row["beta_target"], 1], mean[row["beta_target"], 0]
         difference = mean[2000, row["lam"]] - target
         assert row["beta_target"] == 2000 / row["lam"]
-        assert row["difference"] == pytest.approx(difference) and row["difference"] > 0.01  # the planted bias, with its sign
+        assert (
+            row["difference"] == pytest.approx(difference) and row["difference"] > 0.01
+        )  # the planted bias, with its sign
         assert row["error_low"] < row["error"] < row["error_high"]
         assert row["percent_of_mean"] == pytest.approx(100 * abs(difference / target))
         assert row["share"] == pytest.approx(100 * abs(difference / (target - reference)))
-        as_is = errors[(errors["scorer"] == "vivid") & (errors["cell"] == row["cell"])].set_index("what")
+        as_is = errors[(errors["scorer"] == "vivid") & (errors["cell"] == row["cell"])].set_index(
+            "what"
+        )
         assert as_is.loc["anchor as is", "error"] == pytest.approx(abs(mean[2000, 1] - target))
         assert as_is.loc["reference as is", "share"] == pytest.approx(100)
         assert as_is.loc["reference as is", "error"] == pytest.approx(abs(reference - target))
@@ -66,19 +76,33 @@ def test_the_errors_are_those_that_the_scores_hold(evaluated):
 
 def test_the_seed_floor_is_a_second_seeds_difference(evaluated):
     scores, errors = pd.read_parquet(evaluated / "scores.parquet"), read(evaluated, "approximation")
-    at = scores[(scores["scorer"] == "vivid") & (scores["beta"] == 4000) & (scores["lam"] == 1)].groupby("run")["score"].mean()
+    at = (
+        scores[(scores["scorer"] == "vivid") & (scores["beta"] == 4000) & (scores["lam"] == 1)]
+        .groupby("run")["score"]
+        .mean()
+    )
     floors = errors[(errors["what"] == "seed floor") & (errors["scorer"] == "vivid")]
     assert list(floors["beta_target"]) == [4000]
     assert floors["error"].item() == pytest.approx(abs(at.iloc[0] - at.iloc[1]))
-    summary = read(evaluated, "summary").set_index(["range", "scorer", "what"]).loc[("0 < lam < 1", "vivid", "realigned")]
-    assert (summary["cells"], summary["cells_with_floor"], summary["cells_under_floor"]) == (2, 1, 1)  # a bias of .03 under a shift of .1
+    summary = (
+        read(evaluated, "summary")
+        .set_index(["range", "scorer", "what"])
+        .loc[("0 < lam < 1", "vivid", "realigned")]
+    )
+    assert (summary["cells"], summary["cells_with_floor"], summary["cells_under_floor"]) == (
+        2,
+        1,
+        1,
+    )  # a bias of .03 under a shift of .1
 
 
 def test_the_summary_is_the_mean_of_its_cells(evaluated):
     errors, summary = read(evaluated, "approximation"), read(evaluated, "summary")
     for row in summary.to_dict("records"):
         within = errors["lam"] < 1 if row["range"] == "0 < lam < 1" else errors["lam"] > 1
-        cells = errors[within & (errors["scorer"] == row["scorer"]) & (errors["what"] == row["what"])]
+        cells = errors[
+            within & (errors["scorer"] == row["scorer"]) & (errors["what"] == row["what"])
+        ]
         assert row["error"] == pytest.approx(cells["error"].mean())
         assert row["share"] == pytest.approx(cells["share"][cells["clear"]].mean(), nan_ok=True)
     assert set(summary["range"]) == {"0 < lam < 1", "lam > 1"}
@@ -115,14 +139,20 @@ def test_a_realigned_model_that_is_its_target_has_no_error(tmp_path):
 
 def test_the_nearest_training_seed_is_the_target(tmp_path, colourful):
     samples = [write_run(tmp_path, 2000, training_seed=1, lambdas=(0, 0.5, 1))]
-    samples += [write_run(tmp_path, 4000, training_seed=seed, lambdas=(0, 1), shift=0.1 * seed) for seed in (0, 1)]
+    samples += [
+        write_run(tmp_path, 4000, training_seed=seed, lambdas=(0, 1), shift=0.1 * seed)
+        for seed in (0, 1)
+    ]
     errors = read(evaluate(tmp_path, samples), "approximation").set_index("what")
     assert errors.loc["realigned", "target"].endswith("beta4000-seed1/anchor")
     assert errors.loc["seed floor", "rival"].endswith("beta4000-seed0/anchor")
 
 
 def test_modes_are_kept_apart_and_share_their_ends(tmp_path, colourful):
-    samples = [write_run(tmp_path, 2000, lambdas=(0, 0.5, 1)), write_run(tmp_path, 2000, lambdas=(0.5,), mode="weights", bias=0.1)]
+    samples = [
+        write_run(tmp_path, 2000, lambdas=(0, 0.5, 1)),
+        write_run(tmp_path, 2000, lambdas=(0.5,), mode="weights", bias=0.1),
+    ]
     samples.append(write_run(tmp_path, 4000, lambdas=(0, 1)))
     errors = read(evaluate(tmp_path, samples), "approximation")
     own = errors[errors["what"] == "realigned"].set_index("mode")["error"]
@@ -131,13 +161,21 @@ def test_modes_are_kept_apart_and_share_their_ends(tmp_path, colourful):
 
 
 def test_other_ways_of_sampling_are_never_compared(tmp_path, colourful, capsys):
-    samples = [write_run(tmp_path, 2000, lambdas=(0, 0.5, 1)), write_run(tmp_path, 4000, lambdas=(0, 1), guidance_scale=5.0)]
+    samples = [
+        write_run(tmp_path, 2000, lambdas=(0, 0.5, 1)),
+        write_run(tmp_path, 4000, lambdas=(0, 1), guidance_scale=5.0),
+    ]
     assert not (evaluate(tmp_path, samples) / "tables" / "approximation.csv").exists()
-    assert "lam=0.5, mode exact, targets beta=4000: no sample run of an anchor at that beta" in capsys.readouterr().out
+    assert (
+        "lam=0.5, mode exact, targets beta=4000: no sample run of an anchor at that beta"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_is_missing_is_named(tmp_path, colourful, capsys):
-    run_dir = evaluate(tmp_path, [write_run(tmp_path, 2000), write_run(tmp_path, 1000, lambdas=(1.0,), prompts=4)])
+    run_dir = evaluate(
+        tmp_path, [write_run(tmp_path, 2000), write_run(tmp_path, 1000, lambdas=(1.0,), prompts=4)]
+    )
     out = capsys.readouterr().out
     assert "shapes-beta2000-seed0 at lam=0.25, mode exact, targets beta=8000: no sample run" in out
     assert "mode exact, for beta=1000: 4 of 12 realigned images have no partner" in out
@@ -169,10 +207,14 @@ def test_the_same_command_resumes_after_a_kill(tmp_path, monkeypatch, colourful)
     config, run_dir = configured(tmp_path, samples)
     with pytest.raises(KeyboardInterrupt):
         run(config, run_dir)
-    assert len(killed.scored) == 64 and not (run_dir / "scores.parquet").exists()  # two batches of 32
+    assert (
+        len(killed.scored) == 64 and not (run_dir / "scores.parquet").exists()
+    )  # two batches of 32
     monkeypatch.setattr(deradiff.scorers, "load_scorer", lambda *a, **k: colourful)
     run(config, run_dir)
-    assert len(colourful.scored) == 60 + 12 - 64  # at lam = 0 both runs hold the same images, byte for byte
+    assert (
+        len(colourful.scored) == 60 + 12 - 64
+    )  # at lam = 0 both runs hold the same images, byte for byte
     assert len(pd.read_parquet(run_dir / "scores.parquet")) == 84
     colourful.version = "2"
     run(config, run_dir)
@@ -207,7 +249,13 @@ def spoil(path, how):
     elif how == "broken line":
         manifest.write_text("\n".join([*lines[:2], lines[2][:40], *lines[3:]]))
     elif how == "missing key":
-        manifest.write_text("\n".join(json.dumps({k: v for k, v in json.loads(x).items() if k != "sampler"}) for x in lines if x))
+        manifest.write_text(
+            "\n".join(
+                json.dumps({k: v for k, v in json.loads(x).items() if k != "sampler"})
+                for x in lines
+                if x
+            )
+        )
     elif how == "wrong type":
         manifest.write_text(lines[0].replace('"lam": 0.0', '"lam": "zero"'))
     elif how == "empty":
@@ -217,9 +265,19 @@ def spoil(path, how):
     elif how == "outside":
         manifest.write_text(lines[0].replace('"image": "', '"image": "../../'))
     elif how == "other noise":
-        manifest.write_text("\n".join([lines[0], lines[1].replace('"generator_seed": 0', '"generator_seed": 1'), *lines[2:]]))
+        manifest.write_text(
+            "\n".join(
+                [
+                    lines[0],
+                    lines[1].replace('"generator_seed": 0', '"generator_seed": 1'),
+                    *lines[2:],
+                ]
+            )
+        )
     elif how == "other prompt":
-        manifest.write_text("\n".join([lines[0].replace('"prompt": "a ', '"prompt": "an '), *lines[1:]]))
+        manifest.write_text(
+            "\n".join([lines[0].replace('"prompt": "a ', '"prompt": "an '), *lines[1:]])
+        )
 
 
 @pytest.mark.parametrize(
@@ -227,7 +285,10 @@ def spoil(path, how):
     [
         ("missing image", r"1 image is \(.*lam=0.00/p0-s0.png\) missing"),
         ("altered image", r"5 images are \(.*, \.\.\.\) not what the manifest's sha256 says"),
-        ("truncated image", r"1 image is \(.*lam=0.00/p0-s1.png\) not what the manifest's sha256 says"),
+        (
+            "truncated image",
+            r"1 image is \(.*lam=0.00/p0-s1.png\) not what the manifest's sha256 says",
+        ),
         ("broken line", r"manifest.jsonl line 3 is not JSON"),
         ("missing key", r"manifest.jsonl line 1 lacks 'sampler'"),
         ("wrong type", r"manifest.jsonl line 1 has lam='zero'"),
@@ -260,7 +321,11 @@ def test_the_rest_is_refused_in_a_sentence(tmp_path, colourful):
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path, monkeypatch, colourful):
-    monkeypatch.setattr(Colourful, "__call__", lambda self, images, prompts: torch.full((len(images),), float("nan")))
+    monkeypatch.setattr(
+        Colourful,
+        "__call__",
+        lambda self, images, prompts: torch.full((len(images),), float("nan")),
+    )
     with pytest.raises(ValueError, match=r"vivid gave no finite score for .*p0-s0.png"):
         evaluate(tmp_path, [write_run(tmp_path, 2000)])
 
@@ -271,7 +336,10 @@ def test_a_score_that_is_no_number_is_refused(tmp_path, monkeypatch, colourful):
         ({"samples": []}, "no samples"),
         ({"samples": ["a", "b", "a/"]}, "name a more than once"),
         ({"samples": ["a"], "references": ["b", "a/"]}, "name a more than once"),
-        ({"select": SelectConfig(score="crisp")}, "select.score=crisp is not among the scorers vivid"),
+        (
+            {"select": SelectConfig(score="crisp")},
+            "select.score=crisp is not among the scorers vivid",
+        ),
         ({"margin": 0.0}, "margin must be above 0 %"),
         ({"scorers": {}}, "no scorers"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -305,11 +373,20 @@ def test_the_yaml_composes(override, scorers):
 
 def test_names_follow_what_is_evaluated():
     name = EvalConfig(samples=["runs/sample/a"], scorers={"vivid": ScorerConfig()}).run_name()
-    assert name == EvalConfig(samples=["runs/sample/a/"], scorers={"vivid": ScorerConfig()}).run_name()
-    assert name != EvalConfig(samples=["runs/sample/a"], scorers={"crisp": ScorerConfig()}).run_name()
+    assert (
+        name == EvalConfig(samples=["runs/sample/a/"], scorers={"vivid": ScorerConfig()}).run_name()
+    )
+    assert (
+        name != EvalConfig(samples=["runs/sample/a"], scorers={"crisp": ScorerConfig()}).run_name()
+    )
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence():
-    done = subprocess.run([sys.executable, "-m", "eval", "samples=[]"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "eval", "samples=[]"], capture_output=True, text=True
+    )
     assert done.returncode == 2
-    assert done.stderr.strip() == "eval: no samples to evaluate; type samples=[runs/sample/<a>,runs/sample/<b>]"
+    assert (
+        done.stderr.strip()
+        == "eval: no samples to evaluate; type samples=[runs/sample/<a>,runs/sample/<b>]"
+    )

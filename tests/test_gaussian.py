@@ -12,15 +12,23 @@ X = torch.linspace(-60, 60, 240_001, dtype=torch.float64)
 
 
 def gaussian(mean: float, variance: float) -> Gaussian:
-    return Gaussian(torch.tensor([[mean]], dtype=torch.float64), torch.tensor(variance, dtype=torch.float64))
+    return Gaussian(
+        torch.tensor([[mean]], dtype=torch.float64), torch.tensor(variance, dtype=torch.float64)
+    )
 
 
 def by_quadrature(models: list[Gaussian], weights: list[float]) -> tuple[float, float, float]:
     """log normaliser, mean and variance of prod p_i^(w_i), by the trapezoid rule over a wide line."""
-    log_p = sum(w * Normal(g.mean.squeeze(), g.variance.sqrt()).log_prob(X) for w, g in zip(weights, models))
+    log_p = sum(
+        w * Normal(g.mean.squeeze(), g.variance.sqrt()).log_prob(X) for w, g in zip(weights, models)
+    )
     total = torch.trapezoid(log_p.exp(), X)
     mean = torch.trapezoid(log_p.exp() * X, X) / total
-    return total.log().item(), mean.item(), (torch.trapezoid(log_p.exp() * (X - mean) ** 2, X) / total).item()
+    return (
+        total.log().item(),
+        mean.item(),
+        (torch.trapezoid(log_p.exp() * (X - mean) ** 2, X) / total).item(),
+    )
 
 
 CASES = [
@@ -44,7 +52,9 @@ def test_mixture_and_its_normaliser_equal_quadrature(parameters, weights):
 
 def test_lam_is_the_anchors_weight():
     reference, anchor = gaussian(-1.0, 0.5), gaussian(2.0, 2.0)
-    assert geometric_mixture(reference, anchor, 0.3) == weighted_mixture([reference, anchor], [0.7, 0.3])
+    assert geometric_mixture(reference, anchor, 0.3) == weighted_mixture(
+        [reference, anchor], [0.7, 0.3]
+    )
     for lam, end in ((0.0, reference), (1.0, anchor)):
         mixture = geometric_mixture(reference, anchor, lam)
         assert torch.equal(mixture.mean, end.mean) and torch.equal(mixture.variance, end.variance)
@@ -57,7 +67,9 @@ def test_equal_variances_average_the_means_also_at_zero():
 
 
 def test_log_normaliser_of_equal_variances_is_the_short_formula():
-    reference = Gaussian(torch.randn(4, 3, 2, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))
+    reference = Gaussian(
+        torch.randn(4, 3, 2, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    )
     anchor = Gaussian(torch.randn(4, 3, 2, dtype=torch.float64), reference.variance)
     short = -0.5 * 0.3 * 0.7 * (anchor.mean - reference.mean).square().flatten(1).sum(1) / 0.7
     torch.testing.assert_close(log_normaliser([reference, anchor], [0.7, 0.3]), short)
@@ -66,13 +78,17 @@ def test_log_normaliser_of_equal_variances_is_the_short_formula():
 def test_a_single_vanishing_variance_wins():
     assert geometric_mixture(gaussian(1.0, 0.0), gaussian(2.0, 1.0), 0.9).mean.item() == 1.0
     assert geometric_mixture(gaussian(1.0, 1.0), gaussian(2.0, 0.0), 0.1).mean.item() == 2.0
-    assert geometric_mixture(gaussian(1.0, 1.0), gaussian(2.0, 0.0), 0.0).mean.item() == 1.0  # but not without any weight
+    assert (
+        geometric_mixture(gaussian(1.0, 1.0), gaussian(2.0, 0.0), 0.0).mean.item() == 1.0
+    )  # but not without any weight
 
 
 def test_both_variances_vanishing_keep_their_ratio():
     lam, c = 0.3, 4.0
     mixture = geometric_mixture(gaussian(1.0, 4e-200), gaussian(2.0, 1e-200), lam)
-    assert mixture.mean.item() == pytest.approx(((1 - lam) * 1.0 + lam * c * 2.0) / ((1 - lam) + lam * c))
+    assert mixture.mean.item() == pytest.approx(
+        ((1 - lam) * 1.0 + lam * c * 2.0) / ((1 - lam) + lam * c)
+    )
 
 
 def test_what_cannot_be_normalised_is_refused_with_the_condition():
@@ -83,7 +99,9 @@ def test_what_cannot_be_normalised_is_refused_with_the_condition():
     with pytest.raises(ValueError, match="lam > 1 needs"):
         geometric_mixture(gaussian(0.0, 0.0), gaussian(1.0, 1.0), 2)
     with pytest.raises(ValueError, match="precision is not positive"):
-        weighted_mixture([gaussian(0.0, 0.1), gaussian(1.0, 1.0), gaussian(1.0, 1.0)], [-1.0, 1.0, 1.0])
+        weighted_mixture(
+            [gaussian(0.0, 0.1), gaussian(1.0, 1.0), gaussian(1.0, 1.0)], [-1.0, 1.0, 1.0]
+        )
     with pytest.raises(ValueError, match="must sum to 1"):
         weighted_mixture([gaussian(0.0, 1.0), gaussian(1.0, 1.0)], [0.5, 0.6])
 
@@ -91,7 +109,9 @@ def test_what_cannot_be_normalised_is_refused_with_the_condition():
 def test_kl_equals_torch_summed_over_dimensions():
     p = Gaussian(torch.randn(4, 3, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))
     q = Gaussian(torch.randn(4, 3, dtype=torch.float64), torch.tensor(1.9, dtype=torch.float64))
-    expected = kl_divergence(Normal(p.mean, p.variance.sqrt()), Normal(q.mean, q.variance.sqrt())).sum(1)
+    expected = kl_divergence(
+        Normal(p.mean, p.variance.sqrt()), Normal(q.mean, q.variance.sqrt())
+    ).sum(1)
     torch.testing.assert_close(kl(p, q), expected)
 
 
@@ -109,11 +129,15 @@ def test_weights_may_differ_between_points_and_between_elements():
             alone = [Gaussian(g.mean[i, j, h, w], g.variance[i, j, h, w]) for g in models[:2]]
             expected = geometric_mixture(*alone, lam.expand(2, 4, 5, 5)[i, j, h, w].item())
             assert whole.mean[i, j, h, w].item() == pytest.approx(expected.mean.item(), abs=1e-12)
-            assert whole.variance[i, j, h, w].item() == pytest.approx(expected.variance.item(), abs=1e-12)
+            assert whole.variance[i, j, h, w].item() == pytest.approx(
+                expected.variance.item(), abs=1e-12
+            )
     three = weighted_mixture(models, [1 - 0.5 * mask - per_point, 0.5 * mask, per_point])
     alone = [Gaussian(g.mean[0, 0, 2, 4], g.variance[0, 0, 2, 4]) for g in models]
     weight = 0.5 * mask[2, 4].item()
-    assert three.mean[0, 0, 2, 4].item() == pytest.approx(weighted_mixture(alone, [0.8 - weight, weight, 0.2]).mean.item(), abs=1e-12)
+    assert three.mean[0, 0, 2, 4].item() == pytest.approx(
+        weighted_mixture(alone, [0.8 - weight, weight, 0.2]).mean.item(), abs=1e-12
+    )
 
 
 def test_a_mask_chooses_where_each_model_is_taken_as_it_is():
@@ -121,7 +145,9 @@ def test_a_mask_chooses_where_each_model_is_taken_as_it_is():
     mask = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     mixture = geometric_mixture(reference, anchor, mask)
     assert torch.equal(mixture.mean, torch.where(mask == 1, anchor.mean, reference.mean))
-    assert torch.equal(mixture.variance, torch.where(mask == 1, anchor.variance, reference.variance))
+    assert torch.equal(
+        mixture.variance, torch.where(mask == 1, anchor.variance, reference.variance)
+    )
 
 
 def test_a_model_without_weight_does_not_win_by_its_vanishing_variance():
@@ -132,7 +158,9 @@ def test_a_model_without_weight_does_not_win_by_its_vanishing_variance():
 
 
 def test_equal_vanishing_variances_average_the_means_by_a_mask():
-    mixture = geometric_mixture(gaussian(1.0, 0.0), gaussian(2.0, 0.0), torch.tensor([[0.0, 0.5, 2.0]]))
+    mixture = geometric_mixture(
+        gaussian(1.0, 0.0), gaussian(2.0, 0.0), torch.tensor([[0.0, 0.5, 2.0]])
+    )
     assert mixture.mean.tolist() == [[1.0, 1.5, 3.0]] and mixture.variance.eq(0).all()
 
 
@@ -146,10 +174,16 @@ def test_the_element_that_cannot_be_normalised_is_named():
 
 
 def test_log_normaliser_with_weights_per_element_is_the_sum_over_elements():
-    models = [Gaussian(torch.randn(2, 3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5) for _ in range(2)]
+    models = [
+        Gaussian(torch.randn(2, 3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5)
+        for _ in range(2)
+    ]
     lam = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     parts = [
-        log_normaliser([Gaussian(g.mean[:, i : i + 1], g.variance[i]) for g in models], [1 - lam[i].item(), lam[i].item()])
+        log_normaliser(
+            [Gaussian(g.mean[:, i : i + 1], g.variance[i]) for g in models],
+            [1 - lam[i].item(), lam[i].item()],
+        )
         for i in range(3)
     ]
     torch.testing.assert_close(log_normaliser(models, [1 - lam, lam]), sum(parts))

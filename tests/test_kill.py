@@ -43,7 +43,9 @@ def killed_run(work, kills: int, run_dir: Path, seed: int = 0) -> tuple[int, int
                 time.sleep(moments.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        assert kill == kills or os.WIFSIGNALED(status), "it ended before all kills were made: ask for more steps"
+        assert kill == kills or os.WIFSIGNALED(status), (
+            "it ended before all kills were made: ask for more steps"
+        )
         torn += (run_dir / "checkpoints/.part").exists()
         begun += Checkpoints(run_dir, 2).newest() is not None
     assert os.WEXITSTATUS(status) == 0
@@ -58,9 +60,19 @@ def wait_for(seen, seconds: float = 60) -> None:
 
 def test_five_kills(tmp_path):
     steps = {"steps": 100, "checkpoint_every": 1, "keep_best": 1}
-    train(whole := Regression(), examples(), options(**steps), tmp_path / "whole", Accelerator(cpu=True))
+    train(
+        whole := Regression(),
+        examples(),
+        options(**steps),
+        tmp_path / "whole",
+        Accelerator(cpu=True),
+    )
     run_dir = tmp_path / "killed"
-    torn, begun = killed_run(lambda: train(Regression(), examples(), options(**steps), run_dir, Accelerator(cpu=True)), 5, run_dir)
+    torn, begun = killed_run(
+        lambda: train(Regression(), examples(), options(**steps), run_dir, Accelerator(cpu=True)),
+        5,
+        run_dir,
+    )
     assert torn >= 1 and begun == 6
     ended = load_file(Checkpoints(run_dir, 2).newest() / "weights.safetensors")
     assert all(torch.equal(ended[name], p) for name, p in whole.network.named_parameters())
@@ -71,11 +83,17 @@ def test_five_kills(tmp_path):
 def test_twenty_kills_of_the_stage(config, method):  # noqa: F811
     from dataclasses import replace
 
-    config = replace(config, steps=120, checkpoint_every=1, finetune=replace(config.finetune, method=method))
+    config = replace(
+        config, steps=120, checkpoint_every=1, finetune=replace(config.finetune, method=method)
+    )
     killed = replace(config, name="killed")
     whole, run_dir = go(replace(config, name="whole")), Path(config.runs) / "train/killed"
     torn, begun = killed_run(lambda: go(killed), 20, run_dir, seed=1)
     assert torn >= 5 and begun == 21
-    file = "pytorch_lora_weights.safetensors" if method == "lora" else "unet/diffusion_pytorch_model.safetensors"
+    file = (
+        "pytorch_lora_weights.safetensors"
+        if method == "lora"
+        else "unet/diffusion_pytorch_model.safetensors"
+    )
     a, b = load_file(whole / file), load_file(run_dir / "anchor" / file)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -17,14 +17,24 @@ def test_a_ramp_is_linear_and_steps_hold_until_the_next():
     assert at(steps, 0.6) == 0.25 and at(0.3, 0.6) == 0.3
 
 
-@pytest.mark.parametrize("points", [[], [(0.1, 1.0)], [(0, 1), (0.5, 0), (0.4, 1)], [(0, 1), (0, 2)], [(0, 1), (1.5, 0)]])
+@pytest.mark.parametrize(
+    "points", [[], [(0.1, 1.0)], [(0, 1), (0.5, 0), (0.4, 1)], [(0, 1), (0, 2)], [(0, 1), (1.5, 0)]]
+)
 def test_points_out_of_order_are_refused(points):
     with pytest.raises(ValueError, match="rise from 0 to at most 1"):
         piecewise(points)
 
 
 @pytest.mark.parametrize(
-    "lam", [torch.tensor([0.5, -1]), torch.tensor([math.nan]), torch.zeros(1, 4, 8, 8), torch.tensor([1, 2]), torch.tensor(-0.5), "a"]
+    "lam",
+    [
+        torch.tensor([0.5, -1]),
+        torch.tensor([math.nan]),
+        torch.zeros(1, 4, 8, 8),
+        torch.tensor([1, 2]),
+        torch.tensor(-0.5),
+        "a",
+    ],
 )
 def test_what_is_no_strength_is_refused(lam):
     with pytest.raises(ValueError, match="lam"):
@@ -41,7 +51,9 @@ def test_a_schedule_that_returns_none_is_refused_when_it_does():
 def test_images_and_masks_become_rows_of_a_guided_batch():
     output = torch.zeros(4, 3, 2, 6)
     per_image = over(torch.tensor([0.1, 0.7]), output, copies=2)
-    assert per_image.shape == (4, 1, 1, 1) and per_image.flatten().tolist() == pytest.approx([0.1, 0.7, 0.1, 0.7])
+    assert per_image.shape == (4, 1, 1, 1) and per_image.flatten().tolist() == pytest.approx(
+        [0.1, 0.7, 0.1, 0.7]
+    )
     one, each = torch.rand(2, 6), torch.rand(2, 2, 6)
     assert torch.equal(over(one, output, 2), one.expand(4, 1, 2, 6))
     assert torch.equal(over(each, output, 2), torch.cat([each, each])[:, None])
@@ -74,7 +86,11 @@ def test_a_tensor_that_does_not_fit_the_latents_is_refused(lam, shape, copies, s
 def test_the_trust_region_bounds_the_overshoot_alone():
     divergence = torch.tensor([0.5, 8.0, 0.0])
     bounded = trust_region(3.0, divergence, nats=2.0)
-    assert bounded.tolist() == pytest.approx([3.0, 1.5, 3.0])  # sqrt(2 / .5) = 2, sqrt(2 / 8) = .5, and nothing to bound
+    assert bounded.tolist() == pytest.approx(
+        [3.0, 1.5, 3.0]
+    )  # sqrt(2 / .5) = 2, sqrt(2 / 8) = .5, and nothing to bound
     assert ((bounded - 1) ** 2 * divergence <= 2.0 + 1e-6).all()
     assert trust_region(0.7, divergence, 2.0).tolist() == pytest.approx([0.7] * 3)
-    assert trust_region(torch.tensor([0.5, 3.0, 1.0]), divergence, 2.0).tolist() == pytest.approx([0.5, 1.5, 1.0])
+    assert trust_region(torch.tensor([0.5, 3.0, 1.0]), divergence, 2.0).tolist() == pytest.approx(
+        [0.5, 1.5, 1.0]
+    )

@@ -16,17 +16,32 @@ from tests.test_entry import toy  # noqa: F401  (a fixture)
 
 
 def test_hydra_finds_the_launcher_by_itself():
-    assert "ProcessGroupLauncher" in {plugin.__name__ for plugin in Plugins.instance().discover(Launcher)}
+    assert "ProcessGroupLauncher" in {
+        plugin.__name__ for plugin in Plugins.instance().discover(Launcher)
+    }
 
 
 def test_each_value_runs_in_a_process_of_its_own_and_a_failed_one_is_named_at_the_end(toy):  # noqa: F811
-    done = toy("--multirun", "data=fails-at-7", "dpo.beta=5,7,9", "model=small", "hydra.launcher.workers=2")
+    done = toy(
+        "--multirun", "data=fails-at-7", "dpo.beta=5,7,9", "model=small", "hydra.launcher.workers=2"
+    )
     assert done.returncode == 2
-    assert done.err == "toy: 1 of 3 runs failed: dpo.beta=7 (toy: seven does not work: see runs/toy/beta7/launch.log)\n"
-    logs = {beta: (toy.folder / f"runs/toy/beta{beta}/launch.log").read_text() for beta in (5, 7, 9)}
-    assert all(f"beta {beta} base org/small in runs/toy/beta{beta}\nthreads 1 " in log for beta, log in logs.items())
+    assert (
+        done.err
+        == "toy: 1 of 3 runs failed: dpo.beta=7 (toy: seven does not work: see runs/toy/beta7/launch.log)\n"
+    )
+    logs = {
+        beta: (toy.folder / f"runs/toy/beta{beta}/launch.log").read_text() for beta in (5, 7, 9)
+    }
+    assert all(
+        f"beta {beta} base org/small in runs/toy/beta{beta}\nthreads 1 " in log
+        for beta, log in logs.items()
+    )
     assert len({re.search(r"pid (\d+)", log)[1] for log in logs.values()}) == 3
-    assert all(f"start dpo.beta={beta}, output in runs/toy/beta{beta}/launch.log\n" in done.out for beta in logs)
+    assert all(
+        f"start dpo.beta={beta}, output in runs/toy/beta{beta}/launch.log\n" in done.out
+        for beta in logs
+    )
     assert {p.name for p in toy.folder.iterdir()} == {"toy", "conf", "runs"}, "no multirun folder"
 
 
@@ -34,12 +49,26 @@ def test_each_value_runs_in_a_process_of_its_own_and_a_failed_one_is_named_at_th
     ("arguments", "environment", "sentence"),
     [
         (("data=x", "dpo.beta=5,-1"), {}, "dpo.beta must be above 0, not -1.0"),
-        (("data=x", "dpo.beta=5,6", "name=z"), {}, "and dpo.beta=6 would both write to runs/toy/z: put what varies into name=..."),
-        (("data=x", "dpo.beta=5,6", "hydra.launcher.workers=0"), {}, "hydra.launcher.workers must be at least 1, not 0"),
-        (("data=x", "dpo.beta=5,6"), {"RANK": "1"}, "type python -m toy --multirun data=x dpo.beta=5,6"),
+        (
+            ("data=x", "dpo.beta=5,6", "name=z"),
+            {},
+            "and dpo.beta=6 would both write to runs/toy/z: put what varies into name=...",
+        ),
+        (
+            ("data=x", "dpo.beta=5,6", "hydra.launcher.workers=0"),
+            {},
+            "hydra.launcher.workers must be at least 1, not 0",
+        ),
+        (
+            ("data=x", "dpo.beta=5,6"),
+            {"RANK": "1"},
+            "type python -m toy --multirun data=x dpo.beta=5,6",
+        ),
     ],
-)  # fmt: skip
-def test_a_sweep_that_cannot_work_is_refused_before_its_first_value_starts(toy, arguments, environment, sentence):  # noqa: F811
+)
+def test_a_sweep_that_cannot_work_is_refused_before_its_first_value_starts(
+    toy, arguments, environment, sentence
+):  # noqa: F811
     done = toy("--multirun", *arguments, **environment)
     assert done.returncode == 2 and "start" not in done.out
     assert done.err.count("\n") == 1 and done.err.endswith(sentence + "\n"), done.err
@@ -48,7 +77,9 @@ def test_a_sweep_that_cannot_work_is_refused_before_its_first_value_starts(toy, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_every_child(toy, number):  # noqa: F811
     sweep = toy.start("--multirun", "data=slow", "dpo.beta=5,6,7", "hydra.launcher.workers=2")
-    children = _wait_for(lambda: found if len(found := sorted(toy.folder.glob("started-*"))) == 2 else None)
+    children = _wait_for(
+        lambda: found if len(found := sorted(toy.folder.glob("started-*"))) == 2 else None
+    )
     sweep.send_signal(number)
     _, err = sweep.communicate(timeout=120)
     assert sweep.returncode == 130 and err == "toy: interrupted; the same command resumes\n"
@@ -91,7 +122,10 @@ def test_a_failure_is_told_by_its_last_line_and_does_not_stop_the_others(tmp_pat
     ]
     jobs.append(_python("good", "print('fine')", tmp_path))
     failed = run_jobs(jobs, 3, one_thread=True)
-    assert set(failed) == {f"bad (out of luck: see {tmp_path}/bad/launch.log)", f"mute (it wrote nothing: see {tmp_path}/mute/launch.log)"}
+    assert set(failed) == {
+        f"bad (out of luck: see {tmp_path}/bad/launch.log)",
+        f"mute (it wrote nothing: see {tmp_path}/mute/launch.log)",
+    }
     assert (tmp_path / "good/launch.log").read_text() == "fine\n"
     assert run_jobs(jobs[1:], 1, one_thread=True) == ["mute (failed with status 3)"]
     assert "fine\n" in capfd.readouterr().out, "one at a time, a job writes to the terminal"
@@ -121,12 +155,18 @@ def test_a_stored_accelerate_config_decides_how_a_value_is_sharded(tmp_path, mon
         args = accelerate_launch.launch_command_parser().parse_args(command[3:])
         args.config_file = str(file)
         args = accelerate_launch._validate_launch_command(args)[0]
-        assert (args.use_fsdp, args.use_deepspeed, args.multi_gpu) == (kind == "FSDP", kind == "DEEPSPEED", kind == "MULTI_GPU")
+        assert (args.use_fsdp, args.use_deepspeed, args.multi_gpu) == (
+            kind == "FSDP",
+            kind == "DEEPSPEED",
+            kind == "MULTI_GPU",
+        )
         assert args.num_processes == 4 and (kind != "FSDP" or args.fsdp_version == 2)
 
 
 def test_an_accelerate_config_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match=r"config_file=nowhere\.yaml does not exist: type accelerate config"):
+    with pytest.raises(
+        ValueError, match=r"config_file=nowhere\.yaml does not exist: type accelerate config"
+    ):
         ProcessGroupLauncher(config_file="nowhere.yaml")
 
 

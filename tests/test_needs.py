@@ -21,8 +21,14 @@ def kept_by(unet) -> int:
     """Bytes that autograd keeps of a real forward, in float32, without the weights."""
     inputs = {"encoder_hidden_states": torch.zeros(1, 20, unet.config.cross_attention_dim)}
     if unet.config.addition_embed_type:
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
+        pooled = (
+            unet.config.projection_class_embeddings_input_dim
+            - 6 * unet.config.addition_time_embed_dim
+        )
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(1, pooled),
+            "time_ids": torch.zeros(1, 6),
+        }
     weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     kept = {}
 
@@ -32,13 +38,19 @@ def kept_by(unet) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         unet.train()(torch.randn(1, 4, 16, 16), torch.zeros(1), **inputs)
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for address, tensor in kept.items()
+        if address not in weights
+    )
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_activations_are_those_that_autograd_keeps(family):
     unet = tiny_unet(family)
-    assert needs(unet).activations == pytest.approx(kept_by(unet), rel=0.06)  # two images at half the bytes
+    assert needs(unet).activations == pytest.approx(
+        kept_by(unet), rel=0.06
+    )  # two images at half the bytes
     assert needs(unet, batch=3).activations == 3 * needs(unet).activations
     assert needs(unet, checkpointing=True).activations < 0.6 * needs(unet).activations
 
@@ -53,13 +65,23 @@ def test_weights_gradients_and_optimizer_of_a_full_finetune():
     unet = tiny_unet("sd15")
     count = sum(p.numel() for p in unet.parameters())
     full = needs(unet)
-    assert (full.parameters, full.trained, full.weights, full.gradients) == (count, count, 8 * count, 4 * count)
-    assert needs(unet, stored_reference=True).weights == 6 * count and needs(unet, stored_reference=True).flops == 0.75 * full.flops
+    assert (full.parameters, full.trained, full.weights, full.gradients) == (
+        count,
+        count,
+        8 * count,
+        4 * count,
+    )
+    assert (
+        needs(unet, stored_reference=True).weights == 6 * count
+        and needs(unet, stored_reference=True).flops == 0.75 * full.flops
+    )
     real = torch.optim.AdamW(unet.parameters())
     for p in unet.parameters():
         p.grad = torch.zeros_like(p)
     real.step()
-    held = sum(v.numel() * 4 for state in real.state.values() for k, v in state.items() if k != "step")
+    held = sum(
+        v.numel() * 4 for state in real.state.values() for k, v in state.items() if k != "step"
+    )
     assert full.optimizer == held and needs(unet, optimizer="adamw8bit").optimizer == held / 4
     assert full.memory == full.weights + full.gradients + full.optimizer + full.activations
     with pytest.raises(ValueError, match="adamw, adafactor or adamw8bit"):
@@ -74,7 +96,12 @@ def test_adafactor_holds_what_transformers_adafactor_holds():
     for p in unet.parameters():
         p.grad = torch.ones_like(p)
     real.step()
-    held = sum(v.numel() * 4 for state in real.state.values() for k, v in state.items() if isinstance(v, torch.Tensor) and k != "RMS")
+    held = sum(
+        v.numel() * 4
+        for state in real.state.values()
+        for k, v in state.items()
+        if isinstance(v, torch.Tensor) and k != "RMS"
+    )
     assert needs(unet, optimizer="adafactor").optimizer == held
 
 
@@ -92,15 +119,24 @@ def test_a_lora_needs_one_network_and_its_own_gradients():
 def test_hours_are_flops_over_what_the_gpu_does():
     unet = tiny_unet("sd15")
     found = needs(unet, utilisation=0.5)
-    assert found.hours == pytest.approx(found.flops / (312e12 * 0.5 * 3600)) and needs(unet, utilisation=0.25).hours == 2 * found.hours
+    assert (
+        found.hours == pytest.approx(found.flops / (312e12 * 0.5 * 3600))
+        and needs(unet, utilisation=0.25).hours == 2 * found.hours
+    )
 
 
 def test_the_cache_holds_latents_and_texts_in_half_precision():
-    assert cache_bytes(DENOISERS["sdxl"], 128, 128, images=2, captions=0) == 2 * 2 * 4 * 128 * 128  # README: .26 MB a pair
+    assert (
+        cache_bytes(DENOISERS["sdxl"], 128, 128, images=2, captions=0) == 2 * 2 * 4 * 128 * 128
+    )  # README: .26 MB a pair
     assert cache_bytes(DENOISERS["sdxl"], 128, 128, images=0, captions=1) == 2 * (77 * 2048 + 1280)
-    assert cache_bytes(DENOISERS["sd15"], 64, 64, images=1, captions=1) == 2 * (4 * 64 * 64 + 77 * 768)
+    assert cache_bytes(DENOISERS["sd15"], 64, 64, images=1, captions=1) == 2 * (
+        4 * 64 * 64 + 77 * 768
+    )
 
 
 def test_every_published_recipe_has_what_it_is_counted_on():
-    assert set(RECIPES) == set(DENOISERS) and all(gpu.tflops > 100 and gpu.memory >= 24e9 for gpu in GPUS.values())
+    assert set(RECIPES) == set(DENOISERS) and all(
+        gpu.tflops > 100 and gpu.memory >= 24e9 for gpu in GPUS.values()
+    )
     assert DATA_SETS["pickapic_v2"].rows > DATA_SETS["pickapic_v1"].rows

@@ -40,7 +40,14 @@ def items(data, count=4, epoch=0):
 
 def dpo(pipe, method, cache=None, dropout=0.0, flip=False, **more):
     return DPO(
-        pipe, 64, cache, dropout, flip, **more, beta=500.0, card=AnchorCard(base_model="x", family="sd15", method=method, beta=500.0)
+        pipe,
+        64,
+        cache,
+        dropout,
+        flip,
+        **more,
+        beta=500.0,
+        card=AnchorCard(base_model="x", family="sd15", method=method, beta=500.0),
     )
 
 
@@ -61,7 +68,9 @@ def disturb(objective, method):
     with torch.no_grad():
         for name, parameter in objective.network.named_parameters():
             if method == "full" or "lora_" in name:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter += 0.05 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,15 +80,25 @@ def test_dpo_starts_at_ln_two_and_its_reference_stays(family, method, pairs):
     _, objective = make(family, method)
     batch = objective.collate(items(pairs))
     loss, terms = objective.loss(objective.network, batch)
-    assert loss.item() == pytest.approx(math.log(2)) and torch.equal(terms["implicit_accuracy"], torch.full((4,), 0.5))
+    assert loss.item() == pytest.approx(math.log(2)) and torch.equal(
+        terms["implicit_accuracy"], torch.full((4,), 0.5)
+    )
     disturb(objective, method)
     loss, terms = objective.loss(objective.network, batch)
-    assert abs(loss.item() - math.log(2)) > 1e-4 and (terms["model_mse"] != terms["reference_mse"]).all()
+    assert (
+        abs(loss.item() - math.log(2)) > 1e-4
+        and (terms["model_mse"] != terms["reference_mse"]).all()
+    )
     assert loss.item() == pytest.approx(terms["loss"].mean().item())
     noisy, texts = torch.randn(2, 4, *objective.latent_shape), objective.encoded(batch)[1]
     with objective.reference() as reference:
         out = objective.predict(reference, noisy, batch["timesteps"], texts)
-    assert torch.equal(out, objective.predict(getattr(stock, family_of(stock).denoiser), noisy, batch["timesteps"], texts))
+    assert torch.equal(
+        out,
+        objective.predict(
+            getattr(stock, family_of(stock).denoiser), noisy, batch["timesteps"], texts
+        ),
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +110,9 @@ def test_loss_and_gradient_equal_an_evaluation_in_float64_of_their_own(family, p
     outputs = {}
 
     def keep(network, *arguments):
-        outputs[network is objective.network] = made = _Diffusion.predict(objective, network, *arguments).double()
+        outputs[network is objective.network] = made = _Diffusion.predict(
+            objective, network, *arguments
+        ).double()
         if made.requires_grad:
             made.retain_grad()
         return made
@@ -99,17 +120,32 @@ def test_loss_and_gradient_equal_an_evaluation_in_float64_of_their_own(family, p
     objective.predict = keep
     loss, terms = objective.loss(objective.network, batch)
     loss.backward()
-    clean, noise, t = objective.encoded(batch)[0].double().numpy(), batch["noise"].double().numpy(), batch["timesteps"].double().numpy()
+    clean, noise, t = (
+        objective.encoded(batch)[0].double().numpy(),
+        batch["noise"].double().numpy(),
+        batch["timesteps"].double().numpy(),
+    )
     target = noise[None] - clean if family in ("sd3", "flux") else np.stack([noise, noise])
     policy, frozen = (outputs[side].detach().numpy() for side in (True, False))
     error, reference = (((out - target) ** 2).mean((2, 3, 4)) for out in (policy, frozen))
     margin = -(objective.beta / 2) * ((error[0] - reference[0]) - (error[1] - reference[1]))
     assert loss.item() == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-4)
     for side, name in enumerate(("winner_vs_reference", "loser_vs_reference")):
-        np.testing.assert_allclose(terms[name].numpy(), (error - reference)[side], rtol=1e-3, atol=1e-6)
-    slope = objective.beta / 2 / (1 + np.exp(margin)) / len(t)  # d loss / d error of the winner; of the loser, its negative
-    expected = np.stack([slope, -slope])[..., None, None, None] * 2 * (policy - target) / np.prod(objective.latent_shape)
-    np.testing.assert_allclose(outputs[True].grad.numpy(), expected, rtol=1e-3, atol=1e-5 * abs(expected).max())
+        np.testing.assert_allclose(
+            terms[name].numpy(), (error - reference)[side], rtol=1e-3, atol=1e-6
+        )
+    slope = (
+        objective.beta / 2 / (1 + np.exp(margin)) / len(t)
+    )  # d loss / d error of the winner; of the loser, its negative
+    expected = (
+        np.stack([slope, -slope])[..., None, None, None]
+        * 2
+        * (policy - target)
+        / np.prod(objective.latent_shape)
+    )
+    np.testing.assert_allclose(
+        outputs[True].grad.numpy(), expected, rtol=1e-3, atol=1e-5 * abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "PNDMScheduler"])
@@ -150,11 +186,16 @@ def test_both_pictures_of_a_pair_share_flip_noise_and_time(pairs):
     _, plain = make("sd15", "lora")
     _, objective = make("sd15", "lora", flip=True)
     still, batch = plain.collate(items(pairs, 12)), objective.collate(items(pairs, 12))
-    turned = [[not torch.equal(a, b) for a, b in zip(*sides)] for sides in zip(still["images"], batch["images"])]
+    turned = [
+        [not torch.equal(a, b) for a, b in zip(*sides)]
+        for sides in zip(still["images"], batch["images"])
+    ]
     assert all(a == b for a, b in turned) and 0 < sum(a for a, _ in turned) < 12
     for (flipped, _), before, after in zip(turned, still["images"], batch["images"]):
         assert torch.equal(before.flip(-1) if flipped else before, after)
-    assert torch.equal(still["noise"], batch["noise"]) and batch["noise"].shape == (12, 4, 8, 8), "one for both"
+    assert torch.equal(still["noise"], batch["noise"]) and batch["noise"].shape == (12, 4, 8, 8), (
+        "one for both"
+    )
 
 
 def test_a_flow_is_pretrained_on_its_velocity(images):
@@ -164,8 +205,15 @@ def test_a_flow_is_pretrained_on_its_velocity(images):
     loss, _ = objective.loss(objective.network, batch)
     latents, t = objective.encoded(batch)[0][0], batch["time"].reshape(-1, 1, 1, 1)
     texts = encode_prompts(pipe, batch["captions"])
-    out = pipe.transformer((1 - t) * latents + t * batch["noise"], timestep=1000 * batch["time"], **texts, return_dict=False)[0]
-    assert loss.item() == pytest.approx((out - (batch["noise"] - latents)).square().mean().item(), rel=1e-5)
+    out = pipe.transformer(
+        (1 - t) * latents + t * batch["noise"],
+        timestep=1000 * batch["time"],
+        **texts,
+        return_dict=False,
+    )[0]
+    assert loss.item() == pytest.approx(
+        (out - (batch["noise"] - latents)).square().mean().item(), rel=1e-5
+    )
 
 
 def test_pretraining_is_the_denoising_error(images):
@@ -175,7 +223,9 @@ def test_pretraining_is_the_denoising_error(images):
     loss, _ = objective.loss(objective.network, batch)
     latents, texts = objective.encoded(batch)
     noisy = pipe.scheduler.add_noise(latents[0], batch["noise"], batch["timesteps"])
-    out = pipe.unet(noisy, batch["timesteps"], encoder_hidden_states=texts["encoder_hidden_states"]).sample
+    out = pipe.unet(
+        noisy, batch["timesteps"], encoder_hidden_states=texts["encoder_hidden_states"]
+    ).sample
     assert loss.item() == pytest.approx((out - batch["noise"]).square().mean().item(), rel=1e-5)
 
 
@@ -189,11 +239,21 @@ def test_contrastive_counts_every_picture_of_a_caption_as_its_positive(images):
     objective = Contrastive(*clip_parts(images.captions))
     batch = objective.collate(items(images, 24))
     captions = sorted(set(images.captions[:24]))
-    assert len(batch["input_ids"]) == len(captions) and [captions[o] for o in batch["owner"]] == images.captions[:24]
+    assert (
+        len(batch["input_ids"]) == len(captions)
+        and [captions[o] for o in batch["owner"]] == images.captions[:24]
+    )
     loss, _ = objective.loss(objective.network, batch)
-    logits = objective.network(**{k: v for k, v in batch.items() if k != "owner"}).logits_per_image.detach().double().numpy()
+    logits = (
+        objective.network(**{k: v for k, v in batch.items() if k != "owner"})
+        .logits_per_image.detach()
+        .double()
+        .numpy()
+    )
     rows = np.arange(len(logits))
-    to_text = -np.mean((logits - np.log(np.exp(logits).sum(1, keepdims=True)))[rows, batch["owner"]])
+    to_text = -np.mean(
+        (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[rows, batch["owner"]]
+    )
     by_image = logits - np.log(np.exp(logits).sum(0, keepdims=True))
     owned = [[i for i in rows if batch["owner"][i] == c] for c in range(len(captions))]
     to_image = -np.mean([np.mean([by_image[i, c] for i in own]) for c, own in enumerate(owned)])
@@ -235,24 +295,33 @@ def test_the_saved_autoencoder_has_white_latents_and_the_same_pictures(tmp_path,
     batch = objective.collate(items(images, 24))
     _, terms = objective.loss(objective.network, batch)
     assert terms["psnr"].item() == pytest.approx(
-        -10 * math.log10((objective.network(**batch) - batch["images"]).square().mean().item() / 4), rel=1e-4
+        -10 * math.log10((objective.network(**batch) - batch["images"]).square().mean().item() / 4),
+        rel=1e-4,
     )
     before = vae.decode(vae.encode(batch["images"]).latent_dist.mean).sample.detach()
     saved = AutoencoderKL.from_pretrained(objective.save(tmp_path))
     posterior = saved.encode(batch["images"]).latent_dist
-    torch.testing.assert_close(saved.decode(posterior.mean).sample.detach(), before, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        saved.decode(posterior.mean).sample.detach(), before, atol=2e-4, rtol=1e-3
+    )
     rows = posterior.mean.detach().transpose(0, 1).flatten(1)
     assert rows.mean(1).abs().max() < 0.01 and (torch.cov(rows) - torch.eye(4)).abs().max() < 0.02
-    assert saved.config.scaling_factor == 1 and posterior.std.detach().flatten()[0].item() == pytest.approx(POSTERIOR_STD, rel=1e-3)
+    assert saved.config.scaling_factor == 1 and posterior.std.detach().flatten()[
+        0
+    ].item() == pytest.approx(POSTERIOR_STD, rel=1e-3)
 
 
 def test_a_new_pipeline_is_a_stock_one(tmp_path):
     clip, tokenizer, _ = clip_parts(shapes.CAPTIONS)
-    pipe = tiny.make_pipeline(tiny.text_tower(clip), tokenizer, tiny.make_vae(), 32, channels=(16, 32))
+    pipe = tiny.make_pipeline(
+        tiny.text_tower(clip), tokenizer, tiny.make_vae(), 32, channels=(16, 32)
+    )
     tokens = tokenizer(shapes.CAPTIONS[:2], padding="max_length", return_tensors="pt")
     torch.testing.assert_close(pipe.text_encoder(**tokens)[0], clip.text_model(**tokens)[0])
     pipe.save_pretrained(tmp_path)
     from diffusers import DiffusionPipeline
 
-    picture = DiffusionPipeline.from_pretrained(tmp_path)(shapes.CAPTIONS[0], num_inference_steps=2, height=32, width=32).images[0]
+    picture = DiffusionPipeline.from_pretrained(tmp_path)(
+        shapes.CAPTIONS[0], num_inference_steps=2, height=32, width=32
+    ).images[0]
     assert isinstance(picture, Image.Image) and picture.size == (32, 32)

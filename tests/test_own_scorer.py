@@ -41,14 +41,28 @@ def test_one_class_in_one_file_is_a_scorer(tmp_path: Path) -> None:
     check_scorer("mine", file=file)
     scorer = load_scorer("mine", file=file)
     scores = scorer(IMAGES, ["a"] * 3)
-    assert scores.tolist() == [0, 100, 255] and scores.dtype == torch.float32 and scorer([], []).shape == (0,)
-    assert (scorer.name, scorer.scale, scorer.preprocessing) == ("mine", "grey level, 0 to 255", "greyscale")
+    assert (
+        scores.tolist() == [0, 100, 255]
+        and scores.dtype == torch.float32
+        and scorer([], []).shape == (0,)
+    )
+    assert (scorer.name, scorer.scale, scorer.preprocessing) == (
+        "mine",
+        "grey level, 0 to 255",
+        "greyscale",
+    )
     assert load_scorer("other", file=file).version == scorer.version
-    assert load_scorer("mine", file=written(tmp_path, BRIGHT + "#", "b.py")).version != scorer.version
+    assert (
+        load_scorer("mine", file=written(tmp_path, BRIGHT + "#", "b.py")).version != scorer.version
+    )
 
 
-@pytest.mark.parametrize("given", ["torch.arange(len(images))", "np.arange(len(images), dtype=np.float64)", "(0, 1, 2)"])
-def test_it_may_give_a_tensor_an_array_or_a_list_and_take_the_device(tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize(
+    "given", ["torch.arange(len(images))", "np.arange(len(images), dtype=np.float64)", "(0, 1, 2)"]
+)
+def test_it_may_give_a_tensor_an_array_or_a_list_and_take_the_device(
+    tmp_path: Path, given: str
+) -> None:
     text = f"""
 import dataclasses, numpy as np, torch
 @dataclasses.dataclass
@@ -63,7 +77,9 @@ class Mine:
         return {given}
 """
     scorer = load_scorer("mine", file=written(tmp_path, text), device="cpu")
-    assert scorer(IMAGES, ["a", "b", "c"]).tolist() == [0, 1, 2] and scorer.version.endswith("-weights of May")
+    assert scorer(IMAGES, ["a", "b", "c"]).tolist() == [0, 1, 2] and scorer.version.endswith(
+        "-weights of May"
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +87,10 @@ class Mine:
     [
         ("", "must hold one class with a __call__.*holds none"),
         (BRIGHT + BRIGHT.replace("Brightness", "Darkness"), r"holds 2 \(Brightness, Darkness\)"),
-        (BRIGHT.replace("scale =", "scal ="), "class Brightness in .* must state its scale: write scale = '...'"),
+        (
+            BRIGHT.replace("scale =", "scal ="),
+            "class Brightness in .* must state its scale: write scale = '...'",
+        ),
         (BRIGHT.replace("preprocessing =", "prep ="), "must state its preprocessing"),
         ("class (", "is no Python that can be read"),
         ("\0", "is no Python that can be read"),
@@ -79,7 +98,9 @@ class Mine:
 )
 def test_what_is_no_scorer_is_refused_and_not_run(tmp_path: Path, text: str, words: str) -> None:
     run = tmp_path / "ran"
-    file = written(tmp_path, text if "(" in text[:8] or "\0" in text else f"open({str(run)!r}, 'w')\n" + text)
+    file = written(
+        tmp_path, text if "(" in text[:8] or "\0" in text else f"open({str(run)!r}, 'w')\n" + text
+    )
     for call in (check_scorer, load_scorer):
         with pytest.raises(ValueError, match=words) as error:
             call("mine", file=file)
@@ -95,29 +116,50 @@ def test_other_mistakes(tmp_path: Path) -> None:
     for words, name, given in (
         ("there is no Python file none.py", "mine", {"file": "none.py"}),
         ("there is no Python file org/name", "mine", {"file": "org/name"}),
-        ("clip is a scorer of deradiff's: give the one in .* a name of its own, such as scorers.mine.file=", "clip", {"file": file}),
-        ("loads its weights itself: leave out checkpoint", "mine", {"file": file, "checkpoint": "x"}),
+        (
+            "clip is a scorer of deradiff's: give the one in .* a name of its own, such as scorers.mine.file=",
+            "clip",
+            {"file": file},
+        ),
+        (
+            "loads its weights itself: leave out checkpoint",
+            "mine",
+            {"file": file, "checkpoint": "x"},
+        ),
         ("and mine with scorers.mine.file=<yours>.py", "mine", {}),
     ):
         for call in (check_scorer, load_scorer):
             with pytest.raises(ValueError, match=words):
                 call(name, **given)
     many = load_scorer("mine", file=written(tmp_path, BRIGHT.replace(".mean()", "")))
-    with pytest.raises(ValueError, match=r"Brightness gave scores of shape \[3, 3, 4\] for 3 pictures"):
+    with pytest.raises(
+        ValueError, match=r"Brightness gave scores of shape \[3, 3, 4\] for 3 pictures"
+    ):
         many(IMAGES, ["a"] * 3)
 
 
 def test_it_is_named_on_the_command_line(tmp_path: Path) -> None:
     file = written(tmp_path)
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        typed = ["samples=[a,b]", "tracking=none", "scorers=[clip,mine]", f"scorers.mine.file={file}"]
+        typed = [
+            "samples=[a,b]",
+            "tracking=none",
+            "scorers=[clip,mine]",
+            f"scorers.mine.file={file}",
+        ]
         config = OmegaConf.to_object(compose("eval", typed))
     assert isinstance(config, EvalConfig) and list(config.scorers) == ["clip", "mine"]
     check_scorer(*settings(config.scorers["mine"]))
-    assert np.isclose(load_scorer(*settings(config.scorers["mine"]))(IMAGES[1:2], ["a"]).item(), 100)
+    assert np.isclose(
+        load_scorer(*settings(config.scorers["mine"]))(IMAGES[1:2], ["a"]).item(), 100
+    )
 
 
 def test_the_document_shows_a_scorer_that_works(tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs" / "scorers.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
-    assert load_scorer("mine", file=written(tmp_path, code))(IMAGES, ["a"] * 3).tolist() == [0, 100, 255]
+    assert load_scorer("mine", file=written(tmp_path, code))(IMAGES, ["a"] * 3).tolist() == [
+        0,
+        100,
+        255,
+    ]

@@ -26,25 +26,35 @@ def test_the_last_draws_first_row_follows_the_weights():
         shares = index[:, column].bincount(minlength=4) / 20_000
         torch.testing.assert_close(shares, weights, atol=0.015, rtol=0)  # 4 standard errors
     copies = torch.stack([(index == j).sum(1) for j in range(4)], 1)
-    assert ((copies - 4 * weights).abs() < 1).all(), "systematic: each particle has its share of copies, rounded"
+    assert ((copies - 4 * weights).abs() < 1).all(), (
+        "systematic: each particle has its share of copies, rounded"
+    )
     assert particles.ess[0].item() == pytest.approx(1 / weights.square().sum().item(), rel=1e-6)
 
 
 def test_only_images_under_half_are_resampled_and_their_weights_start_anew():
     particles = started(3, 4)
-    particles.reweigh(torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -9.0, -9.0, 0.0, 0.0, 0.0, -9.0]))
+    particles.reweigh(
+        torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -9.0, -9.0, 0.0, 0.0, 0.0, -9.0])
+    )
     index = particles.resample()
     assert index.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 8, 9, 10, 11]
     assert particles.resample() is None
-    particles.reweigh(torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -9.0, -9.0, 0.0, 0.0, -9.0, 9.0]))
+    particles.reweigh(
+        torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -9.0, -9.0, 0.0, 0.0, -9.0, 9.0])
+    )
     index = particles.resample()
-    assert index.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 8, 9, 10, 11], "the second image's weights were used up, the third's were kept"
+    assert index.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 8, 9, 10, 11], (
+        "the second image's weights were used up, the third's were kept"
+    )
     assert particles.ess[0] == 4 and 1 < particles.ess[1] < 1.01 and 2 < particles.ess[2] < 3.01
 
 
 def test_an_image_does_not_depend_on_its_batch():
     x = torch.randn(12, 5)
-    log_w = torch.randn(12) * torch.tensor([0.01, 1.0, 1.0]).repeat_interleave(4)  # the first image is not resampled on the way
+    log_w = torch.randn(12) * torch.tensor([0.01, 1.0, 1.0]).repeat_interleave(
+        4
+    )  # the first image is not resampled on the way
 
     def chosen(rows: slice) -> torch.Tensor:
         particles = Particles(4)
@@ -58,7 +68,10 @@ def test_an_image_does_not_depend_on_its_batch():
 
     together = chosen(slice(0, 12))
     for image in range(3):
-        assert torch.equal(together[:, 4 * image : 4 * image + 4], chosen(slice(4 * image, 4 * image + 4)) + 4 * image)
+        assert torch.equal(
+            together[:, 4 * image : 4 * image + 4],
+            chosen(slice(4 * image, 4 * image + 4)) + 4 * image,
+        )
     assert torch.equal(together, chosen(slice(0, 12))), "and not on the hour"
 
 
@@ -75,7 +88,11 @@ def test_one_particle_stays_itself():
     particles = started(3, 1)
     particles.reweigh(torch.tensor([0.0, -5.0, 3.0]))
     assert particles.resample() is None
-    assert particles.resample(last=True).tolist() == [0, 1, 2] and particles.ess.tolist() == [1, 1, 1]
+    assert particles.resample(last=True).tolist() == [0, 1, 2] and particles.ess.tolist() == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_log_weight_is_the_mixtures_normaliser_at_a_steps_noise():
@@ -84,10 +101,14 @@ def test_log_weight_is_the_mixtures_normaliser_at_a_steps_noise():
     differences = [torch.randn(4, 2, 3, dtype=torch.float64) for _ in lams]
     means = [torch.zeros_like(differences[0]), *(math.sqrt(2 * factor) * d for d in differences)]
     models = [Gaussian(m, torch.ones((), dtype=torch.float64)) for m in means]
-    torch.testing.assert_close(log_weight(factor, lams, differences), log_normaliser(models, [1 - sum(lams), *lams]))
+    torch.testing.assert_close(
+        log_weight(factor, lams, differences), log_normaliser(models, [1 - sum(lams), *lams])
+    )
     one = log_weight(factor, [0.3], differences[:1])
     torch.testing.assert_close(one, -factor * 0.3 * 0.7 * differences[0].square().flatten(1).sum(1))
-    assert (log_weight(factor, [1.0], differences[:1]).abs() < 1e-15).all() and (log_weight(factor, [2.0], differences[:1]) > 0).all()
+    assert (log_weight(factor, [1.0], differences[:1]).abs() < 1e-15).all() and (
+        log_weight(factor, [2.0], differences[:1]) > 0
+    ).all()
 
 
 def test_log_weight_takes_a_mask_and_a_number_per_image():

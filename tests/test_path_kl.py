@@ -12,7 +12,9 @@ from realign_world import SCHEDULERS, STEPS, World, sample
 from deradiff.realign import realign
 
 
-def path_kl_by_hand(world: World, method: str, lam: float, guidance: float, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def path_kl_by_hand(
+    world: World, method: str, lam: float, guidance: float, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
     """dial.path_kl of a call, and the same sum over its steps from both networks' outputs on the chain's own latents."""
     pipe, seen = world.pipe, []
     start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -22,7 +24,13 @@ def path_kl_by_hand(world: World, method: str, lam: float, guidance: float, **op
         return values
 
     with realign(pipe, world.anchors[method], lam, path_kl=True) as dial:
-        sample(pipe, guidance_scale=guidance, latents=start.clone(), callback_on_step_end=watch, **options)
+        sample(
+            pipe,
+            guidance_scale=guidance,
+            latents=start.clone(),
+            callback_on_step_end=watch,
+            **options,
+        )
         told = dial.path_kl
     times = pipe.scheduler.timesteps.clone()
     pipe.scheduler.set_timesteps(STEPS)
@@ -36,14 +44,20 @@ def path_kl_by_hand(world: World, method: str, lam: float, guidance: float, **op
         with torch.no_grad():
             d, d_empty = (anchor(x, t, e).sample - pipe.unet(x, t, e).sample for e in (text, empty))
         d = d_empty + guidance * (d - d_empty) if guidance > 1 else d
-        ratio = (bars[i + 1] / (1 - bars[i + 1])) / (bars[i] / (1 - bars[i])) if i + 1 < len(times) else torch.tensor(math.e)
+        ratio = (
+            (bars[i + 1] / (1 - bars[i + 1])) / (bars[i] / (1 - bars[i]))
+            if i + 1 < len(times)
+            else torch.tensor(math.e)
+        )
         scale = bars[i] if pipe.scheduler.config.prediction_type == "v_prediction" else 1.0
         total += 0.5 * lam**2 * ratio.log() * scale * d.square().sum((1, 2, 3))
     return told, total
 
 
 @pytest.mark.parametrize(("lam", "guidance"), [(0.6, 3.0), (1.0, 1.0)])
-@pytest.mark.parametrize(("sampler", "prediction"), [("ddim", "epsilon"), ("ddim", "v_prediction"), ("euler", "epsilon")])
+@pytest.mark.parametrize(
+    ("sampler", "prediction"), [("ddim", "epsilon"), ("ddim", "v_prediction"), ("euler", "epsilon")]
+)
 def test_path_kl_is_the_sum_over_the_chain(sd15, sampler, prediction, lam, guidance):
     settings = {"prediction_type": prediction, "timestep_spacing": "leading"}
     sd15.pipe.scheduler = SCHEDULERS[sampler].from_config(sd15.pipe.scheduler.config, **settings)
@@ -61,7 +75,12 @@ def test_path_kl_is_of_the_last_call_an_image_each(sd15):
         assert dial.path_kl.shape == (4,)
         sample(sd15.pipe, (0, 1))
         assert torch.equal(dial.path_kl, first)
-        torch.testing.assert_close(torch.cat([(sample(sd15.pipe, (s,)), dial.path_kl)[1] for s in (0, 1)]), first, rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            torch.cat([(sample(sd15.pipe, (s,)), dial.path_kl)[1] for s in (0, 1)]),
+            first,
+            rtol=1e-4,
+            atol=0,
+        )
         dial.lam = 0
         sample(sd15.pipe)
         assert dial.path_kl.tolist() == [0.0, 0.0]

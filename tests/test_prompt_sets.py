@@ -40,7 +40,11 @@ class Hub:
 
             def answer(self, status, body=b"", **headers):
                 self.send_response(status)
-                for name, value in {"Content-Length": len(body), "X-Repo-Commit": COMMIT, **headers}.items():
+                for name, value in {
+                    "Content-Length": len(body),
+                    "X-Repo-Commit": COMMIT,
+                    **headers,
+                }.items():
                     self.send_header(name.replace("_", "-"), str(value))
                 self.end_headers()
                 if self.command != "HEAD":
@@ -60,16 +64,23 @@ class Hub:
                     body = hub.files[found[1]][found[2]]
                     if wanted := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
                         part = body[int(wanted[1]) : int(wanted[2]) + 1]
-                        return self.answer(206, part, Content_Range=f"bytes {wanted[1]}-{wanted[2]}/{len(body)}")
+                        return self.answer(
+                            206, part, Content_Range=f"bytes {wanted[1]}-{wanted[2]}/{len(body)}"
+                        )
                     return self.answer(200, body, ETag=f'"{hash(body) & 0xFFFF}"')
                 repo = "/".join(self.path.split("/")[3:5])
                 if repo not in hub.files:
                     return self.answer(401, X_Error_Code="RepoNotFound")
                 if "/tree/" in self.path:
-                    found = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in hub.files[repo].items()]
+                    found = [
+                        {"type": "file", "path": n, "size": len(b), "oid": "0" * 40}
+                        for n, b in hub.files[repo].items()
+                    ]
                     return self.answer(200, json.dumps(found).encode())
                 siblings = [{"rfilename": name} for name in hub.files[repo]]
-                self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
+                self.answer(
+                    200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode()
+                )
 
             def do_POST(self):
                 asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
@@ -98,7 +109,9 @@ def hub(monkeypatch, tmp_path):
         Thread(target=stub.server.serve_forever, daemon=True).start()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stub.address)
         monkeypatch.setattr(
-            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.address + "/{repo_id}/resolve/{revision}/{filename}"
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            stub.address + "/{repo_id}/resolve/{revision}/{filename}",
         )
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", stub.address)
         return stub
@@ -119,38 +132,69 @@ def test_pick_a_pic_is_one_split_of_captions_from_the_repository_without_picture
         yuvalkirstain__pickapic_v1_no_images={
             "README.md": b"",
             "data/test-00000-of-00001-75d003ad32a6ef60.parquet": b"another split",
-            "data/test_unique-00000-of-00001-73a51cbb6488571d.parquet": parquet(caption=wanted, label_0=[0.5] * 5),
+            "data/test_unique-00000-of-00001-73a51cbb6488571d.parquet": parquet(
+                caption=wanted, label_0=[0.5] * 5
+            ),
             "data/train-00000-of-00001-b138676ed2d1f52a.parquet": b"168 MB",
         }
     )
     assert texts("pickapic") == wanted
     stub.server.shutdown()
     stub.files.clear()
-    assert texts("pickapic") == wanted, "a hub that is gone is no reason to stop a run that had the captions"
+    assert texts("pickapic") == wanted, (
+        "a hub that is gone is no reason to stop a run that had the captions"
+    )
 
 
 def test_of_a_repository_with_pictures_the_captions_alone_are_sent(hub):
-    wanted, pictures = [f"caption {i}" for i in range(6)], [random.Random(i).randbytes(400_000) for i in range(6)]
+    wanted, pictures = (
+        [f"caption {i}" for i in range(6)],
+        [random.Random(i).randbytes(400_000) for i in range(6)],
+    )
     table = parquet(jpg_0=pictures, caption=wanted, jpg_1=[p[::-1] for p in pictures])
-    stub = hub(**{"pickapic-anonymous__pickapic_v1": {"data/test_unique-00000-of-00001.parquet": table, "data/test-0.parquet": b""}})
+    stub = hub(
+        **{
+            "pickapic-anonymous__pickapic_v1": {
+                "data/test_unique-00000-of-00001.parquet": table,
+                "data/test-0.parquet": b"",
+            }
+        }
+    )
     assert texts("pickapic") == wanted
     assert stub.sent < len(table) / 8
 
 
 def test_hpdv2_is_its_four_styles_from_the_first_repository_that_answers(hub):
-    styles = {f"benchmark/{s}.json": json.dumps([f"{s} {i}" for i in range(3)]).encode() for s in ("photo", "anime", "paintings")}
-    styles |= {"benchmark/concept-art.json": b'["concept-art 0"]', "benchmark/benchmark_imgs/CM.tar.gz": b"139 MB"}
+    styles = {
+        f"benchmark/{s}.json": json.dumps([f"{s} {i}" for i in range(3)]).encode()
+        for s in ("photo", "anime", "paintings")
+    }
+    styles |= {
+        "benchmark/concept-art.json": b'["concept-art 0"]',
+        "benchmark/benchmark_imgs/CM.tar.gz": b"139 MB",
+    }
     hub(ymhao__HPDv2=styles)
     found = texts("hpdv2")
     assert found[:4] == ["anime 0", "anime 1", "anime 2", "concept-art 0"] and len(found) == 10
-    assert [text.split()[0] for text in texts("hpdv2", limit=5)] == ["anime", "anime", "paintings", "paintings", "photo"]
+    assert [text.split()[0] for text in texts("hpdv2", limit=5)] == [
+        "anime",
+        "anime",
+        "paintings",
+        "paintings",
+        "photo",
+    ]
 
 
 def test_tables_of_other_kinds(hub):
     hub(
         **{
-            "nateraw__parti-prompts": {"PartiPrompts.tsv": b'Prompt\tCategory\na "red" fox\tAnimals\n', "README.md": b""},
-            "sayakpaul__drawbench": {"data/train-00000-of-00001-a.parquet": parquet(Prompts=["a fox"], Category=["x"])},
+            "nateraw__parti-prompts": {
+                "PartiPrompts.tsv": b'Prompt\tCategory\na "red" fox\tAnimals\n',
+                "README.md": b"",
+            },
+            "sayakpaul__drawbench": {
+                "data/train-00000-of-00001-a.parquet": parquet(Prompts=["a fox"], Category=["x"])
+            },
         }
     )
     assert texts("partiprompts") == ['a "red" fox'] and texts("drawbench") == ["a fox"]
@@ -162,11 +206,19 @@ def test_a_set_that_nobody_gives_names_the_local_way_in_one_sentence(hub, name):
     with pytest.raises(ValueError) as error:
         load_prompts(name)
     said = str(error.value)
-    assert "\n" not in said and f"the prompt set {name} could not be read" in said and "give prompts=<that file>" in said
+    assert (
+        "\n" not in said
+        and f"the prompt set {name} could not be read" in said
+        and "give prompts=<that file>" in said
+    )
     assert ("no column Prompt" if name == "partiprompts" else "RepositoryNotFoundError") in said
 
 
 def test_a_limit_is_spread_over_the_list_and_changes_no_id():
     whole = load_prompts([f"prompt {i % 7}" for i in range(10)])
-    assert [p.text for p in load_prompts([f"prompt {i}" for i in range(10)], 4)] == [f"prompt {i}" for i in (0, 2, 5, 7)]
-    assert set(load_prompts([f"prompt {i % 7}" for i in range(10)], 3)) < set(whole) and load_prompts(["a"], 9) == load_prompts(["a"])
+    assert [p.text for p in load_prompts([f"prompt {i}" for i in range(10)], 4)] == [
+        f"prompt {i}" for i in (0, 2, 5, 7)
+    ]
+    assert set(load_prompts([f"prompt {i % 7}" for i in range(10)], 3)) < set(
+        whole
+    ) and load_prompts(["a"], 9) == load_prompts(["a"])

@@ -15,7 +15,9 @@ def test_every_kind_of_source_gives_the_same_prompts(tmp_path):
     wanted = ["a red fox, in snow", "zwölf Boxkämpfer", "a\u2028line separator stays inside"]
     (tmp_path / "p.txt").write_text("\n".join(wanted) + "\n", encoding="utf-8")
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(wanted).encode())
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p, "other": 1}) + "\n" for p in wanted))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": p, "other": 1}) + "\n" for p in wanted)
+    )
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"caption": p}) + "\n" for p in wanted))
     pd.DataFrame({"caption": wanted, "x": 1}).to_parquet(tmp_path / "p.parquet")
     for source in ("p.txt", "bom.txt", "p.jsonl", "c.jsonl", "p.parquet"):
@@ -29,9 +31,21 @@ def test_shapes_are_the_captions_that_training_never_saw():
 
 
 AWKWARD = [
-    "🦊🦊🦊", "x" * 10_000, "a/b\\c:d*e?f", "../../etc/passwd", "CON", "con", "a cat", "A cat", "a  cat",
-    ".hidden", "-rf", "a\nb", "a\x00b", "日本の猫",
-]  # fmt: skip
+    "🦊🦊🦊",
+    "x" * 10_000,
+    "a/b\\c:d*e?f",
+    "../../etc/passwd",
+    "CON",
+    "con",
+    "a cat",
+    "A cat",
+    "a  cat",
+    ".hidden",
+    "-rf",
+    "a\nb",
+    "a\x00b",
+    "日本の猫",
+]
 
 
 @pytest.mark.parametrize("text", AWKWARD)

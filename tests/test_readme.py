@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = [
     pytest.param(block, id=f"{page}-{i}")
     for page in ("README.md", "docs/dial.md")
-    for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
+    for i, block in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    )
 ]
 
 

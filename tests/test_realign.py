@@ -12,9 +12,13 @@ from deradiff.anchors import load_anchor
 from deradiff.realign import realign
 
 
-@pytest.mark.parametrize(("sampler", "mode"), [*((sampler, "exact") for sampler in SCHEDULERS), ("ddim", "weights")])
+@pytest.mark.parametrize(
+    ("sampler", "mode"), [*((sampler, "exact") for sampler in SCHEDULERS), ("ddim", "weights")]
+)
 @pytest.mark.parametrize("method", ["full1", "lora1"])
-def test_ends_are_the_stock_pipelines_bit_for_bit_and_the_middle_is_neither(world, sampler, method, mode):
+def test_ends_are_the_stock_pipelines_bit_for_bit_and_the_middle_is_neither(
+    world, sampler, method, mode
+):
     world.pipe.scheduler = SCHEDULERS[sampler].from_config(world.pipe.scheduler.config)
     reference, anchor = sample(world.pipe), sample(world.stock(method))
     assert not torch.equal(reference, anchor)
@@ -30,7 +34,9 @@ def test_ends_are_the_stock_pipelines_bit_for_bit_and_the_middle_is_neither(worl
     assert torch.equal(sample(world.pipe), reference)
 
 
-@pytest.mark.parametrize(("sampler", "method"), [("ddim", "full1"), ("ddpm", "lora1"), ("euler", "full1")])
+@pytest.mark.parametrize(
+    ("sampler", "method"), [("ddim", "full1"), ("ddpm", "lora1"), ("euler", "full1")]
+)
 def test_the_batch_changes_an_image_by_rounding_at_most(world, sampler, method):
     world.pipe.scheduler = SCHEDULERS[sampler].from_config(world.pipe.scheduler.config)
     with realign(world.pipe, world.anchors[method], lam=0.6):
@@ -48,10 +54,17 @@ def test_the_output_is_the_weighted_sum_of_both(sd15, method, lam):
         mixed = denoise(sd15.pipe.unet)
         as_object = sd15.pipe.unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 5, 32))
     torch.testing.assert_close(mixed, torch.lerp(reference, anchor, lam), rtol=0, atol=1e-5)
-    assert type(as_object).__name__ == "UNet2DConditionOutput" and as_object.sample.shape == (1, 4, 8, 8)
+    assert type(as_object).__name__ == "UNet2DConditionOutput" and as_object.sample.shape == (
+        1,
+        4,
+        8,
+        8,
+    )
 
 
-@pytest.mark.parametrize("names", [("full1", "full2"), ("lora1", "lora2"), ("lora1", "full2"), ("full1", "lora2")])
+@pytest.mark.parametrize(
+    "names", [("full1", "full2"), ("lora1", "lora2"), ("lora1", "full2"), ("full1", "lora2")]
+)
 def test_several_anchors_each_pull_by_their_own_lam(sd15, names):
     reference = denoise(sd15.pipe.unet)
     first, second = (denoise(sd15.stock(name).unet) for name in names)
@@ -61,7 +74,9 @@ def test_several_anchors_each_pull_by_their_own_lam(sd15, names):
         torch.testing.assert_close(denoise(sd15.pipe.unet), expected, rtol=0, atol=1e-5)
         dial.lam = [0, 1]
         assert dial.lam == [0.0, 1.0] and torch.equal(denoise(sd15.pipe.unet), second)
-        with pytest.raises(ValueError, match=r"2 anchor\(s\) need as many values of lam, and there are 1"):
+        with pytest.raises(
+            ValueError, match=r"2 anchor\(s\) need as many values of lam, and there are 1"
+        ):
             dial.lam = 0.5
     assert fingerprint(sd15.pipe.unet) == before
 
@@ -69,8 +84,12 @@ def test_several_anchors_each_pull_by_their_own_lam(sd15, names):
 def test_weights_mode_interpolates_the_weights(sd15):
     ours, summed = sd15.pipe.unet.state_dict(), copy.deepcopy(sd15.pipe.unet)
     first, second = (sd15.stock(name).unet.state_dict() for name in ("full1", "full2"))
-    summed.load_state_dict({name: p + 0.3 * (first[name] - p) + 0.25 * (second[name] - p) for name, p in ours.items()})
-    with realign(sd15.pipe, [sd15.anchors["full1"], sd15.anchors["full2"]], [0.3, 0.25], mode="weights") as dial:
+    summed.load_state_dict(
+        {name: p + 0.3 * (first[name] - p) + 0.25 * (second[name] - p) for name, p in ours.items()}
+    )
+    with realign(
+        sd15.pipe, [sd15.anchors["full1"], sd15.anchors["full2"]], [0.3, 0.25], mode="weights"
+    ) as dial:
         torch.testing.assert_close(denoise(sd15.pipe.unet), denoise(summed), rtol=0, atol=1e-5)
         dial.lam = [1, 0]
         assert torch.equal(denoise(sd15.pipe.unet), denoise(sd15.stock("full1").unet))
@@ -97,7 +116,10 @@ def test_a_failed_entry_leaves_nothing_behind(sd15, worlds):
     before = fingerprint(sd15.pipe.unet)
     foreign = load_anchor(worlds["sdxl"].anchors["full1"])
     foreign.family = foreign.card = None
-    with pytest.raises(ValueError), realign(sd15.pipe, [sd15.anchors["lora1"], foreign], [0.5, 0.5]):
+    with (
+        pytest.raises(ValueError),
+        realign(sd15.pipe, [sd15.anchors["lora1"], foreign], [0.5, 0.5]),
+    ):
         pass
     assert fingerprint(sd15.pipe.unet) == before
 
@@ -124,7 +146,10 @@ def test_adapters_of_the_user_stay_and_act_in_both(sd15):
         dial.lam = 1
         assert torch.equal(sample(sd15.pipe), sample(stock))
     assert fingerprint(sd15.pipe.unet) == before and torch.equal(sample(sd15.pipe), styled)
-    with pytest.raises(ValueError, match=r"own LoRA \(style\) is on the reference alone"), realign(sd15.pipe, sd15.anchors["full1"], 0.5):
+    with (
+        pytest.raises(ValueError, match=r"own LoRA \(style\) is on the reference alone"),
+        realign(sd15.pipe, sd15.anchors["full1"], 0.5),
+    ):
         pass
     sd15.pipe.disable_lora()
     with realign(sd15.pipe, sd15.anchors["lora1"], lam=1):
@@ -151,10 +176,15 @@ def test_the_second_network_is_no_part_of_the_first_and_follows_its_precision(sd
         mixed = denoise(sd15.pipe.unet)
         dial.lam = 0
         exact = 0.7 * denoise(sd15.pipe.unet).float() + 0.3 * denoise(stock.unet).float()
-    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, exact.bfloat16())  # rounded once, after the sum
+    assert mixed.dtype == torch.bfloat16 and torch.equal(
+        mixed, exact.bfloat16()
+    )  # rounded once, after the sum
 
 
-@pytest.mark.parametrize(("lam", "path_kl", "evaluations"), [(0, False, 1), (0.5, False, 2), (1, False, 1), (1, True, 2), (0, True, 1)])
+@pytest.mark.parametrize(
+    ("lam", "path_kl", "evaluations"),
+    [(0, False, 1), (0.5, False, 2), (1, False, 1), (1, True, 2), (0, True, 1)],
+)
 def test_a_network_without_weight_is_not_evaluated(sd15, lam, path_kl, evaluations):
     calls = []
     with realign(sd15.pipe, sd15.anchors["lora1"], lam, path_kl=path_kl):

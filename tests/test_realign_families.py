@@ -11,11 +11,21 @@ from deradiff.families import FAMILIES
 from deradiff.realign import realign
 
 METHODS = {  # both where the denoiser is asked in the plainest way, and either one elsewhere
-    "text2img": ("full1", "lora1"), "img2img": ("lora1",), "inpaint": ("full1",), "controlnet": ("full1", "lora1"),
-    "controlnet_img2img": ("full1",), "controlnet_inpaint": ("lora1",),
-}  # fmt: skip
+    "text2img": ("full1", "lora1"),
+    "img2img": ("lora1",),
+    "inpaint": ("full1",),
+    "controlnet": ("full1", "lora1"),
+    "controlnet_img2img": ("full1",),
+    "controlnet_inpaint": ("lora1",),
+}
 CASES = [
-    pytest.param(family, kind, method, id=f"{family}-{kind}-{method}", marks=[pytest.mark.slow] if "_" in kind else [])
+    pytest.param(
+        family,
+        kind,
+        method,
+        id=f"{family}-{kind}-{method}",
+        marks=[pytest.mark.slow] if "_" in kind else [],
+    )
     for family in FAMILIES
     for kind in KINDS
     for method in METHODS[kind]
@@ -27,7 +37,9 @@ CASES = [
 def test_the_ends_are_the_stock_pipelines_and_the_middle_is_neither(worlds, family, kind, method):
     world = worlds[family].copy(kind)
     reference, anchor = sample(world.pipe), sample(world.stock(method))
-    before = fingerprint(world.denoiser)  # FLUX's pipelines leave an empty registry of hooks behind when they are first called
+    before = fingerprint(
+        world.denoiser
+    )  # FLUX's pipelines leave an empty registry of hooks behind when they are first called
     distance = (anchor - reference).norm()
     assert distance > 0.005 * reference.norm()
     with realign(world.pipe, world.anchors[method], lam=0) as dial:
@@ -45,9 +57,14 @@ def test_the_ends_are_the_stock_pipelines_and_the_middle_is_neither(worlds, fami
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_controlnet_and_a_picture_are_heard(worlds, family):
     """So that the cases above are about pipelines that differ."""
-    images = {kind: sample(worlds[family].copy(kind).pipe) for kind in ("text2img", "img2img", "inpaint", "controlnet")}
+    images = {
+        kind: sample(worlds[family].copy(kind).pipe)
+        for kind in ("text2img", "img2img", "inpaint", "controlnet")
+    }
     kinds = list(images)
-    assert not any(torch.equal(images[a], images[b]) for i, a in enumerate(kinds) for b in kinds[:i])
+    assert not any(
+        torch.equal(images[a], images[b]) for i, a in enumerate(kinds) for b in kinds[:i]
+    )
 
 
 @pytest.mark.parametrize("kind", ["text2img", "img2img"])
@@ -82,18 +99,27 @@ def test_a_flow_follows_the_weighted_sum_of_velocities(worlds, family):
 
 def test_flux_with_true_guidance_mixes_both_of_its_evaluations(worlds):
     """It asks its transformer twice a step: for the prompt, and for the negative one."""
-    world, guided = worlds["flux"].copy(), {"true_cfg_scale": 3.0, "negative_prompt": ["bad", "worse"], "num_inference_steps": 1}
+    world, guided = (
+        worlds["flux"].copy(),
+        {"true_cfg_scale": 3.0, "negative_prompt": ["bad", "worse"], "num_inference_steps": 1},
+    )
     ends = [sample(pipe, **guided) for pipe in (world.pipe, world.stock("lora1"))]
     assert not torch.allclose(ends[0], sample(world.pipe, num_inference_steps=1), atol=1e-3)
     with realign(world.pipe, world.anchors["lora1"], lam=1) as dial:
         assert torch.equal(sample(world.pipe, **guided), ends[1])
         dial.lam = 0.3
-        torch.testing.assert_close(sample(world.pipe, **guided), torch.lerp(*ends, 0.3), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            sample(world.pipe, **guided), torch.lerp(*ends, 0.3), rtol=0, atol=1e-5
+        )
 
 
 def test_sd3_that_skips_layers_mixes_all_of_its_evaluations(worlds):
     world = worlds["sd3"].copy()
-    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    skipping = {
+        "skip_guidance_layers": [0],
+        "skip_layer_guidance_start": 0.0,
+        "skip_layer_guidance_stop": 1.0,
+    }
     reference, anchor = (sample(pipe, **skipping) for pipe in (world.pipe, world.stock("lora1")))
     assert not torch.allclose(reference, sample(world.pipe), atol=1e-3)
     with realign(world.pipe, world.anchors["lora1"], lam=1) as dial:

@@ -20,7 +20,12 @@ def test_a_mixed_batch_is_each_lambda_on_its_own(flow, method):
         together = sample(flow.pipe, (0, 1, 2))
         for image, lam in enumerate((0.0, 0.4, 1.0)):
             dial.lam = lam
-            torch.testing.assert_close(sample(flow.pipe, (0, 1, 2))[image], together[image], atol=0 if lam in (0, 1) else 1e-5, rtol=0)
+            torch.testing.assert_close(
+                sample(flow.pipe, (0, 1, 2))[image],
+                together[image],
+                atol=0 if lam in (0, 1) else 1e-5,
+                rtol=0,
+            )
 
 
 def test_path_kl_is_that_of_velocities(flow):
@@ -42,7 +47,9 @@ def test_path_kl_is_that_of_velocities(flow):
     t = flow.pipe.scheduler.sigmas.double()
     total = torch.zeros(2, dtype=torch.float64)
     for i, (mixed, theirs) in enumerate(seen):
-        squared = (2 * (theirs - mixed)).double().square().flatten(1).sum(1)  # out_a - out_ref, seen from the middle
+        squared = (
+            (2 * (theirs - mixed)).double().square().flatten(1).sum(1)
+        )  # out_a - out_ref, seen from the middle
         c = (t[i] / t[i + 1]).log() - (t[i] - t[i + 1]) if t[i + 1] else (1 - t[i]) ** 2 / 2
         total += lam**2 * c * squared
     assert (told > 0).all()
@@ -89,8 +96,12 @@ def test_a_mask_over_the_latents(flow):
         dial.lam = 1
         anchor = sample(flow.pipe, num_inference_steps=1)
     if flow.family == "flux":
-        split, reference, anchor = (flow.pipe._unpack_latents(x, 64, 64, 8) for x in (split, reference, anchor))
-    assert torch.equal(split[..., :4], reference[..., :4]) and torch.equal(split[..., 4:], anchor[..., 4:])
+        split, reference, anchor = (
+            flow.pipe._unpack_latents(x, 64, 64, 8) for x in (split, reference, anchor)
+        )
+    assert torch.equal(split[..., :4], reference[..., :4]) and torch.equal(
+        split[..., 4:], anchor[..., 4:]
+    )
 
 
 def test_flux_with_true_guidance_realigns_both_of_its_evaluations(worlds):

@@ -17,7 +17,11 @@ def test_a_mixed_batch_is_each_lambda_on_its_own(world, method):
         for image, lam in enumerate((0.0, 0.4, 1.0)):
             dial.lam = lam
             alone = sample(world.pipe, (0, 1, 2))[image]
-            assert torch.equal(together[image], alone) if lam in (0, 1) else torch.allclose(together[image], alone, atol=1e-5)
+            assert (
+                torch.equal(together[image], alone)
+                if lam in (0, 1)
+                else torch.allclose(together[image], alone, atol=1e-5)
+            )
 
 
 def test_a_mask_splits_the_picture(sd15):
@@ -26,7 +30,9 @@ def test_a_mask_splits_the_picture(sd15):
     reference, anchor = denoise(sd15.pipe.unet), denoise(sd15.stock("full1").unet)
     with realign(sd15.pipe, sd15.anchors["full1"], mask):
         split = denoise(sd15.pipe.unet)
-    assert torch.equal(split[..., :4], reference[..., :4]) and torch.equal(split[..., 4:], anchor[..., 4:])
+    assert torch.equal(split[..., :4], reference[..., :4]) and torch.equal(
+        split[..., 4:], anchor[..., 4:]
+    )
 
 
 def test_a_schedule_turns_the_dial_by_time(sd15):
@@ -111,8 +117,13 @@ def test_reuse_costs_one_evaluation_and_a_kth(sd15, method, lam):
     with realign(sd15.pipe, sd15.anchors[method], lam, mode="reuse", every=3) as dial:
         reused = sample(sd15.pipe, num_inference_steps=12)
         assert dial.evaluations == pytest.approx(1 + 1 / 3)
-        assert ((dial.path_kl > 0.3 * kl) & (dial.path_kl < 3 * kl)).all()  # random networks: D is rough in time
-        for end, images in ((0, reference), (1, sample(sd15.stock(method), num_inference_steps=12))):
+        assert (
+            (dial.path_kl > 0.3 * kl) & (dial.path_kl < 3 * kl)
+        ).all()  # random networks: D is rough in time
+        for end, images in (
+            (0, reference),
+            (1, sample(sd15.stock(method), num_inference_steps=12)),
+        ):
             dial.lam = end
             assert torch.equal(sample(sd15.pipe, num_inference_steps=12), images)
             assert dial.evaluations <= 1
@@ -125,7 +136,10 @@ def test_reuse_extrapolates_the_difference_on_a_line(sd15):
     with realign(sd15.pipe, sd15.anchors["full1"], 0.5, mode="reuse", every=2):
         sd15.pipe.scheduler.set_timesteps(5)
         for t in sd15.pipe.scheduler.timesteps:
-            x, text = (torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in ((1, 4, 8, 8), (1, 5, 32)))
+            x, text = (
+                torch.randn(s, generator=torch.Generator().manual_seed(1))
+                for s in ((1, 4, 8, 8), (1, 5, 32))
+            )
             with torch.no_grad():
                 outputs.append((t, sd15.pipe.unet(x, t, text).sample))
     anchor = sd15.stock("full1").unet
@@ -133,7 +147,9 @@ def test_reuse_extrapolates_the_difference_on_a_line(sd15):
         pairs = [(sd15.pipe.unet(x, t, text).sample, anchor(x, t, text).sample) for t, _ in outputs]
     d0, d2 = pairs[0][1] - pairs[0][0], pairs[2][1] - pairs[2][0]
     torch.testing.assert_close(outputs[1][1], pairs[1][0] + 0.5 * d0, atol=1e-5, rtol=0)
-    torch.testing.assert_close(outputs[3][1], pairs[3][0] + 0.5 * (d2 + 0.5 * (d2 - d0)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        outputs[3][1], pairs[3][0] + 0.5 * (d2 + 0.5 * (d2 - d0)), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(outputs[4][1], (pairs[4][0] + pairs[4][1]) / 2, atol=1e-5, rtol=0)
 
 
@@ -157,25 +173,40 @@ def test_the_trust_region_holds_each_steps_overshoot(sd15):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mode": "reuse", "every": 0}, "every must be a whole number"), ({"particles": 2.5}, "particles must be a whole number"),
-        ({"trust_region": 0}, "trust_region must be a number of nats"), ({"mode": "weights", "trust_region": 1.0}, "trust_region needs"),
-        ({"mode": "reuse", "particles": 2}, "particles needs both networks"), ({"mode": "weights", "batched": True}, "batched needs both"),
+        ({"mode": "reuse", "every": 0}, "every must be a whole number"),
+        ({"particles": 2.5}, "particles must be a whole number"),
+        ({"trust_region": 0}, "trust_region must be a number of nats"),
+        ({"mode": "weights", "trust_region": 1.0}, "trust_region needs"),
+        ({"mode": "reuse", "particles": 2}, "particles needs both networks"),
+        ({"mode": "weights", "batched": True}, "batched needs both"),
         ({"batched": True}, "a full anchor is another network"),
     ],
-)  # fmt: skip
+)
 def test_options_that_do_not_go_together_are_refused(sd15, options, said):
     before = fingerprint(sd15.pipe.unet)
-    with pytest.raises(ValueError, match=said), realign(sd15.pipe, sd15.anchors["full1"], 0.5, **options):
+    with (
+        pytest.raises(ValueError, match=said),
+        realign(sd15.pipe, sd15.anchors["full1"], 0.5, **options),
+    ):
         pass
     assert fingerprint(sd15.pipe.unet) == before
 
 
 def test_modes_for_one_lambda_refuse_several(sd15):
-    with pytest.raises(ValueError, match="reuse is for one anchor"), realign(sd15.pipe, ["a", "b"], [0.5, 0.5], mode="reuse"):
+    with (
+        pytest.raises(ValueError, match="reuse is for one anchor"),
+        realign(sd15.pipe, ["a", "b"], [0.5, 0.5], mode="reuse"),
+    ):
         pass
-    with realign(sd15.pipe, sd15.anchors["lora1"], torch.tensor([0.1, 0.2]), mode="weights"), pytest.raises(ValueError, match="one lam"):
+    with (
+        realign(sd15.pipe, sd15.anchors["lora1"], torch.tensor([0.1, 0.2]), mode="weights"),
+        pytest.raises(ValueError, match="one lam"),
+    ):
         sample(sd15.pipe)
-    with realign(sd15.pipe, sd15.anchors["lora1"], torch.tensor([0.1, 0.2])), pytest.raises(ValueError, match="of 2 images"):
+    with (
+        realign(sd15.pipe, sd15.anchors["lora1"], torch.tensor([0.1, 0.2])),
+        pytest.raises(ValueError, match="of 2 images"),
+    ):
         sample(sd15.pipe, (0, 1, 2))
 
 

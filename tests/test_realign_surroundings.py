@@ -21,7 +21,9 @@ def test_what_is_saved_inside_is_the_reference(world, method, tmp_path):
         inside = world.pipe.unet.state_dict()
     saved = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     for state in (saved, inside):
-        assert state.keys() == weights.keys() and all(torch.equal(state[k], v) for k, v in weights.items())
+        assert state.keys() == weights.keys() and all(
+            torch.equal(state[k], v) for k, v in weights.items()
+        )
 
 
 def test_a_users_own_lora_is_saved_as_it_would_be_outside(sd15):
@@ -32,14 +34,21 @@ def test_a_users_own_lora_is_saved_as_it_would_be_outside(sd15):
 
 
 @pytest.mark.parametrize("method", ["full1", "lora1"])
-@pytest.mark.parametrize("offload", [cpu_offload, cpu_offload_with_hook], ids=["sequential", "whole"])
+@pytest.mark.parametrize(
+    "offload", [cpu_offload, cpu_offload_with_hook], ids=["sequential", "whole"]
+)
 @pytest.mark.parametrize("inside", [False, True])
 def test_offloading_before_and_inside(sd15, method, offload, inside):
     if inside and offload is cpu_offload and method == "lora1":
-        pytest.skip("a LoRA renames the layers that accelerate keeps elsewhere: `realign` says to switch on sequential offloading before")
+        pytest.skip(
+            "a LoRA renames the layers that accelerate keeps elsewhere: `realign` says to switch on sequential offloading before"
+        )
     with realign((plain := sd15.copy()).pipe, sd15.anchors[method], 0.5):
         expected = sample(plain.pipe)
-    for name in ("enable_sequential_cpu_offload", "enable_model_cpu_offload"):  # which want a GPU; diffusers calls them around a LoRA
+    for name in (
+        "enable_sequential_cpu_offload",
+        "enable_model_cpu_offload",
+    ):  # which want a GPU; diffusers calls them around a LoRA
         setattr(sd15.pipe, name, lambda: offload(sd15.pipe.unet, "cpu"))
     if not inside:
         offload(sd15.pipe.unet, "cpu")
@@ -55,7 +64,10 @@ def test_offloading_before_and_inside(sd15, method, offload, inside):
     ("method", "how"),
     [
         ("full1", "blocks"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(["full1", "lora1"], ["wrapped", "in place"])),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(["full1", "lora1"], ["wrapped", "in place"])
+        ),
         pytest.param("lora1", "blocks", marks=pytest.mark.slow),
     ],
 )
@@ -81,7 +93,9 @@ def test_compiled_networks_are_realigned(sd15, method, how):
             dial.lam = lam
             torch.testing.assert_close(denoise(sd15.pipe.unet), expected[lam], atol=1e-5, rtol=0)
         dial.lam = 0.5
-        assert sample(sd15.pipe).shape == (2, 4, 8, 8) and len(sd15.pipe.scheduler.timesteps) == STEPS
+        assert (
+            sample(sd15.pipe).shape == (2, 4, 8, 8) and len(sd15.pipe.scheduler.timesteps) == STEPS
+        )
     torch.testing.assert_close(denoise(sd15.pipe.unet), before, atol=1e-6, rtol=0)
     if how == "in place":
         assert unet._compiled_call_impl is not None
@@ -91,7 +105,10 @@ def test_rows_as_one_batch_and_compiled_blocks_are_refused(sd15):
     for block in sd15.pipe.unet.up_blocks:
         block.compile(backend="eager")
     before = fingerprint(sd15.pipe.unet)
-    with pytest.raises(ValueError, match="do not go together"), realign(sd15.pipe, sd15.anchors["lora1"], 0.5, batched=True):
+    with (
+        pytest.raises(ValueError, match="do not go together"),
+        realign(sd15.pipe, sd15.anchors["lora1"], 0.5, batched=True),
+    ):
         pass
     assert fingerprint(sd15.pipe.unet) == before
 
@@ -99,7 +116,10 @@ def test_rows_as_one_batch_and_compiled_blocks_are_refused(sd15):
 def test_moving_inside_takes_the_second_network_along(sd15):
     with realign(sd15.pipe, sd15.anchors["full1"], 0.5):
         sd15.pipe.to(torch.float64)
-        x, text = torch.zeros(1, 4, 8, 8, dtype=torch.float64), torch.zeros(1, 5, 32, dtype=torch.float64)
+        x, text = (
+            torch.zeros(1, 4, 8, 8, dtype=torch.float64),
+            torch.zeros(1, 5, 32, dtype=torch.float64),
+        )
         with torch.no_grad():
             assert sd15.pipe.unet(x, 5, text).sample.dtype == torch.float64
 
@@ -107,7 +127,9 @@ def test_moving_inside_takes_the_second_network_along(sd15):
 def test_moving_inside_takes_a_lora_along(sd15):
     with realign(sd15.pipe, sd15.anchors["lora1"], 1):
         sd15.pipe.to(torch.bfloat16)
-        assert torch.equal(denoise(sd15.pipe.unet), denoise(sd15.stock("lora1").to(torch.bfloat16).unet))
+        assert torch.equal(
+            denoise(sd15.pipe.unet), denoise(sd15.stock("lora1").to(torch.bfloat16).unet)
+        )
 
 
 def test_a_lora_that_is_loaded_inside_is_refused_where_it_would_act_in_one_network_alone(sd15):
@@ -118,7 +140,9 @@ def test_a_lora_that_is_loaded_inside_is_refused_where_it_would_act_in_one_netwo
 
 
 @pytest.mark.parametrize("method", ["full1", "lora1"])
-def test_in_the_middle_of_a_chain_of_summed_weights_the_reference_is_saved_moved_and_given_back(sd15, method):
+def test_in_the_middle_of_a_chain_of_summed_weights_the_reference_is_saved_moved_and_given_back(
+    sd15, method
+):
     """Mode weights leaves the sum in place between a chain's steps; what a step callback saves is the reference all the same."""
     weights, saved = {name: p.clone() for name, p in sd15.pipe.unet.state_dict().items()}, []
 
@@ -129,7 +153,9 @@ def test_in_the_middle_of_a_chain_of_summed_weights_the_reference_is_saved_moved
     with realign(sd15.pipe, sd15.anchors[method], 0.5, mode="weights"):
         expected = sample(sd15.pipe)
         assert torch.equal(sample(sd15.pipe, callback_on_step_end=save), expected)
-        assert len(saved) == STEPS and all(torch.equal(state[name], p) for state in saved for name, p in weights.items())
+        assert len(saved) == STEPS and all(
+            torch.equal(state[name], p) for state in saved for name, p in weights.items()
+        )
 
         def stop(pipe, step, t, values):
             pipe._interrupt = True

@@ -35,8 +35,13 @@ def test_what_was_kept_is_read_and_the_rest_is_not_known(tmp_path):
     errors.flush()
     again = ReferenceErrors(tmp_path, "key")
     found = again.get([(2, 7), (0, 7), (1, 3)])
-    assert torch.equal(found[:, [0, 2]], torch.tensor([[1.5, 9.0], [torch.pi, 8.0]])) and found[:, 1].isnan().all()
-    assert again.covers(np.array([0, 2, 1]), np.array([3, 7, 3])) and not again.covers(np.array([0, 0]), np.array([3, 7]))
+    assert (
+        torch.equal(found[:, [0, 2]], torch.tensor([[1.5, 9.0], [torch.pi, 8.0]]))
+        and found[:, 1].isnan().all()
+    )
+    assert again.covers(np.array([0, 2, 1]), np.array([3, 7, 3])) and not again.covers(
+        np.array([0, 0]), np.array([3, 7])
+    )
     assert ReferenceErrors(tmp_path, "another key").get([(0, 3)]).isnan().all()
 
 
@@ -45,26 +50,38 @@ def test_a_torn_record_and_one_that_is_not_finite_are_none(tmp_path):
     errors.add([(0, 0), (0, 1), (0, 2)], torch.tensor([[1.0, torch.inf, 3.0], [1.0, 2.0, 3.0]]))
     errors.flush()
     whole = errors.file.read_bytes()
-    assert len(whole) == 2 * RECORD.itemsize and ReferenceErrors(tmp_path, "key").covers(np.zeros(2, int), np.array([0, 2]))
-    for torn in (whole[:-1], whole[: RECORD.itemsize] + b"\0" * RECORD.itemsize, whole[:-6] + b"?" + whole[-5:]):
+    assert len(whole) == 2 * RECORD.itemsize and ReferenceErrors(tmp_path, "key").covers(
+        np.zeros(2, int), np.array([0, 2])
+    )
+    for torn in (
+        whole[:-1],
+        whole[: RECORD.itemsize] + b"\0" * RECORD.itemsize,
+        whole[:-6] + b"?" + whole[-5:],
+    ):
         errors.file.write_bytes(torn)
         found = ReferenceErrors(tmp_path, "key").get([(0, 0), (0, 2)])
         assert not found[:, 0].isnan().any() and found[:, 1].isnan().all()
 
 
-@pytest.mark.parametrize("family, method", [("sd15", "full"), ("sdxl", "lora"), ("flux", "lora"), ("sd3", "full")])
+@pytest.mark.parametrize(
+    "family, method", [("sd15", "full"), ("sdxl", "lora"), ("flux", "lora"), ("sd3", "full")]
+)
 def test_losses_are_the_same_bit_for_bit_read_or_evaluated(tmp_path, pairs, family, method):
     _, plain = make(family, method, dropout=0.5)
     _, first = make(family, method, dropout=0.5, errors=ReferenceErrors(tmp_path, family))
     losses = [o.loss(o.network, o.collate(items(pairs, 4, epoch=1)))[0] for o in (plain, first)]
     assert torch.equal(*losses)
     first.errors.flush()
-    _, second = make(family, method, dropout=0.5, errors=ReferenceErrors(tmp_path, family), complete=True)
+    _, second = make(
+        family, method, dropout=0.5, errors=ReferenceErrors(tmp_path, family), complete=True
+    )
     assert second.copy is None and second.frozen.count(None) == 0
     second.reference = None  # whoever asks for it fails
     for objective in (plain, second):
         disturb(objective, method)
-    (loss, terms), (again, read) = (o.loss(o.network, o.collate(items(pairs, 4, epoch=1))) for o in (plain, second))
+    (loss, terms), (again, read) = (
+        o.loss(o.network, o.collate(items(pairs, 4, epoch=1))) for o in (plain, second)
+    )
     assert torch.equal(loss, again) and torch.equal(terms["reference_mse"], read["reference_mse"])
 
 
@@ -81,15 +98,36 @@ def test_a_batch_that_is_half_known_is_evaluated_and_completed(tmp_path, pairs):
 
 
 def test_the_key_tells_all_that_the_numbers_depend_on():
-    whole = {"reference": "w", "encodings": "e", "noising": "n", "seed": 0, "caption_dropout": 0.1, "flip": False, "precision": "no cpu"}
-    changed = {"reference": "x", "encodings": "x", "noising": "x", "seed": 1, "caption_dropout": 0.2, "flip": True, "precision": "bf16 cpu"}
-    keys = {reference_key(**(whole | {name: value})) for name, value in changed.items()} | {reference_key(**whole)}
+    whole = {
+        "reference": "w",
+        "encodings": "e",
+        "noising": "n",
+        "seed": 0,
+        "caption_dropout": 0.1,
+        "flip": False,
+        "precision": "no cpu",
+    }
+    changed = {
+        "reference": "x",
+        "encodings": "x",
+        "noising": "x",
+        "seed": 1,
+        "caption_dropout": 0.2,
+        "flip": True,
+        "precision": "bf16 cpu",
+    }
+    keys = {reference_key(**(whole | {name: value})) for name, value in changed.items()} | {
+        reference_key(**whole)
+    }
     assert len(keys) == 8
 
 
 def metrics(folder):
     kept = ("loss", "margin", "reference_mse", "winner_vs_reference", "grad_norm")
-    return [[json.loads(line)[k] for k in kept] for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    return [
+        [json.loads(line)[k] for k in kept]
+        for line in (folder.parent / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def weights(folder):
@@ -97,9 +135,14 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
-def test_another_beta_ends_with_the_weights_that_it_would_have_without_the_store(config, method, capsys):  # noqa: F811
+def test_another_beta_ends_with_the_weights_that_it_would_have_without_the_store(
+    config, method, capsys
+):  # noqa: F811
     tuned = replace(config, finetune=FinetuneConfig(method=method))
-    plain, first = go(replace(tuned, name="off", dpo=DPOConfig(beta=900.0, reference_errors=False))), go(tuned)
+    plain, first = (
+        go(replace(tuned, name="off", dpo=DPOConfig(beta=900.0, reference_errors=False))),
+        go(tuned),
+    )
     assert "all known" not in capsys.readouterr().out
     second = go(replace(tuned, dpo=DPOConfig(beta=900.0)))
     assert "the reference's errors are all known" in capsys.readouterr().out and first != second

@@ -17,16 +17,31 @@ K = 4
 def corrected(world, method="full1", lam=0.5, seeds=(0,), strength=K, **options):
     """Images (one a seed) of K particles each, and the dial."""
     with realign(world.pipe, world.anchors[method], lam, particles=K) as dial:
-        generators = [torch.Generator().manual_seed(10 * seed + i) for seed in seeds for i in range(K)]
-        settings = {"num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"} | options
-        return world.pipe([f"prompt {s}" for s in seeds], num_images_per_prompt=K, generator=generators, **settings).images, dial
+        generators = [
+            torch.Generator().manual_seed(10 * seed + i) for seed in seeds for i in range(K)
+        ]
+        settings = {
+            "num_inference_steps": 6,
+            "guidance_scale": 1.0,
+            "output_type": "latent",
+        } | options
+        return world.pipe(
+            [f"prompt {s}" for s in seeds],
+            num_images_per_prompt=K,
+            generator=generators,
+            **settings,
+        ).images, dial
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_particles_are_resampled_and_an_image_does_not_depend_on_its_batch(world, sampler):
     world.pipe.scheduler = SCHEDULERS[sampler].from_config(world.pipe.scheduler.config)
     together, dial = corrected(world, seeds=(0, 1, 2))
-    assert together.shape[0] == 3 * K and dial.ess.shape == (3,) and ((dial.ess >= 1) & (dial.ess < K)).all()
+    assert (
+        together.shape[0] == 3 * K
+        and dial.ess.shape == (3,)
+        and ((dial.ess >= 1) & (dial.ess < K)).all()
+    )
     again, _ = corrected(world, seeds=(0, 1, 2))
     assert torch.equal(together, again)
     alone, _ = corrected(world, seeds=(1,))
@@ -39,7 +54,9 @@ def test_particles_are_resampled_and_an_image_does_not_depend_on_its_batch(world
 def test_weights_are_those_of_the_chain(sd15, monkeypatch):
     """log w = -c lam (1-lam) |D|^2 of every step, from both networks' outputs on the chain's own latents."""
     told, seen = [], []
-    monkeypatch.setattr("deradiff.particles.Particles.reweigh", lambda self, log_w: told.append(log_w))
+    monkeypatch.setattr(
+        "deradiff.particles.Particles.reweigh", lambda self, log_w: told.append(log_w)
+    )
     monkeypatch.setattr("deradiff.particles.Particles.resample", lambda self, last=False: None)
     start = torch.randn(K, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -48,7 +65,10 @@ def test_weights_are_those_of_the_chain(sd15, monkeypatch):
         return values
 
     corrected(sd15, lam=0.3, latents=start, callback_on_step_end=watch)
-    anchor, text = sd15.stock("full1").unet, sd15.pipe.encode_prompt(["prompt 0"], "cpu", K, False)[0]
+    anchor, text = (
+        sd15.stock("full1").unet,
+        sd15.pipe.encode_prompt(["prompt 0"], "cpu", K, False)[0],
+    )
     times = sd15.pipe.scheduler.timesteps
     bars = sd15.pipe.scheduler.alphas_cumprod[times].double()
     log_snr = (bars / (1 - bars)).log()
@@ -58,13 +78,20 @@ def test_weights_are_those_of_the_chain(sd15, monkeypatch):
         with torch.no_grad():
             d = anchor(x, t, text).sample - sd15.pipe.unet(x, t, text).sample
         gain = log_snr[i + 1] - log_snr[i] if i < 5 else 1.0
-        torch.testing.assert_close(told[i].float(), (-0.5 * 0.3 * 0.7 * gain * d.square().sum((1, 2, 3))).float(), rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            told[i].float(),
+            (-0.5 * 0.3 * 0.7 * gain * d.square().sum((1, 2, 3))).float(),
+            rtol=1e-3,
+            atol=0,
+        )
 
 
 def test_several_anchors_weigh_by_the_spread_of_their_pulls():
     d1, d2 = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     told = log_weight(0.7, [0.5, 0.3], [d1, d2])
-    expected = -0.7 * (0.5 * d1.square() + 0.3 * d2.square() - (0.5 * d1 + 0.3 * d2).square()).sum((1, 2, 3))
+    expected = -0.7 * (0.5 * d1.square() + 0.3 * d2.square() - (0.5 * d1 + 0.3 * d2).square()).sum(
+        (1, 2, 3)
+    )
     torch.testing.assert_close(told, expected)
 
 
@@ -91,10 +118,15 @@ def test_what_a_multistep_scheduler_remembers_is_resampled_too(sd15, monkeypatch
 
 
 def test_without_weights_an_image_is_one_of_the_plain_pipelines(sd15, monkeypatch):
-    monkeypatch.setattr("deradiff.pipelines.resampling.log_weight", lambda factor, lams, differences: torch.zeros(len(differences[0])))
+    monkeypatch.setattr(
+        "deradiff.pipelines.resampling.log_weight",
+        lambda factor, lams, differences: torch.zeros(len(differences[0])),
+    )
     images, dial = corrected(sd15, seeds=(0, 1))
     with realign(sd15.pipe, sd15.anchors["full1"], 0.5):
-        generators = [torch.Generator().manual_seed(10 * seed + i) for seed in (0, 1) for i in range(K)]
+        generators = [
+            torch.Generator().manual_seed(10 * seed + i) for seed in (0, 1) for i in range(K)
+        ]
         plain = sd15.pipe(
             ["prompt 0", "prompt 1"],
             num_images_per_prompt=K,
@@ -136,7 +168,10 @@ def test_guidance_is_said_to_make_weights_a_heuristic_once(sd15):
 
 
 def test_a_batch_that_is_no_multiple_of_the_particles_is_refused(sd15):
-    with realign(sd15.pipe, sd15.anchors["full1"], 0.5, particles=3), pytest.raises(ValueError, match="give num_images_per_prompt=3"):
+    with (
+        realign(sd15.pipe, sd15.anchors["full1"], 0.5, particles=3),
+        pytest.raises(ValueError, match="give num_images_per_prompt=3"),
+    ):
         sample(sd15.pipe, (0, 1))
 
 

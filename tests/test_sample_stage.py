@@ -36,7 +36,10 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     for family in ("sd15", "sdxl"):
         base, unet = save_tiny(family, folder / f"{family}-base"), tiny_pipeline(family).unet
-        for method, anchor in (("full", perturbed_denoiser(unet, 0.5)), ("lora", tiny_lora(unet, scale=1.0))):
+        for method, anchor in (
+            ("full", perturbed_denoiser(unet, 0.5)),
+            ("lora", tiny_lora(unet, scale=1.0)),
+        ):
             card = AnchorCard(base_model=str(base), family=family, method=method, beta=2000.0)
             save_anchor(folder / f"{family}-{method}/anchor", anchor, card)
     return folder
@@ -59,7 +62,10 @@ def manifest(run_dir):
 
 
 def pixels(run_dir):
-    return {r["image"]: np.asarray(Image.open(run_dir / r["image"])).astype(int) for r in manifest(run_dir)}
+    return {
+        r["image"]: np.asarray(Image.open(run_dir / r["image"])).astype(int)
+        for r in manifest(run_dir)
+    }
 
 
 def difference(one, other):
@@ -70,7 +76,9 @@ def difference(one, other):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler_ancestral"])
 @pytest.mark.parametrize("anchor", ["sd15-full", "sdxl-lora"])
 def test_reference_and_anchor_are_the_stock_pipelines(tiny, config, tmp_path, anchor, sampler):
-    config = replace(config, anchor=str(tiny / anchor / "anchor"), sampler=sampler, prompts=PROMPTS[:1])
+    config = replace(
+        config, anchor=str(tiny / anchor / "anchor"), sampler=sampler, prompts=PROMPTS[:1]
+    )
     run(config, tmp_path / "run")
     config, found = sample.stage.resolve(config)
     images = {}
@@ -81,22 +89,43 @@ def test_reference_and_anchor_are_the_stock_pipelines(tiny, config, tmp_path, an
         elif lam:
             pipe.unet = type(pipe.unet).from_pretrained(found.root, subfolder="unet")
         noise = torch.Generator().manual_seed(generator_seed(prompt_id("a red fox"), 0))
-        images[lam] = np.asarray(pipe("a red fox", num_inference_steps=3, guidance_scale=3.0, generator=[noise]).images[0])
+        images[lam] = np.asarray(
+            pipe("a red fox", num_inference_steps=3, guidance_scale=3.0, generator=[noise]).images[
+                0
+            ]
+        )
         made = pixels(tmp_path / "run")[image_path(lam, prompt_id("a red fox"), 0)]
         assert np.array_equal(made, images[lam]), f"lam {lam}"
     half = pixels(tmp_path / "run")[image_path(0.5, prompt_id("a red fox"), 0)]
-    assert all(abs(half - image).mean() > 1 for image in images.values()) and abs(images[0.0].astype(int) - images[1.0]).mean() > 1
+    assert (
+        all(abs(half - image).mean() > 1 for image in images.values())
+        and abs(images[0.0].astype(int) - images[1.0]).mean() > 1
+    )
 
 
 def test_the_manifest_keeps_its_contract(config, tmp_path):
     run(replace(config, seeds=[0, 7]), tmp_path)
     records = manifest(tmp_path)
     assert len(records) == len({r["image"] for r in records}) == 3 * 2 * 3
-    assert {r["prompt"] for r in records} == set(PROMPTS) and len({r["prompt_id"] for r in records}) == 3
+    assert {r["prompt"] for r in records} == set(PROMPTS) and len(
+        {r["prompt_id"] for r in records}
+    ) == 3
     for r in records:
-        assert r["image"] == f"lam={r['lam']:.2f}/{r['prompt_id']}-s{r['seed']}.png" and Image.open(tmp_path / r["image"]).size == (64, 64)
-        assert r["beta"] == 2000 and r["beta_target"] == {0.0: None, 0.5: 4000.0, 1.0: 2000.0}[r["lam"]]
-        assert (r["mode"], r["sampler"], r["steps"], r["guidance_scale"], r["height"], r["width"]) == (
+        assert r["image"] == f"lam={r['lam']:.2f}/{r['prompt_id']}-s{r['seed']}.png" and Image.open(
+            tmp_path / r["image"]
+        ).size == (64, 64)
+        assert (
+            r["beta"] == 2000
+            and r["beta_target"] == {0.0: None, 0.5: 4000.0, 1.0: 2000.0}[r["lam"]]
+        )
+        assert (
+            r["mode"],
+            r["sampler"],
+            r["steps"],
+            r["guidance_scale"],
+            r["height"],
+            r["width"],
+        ) == (
             "exact",
             "euler_ancestral",
             3,
@@ -104,7 +133,9 @@ def test_the_manifest_keeps_its_contract(config, tmp_path):
             64,
             64,
         )
-        assert r["anchor"] == config.anchor and r["generator_seed"] == generator_seed(r["prompt_id"], r["seed"])
+        assert r["anchor"] == config.anchor and r["generator_seed"] == generator_seed(
+            r["prompt_id"], r["seed"]
+        )
         assert r["path_kl"] == 0 if r["lam"] == 0 else r["path_kl"] > 0
     assert intact(tmp_path) == {r["image"] for r in records}
     by_lam = [sorted(r["path_kl"] for r in records if r["lam"] == lam) for lam in (0.5, 1.0)]
@@ -118,41 +149,78 @@ def test_path_kl_is_null_where_it_was_not_paid_for(config, tmp_path):
     run(replace(config, path_kl=False), tmp_path / "exact")
     assert all((r["path_kl"] is None) == (r["lam"] == 1) for r in manifest(tmp_path / "exact"))
     run(replace(config, path_kl=True, mode="weights"), tmp_path / "weights")
-    assert all(r["path_kl"] > 0 and r["mode"] == "weights" for r in manifest(tmp_path / "weights") if r["lam"])
+    assert all(
+        r["path_kl"] > 0 and r["mode"] == "weights"
+        for r in manifest(tmp_path / "weights")
+        if r["lam"]
+    )
 
 
 def test_an_image_depends_on_prompt_seed_and_lambda_alone(config, tmp_path):
     config = replace(config, seeds=[0, 1])
     run(replace(config, batch_size=6), tmp_path / "together")
-    run(replace(config, batch_size=1, prompts=PROMPTS[::-1], lambdas=[1.0, 0.0, 0.5], seeds=[1, 0]), tmp_path / "alone")
+    run(
+        replace(config, batch_size=1, prompts=PROMPTS[::-1], lambdas=[1.0, 0.0, 0.5], seeds=[1, 0]),
+        tmp_path / "alone",
+    )
     together, alone = pixels(tmp_path / "together"), pixels(tmp_path / "alone")
     assert difference(together, alone) <= 1
     reference = [image for name, image in together.items() if name.startswith("lam=0.00")]
-    assert all(abs(a - b).mean() > 1 for i, a in enumerate(reference) for b in reference[:i]), "other prompts and seeds get other noise"
+    assert all(abs(a - b).mean() > 1 for i, a in enumerate(reference) for b in reference[:i]), (
+        "other prompts and seeds get other noise"
+    )
 
 
 @pytest.mark.slow
 def test_two_ranks_make_the_same_images_as_one_process(tiny, config, tmp_path):
     run(config, tmp_path / "one")
     command = [
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sample", f"anchor={config.anchor}",
-        "lambdas=[0,0.5,1]", "prompts=['a red fox','🦊/../fox','a red fox']", "steps=3", "guidance_scale=3", "tracking=none",
-        f"runs={tmp_path}/runs", "name=two",
-    ]  # fmt: skip
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "sample",
+        f"anchor={config.anchor}",
+        "lambdas=[0,0.5,1]",
+        "prompts=['a red fox','🦊/../fox','a red fox']",
+        "steps=3",
+        "guidance_scale=3",
+        "tracking=none",
+        f"runs={tmp_path}/runs",
+        "name=two",
+    ]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("3 prompts x 1 seeds x 3 lambdas") == 1, "one rank speaks"
-    assert "6 images a process" in done.stdout, "two prompts are the first rank's and one the second's"
+    assert "6 images a process" in done.stdout, (
+        "two prompts are the first rank's and one the second's"
+    )
     assert difference(pixels(tmp_path / "one"), pixels(tmp_path / "runs/sample/two")) <= 1
-    assert [r["image"] for r in manifest(tmp_path / "one")] == [r["image"] for r in manifest(tmp_path / "runs/sample/two")]
+    assert [r["image"] for r in manifest(tmp_path / "one")] == [
+        r["image"] for r in manifest(tmp_path / "runs/sample/two")
+    ]
 
 
 class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_loses_nothing_and_the_same_command_makes_the_rest(config, tmp_path, monkeypatch):
+def test_a_killed_run_loses_nothing_and_the_same_command_makes_the_rest(
+    config, tmp_path, monkeypatch
+):
     run(config, tmp_path / "whole")
     made = []
 
@@ -168,7 +236,9 @@ def test_a_killed_run_loses_nothing_and_the_same_command_makes_the_rest(config, 
         run(config, tmp_path / "killed")
     assert not manifest(tmp_path / "killed") and len(made) == 4
     first = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in made}
-    monkeypatch.setattr("sample.manifest.save_image", lambda *arguments: save_some(*arguments, limit=99))
+    monkeypatch.setattr(
+        "sample.manifest.save_image", lambda *arguments: save_some(*arguments, limit=99)
+    )
     run(config, tmp_path / "killed")
     assert len(made) == 9 and len(set(made)) == 9, "no image is made twice"
     assert {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in first} == first
@@ -179,9 +249,14 @@ def test_what_is_done_is_skipped_what_is_damaged_or_new_is_made(config, tmp_path
     run(config, tmp_path)
     before = (tmp_path / "manifest.jsonl").read_bytes()
     loaded = []
-    monkeypatch.setattr("sample.sampling.load_sampler", lambda *arguments: loaded.append(1) or load_sampler(*arguments))
+    monkeypatch.setattr(
+        "sample.sampling.load_sampler",
+        lambda *arguments: loaded.append(1) or load_sampler(*arguments),
+    )
     run(config, tmp_path)
-    assert not loaded and (tmp_path / "manifest.jsonl").read_bytes() == before, "nothing to do loads no weights"
+    assert not loaded and (tmp_path / "manifest.jsonl").read_bytes() == before, (
+        "nothing to do loads no weights"
+    )
     records = manifest(tmp_path)
     before_pixels = pixels(tmp_path)
     (tmp_path / records[0]["image"]).write_bytes(b"damaged")
@@ -192,10 +267,20 @@ def test_what_is_done_is_skipped_what_is_damaged_or_new_is_made(config, tmp_path
     run(config, tmp_path)
     assert kept.stat().st_mtime_ns == age
     after = manifest(tmp_path)
-    same = [key for key in records[0] if key not in ("seconds", "evaluations", "path_kl", "sha256")]  # a smaller batch rounds otherwise
+    same = [
+        key for key in records[0] if key not in ("seconds", "evaluations", "path_kl", "sha256")
+    ]  # a smaller batch rounds otherwise
     kept = [r for r in after if r["lam"] != 0.25 and r["seed"] == 0]
-    assert difference({name: image for name, image in pixels(tmp_path).items() if name in before_pixels}, before_pixels) <= 1
-    assert [[r[key] for key in same] for r in kept] == [[r[key] for key in same] for r in records] and len(after) == 9 + 3 + 6
+    assert (
+        difference(
+            {name: image for name, image in pixels(tmp_path).items() if name in before_pixels},
+            before_pixels,
+        )
+        <= 1
+    )
+    assert [[r[key] for key in same] for r in kept] == [
+        [r[key] for key in same] for r in records
+    ] and len(after) == 9 + 3 + 6
 
 
 def test_a_line_that_a_kill_cut_short_is_not_read(tmp_path):
@@ -212,7 +297,10 @@ def test_a_line_that_a_kill_cut_short_is_not_read(tmp_path):
 def test_distinct_lambdas_never_share_a_folder():
     lambdas = [0.0, 0.5, 1.0, 0.125, 0.12, 0.1, 0.1 + 1e-12, 1e-5, 10.0, 1 / 3]
     assert len({image_path(lam, "a", 0) for lam in lambdas}) == len(lambdas)
-    assert image_path(0.5, "a", 3) == "lam=0.50/a-s3.png" and image_path(0.125, "a", 0) == "lam=0.125/a-s0.png"
+    assert (
+        image_path(0.5, "a", 3) == "lam=0.50/a-s3.png"
+        and image_path(0.125, "a", 0) == "lam=0.125/a-s0.png"
+    )
 
 
 def test_schedulers_follow_the_hub_file_and_not_the_class_that_wrote_it(tmp_path):
@@ -226,7 +314,7 @@ def test_schedulers_follow_the_hub_file_and_not_the_class_that_wrote_it(tmp_path
         "skip_prk_steps": True,
         "steps_offset": 1,
         "trained_betas": None,
-    }  # fmt: skip  (SD1.5's, which says nothing of timestep_spacing, prediction_type and clip_sample)
+    }  # (SD1.5's, which says nothing of timestep_spacing, prediction_type and clip_sample)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(published))
     base = PNDMScheduler.from_pretrained(tmp_path).config
     euler, ddim, ddpm = (make_scheduler(name, base) for name in ("euler_ancestral", "ddim", "ddpm"))
@@ -234,14 +322,22 @@ def test_schedulers_follow_the_hub_file_and_not_the_class_that_wrote_it(tmp_path
         scheduler.set_timesteps(50)
     digests = {timesteps_digest(scheduler) for scheduler in (euler, ddim, ddpm)}
     assert len(digests) == 2, "DDIM and DDPM step through the same noise levels"
-    assert euler.timesteps[0] == 999 and float(euler.init_noise_sigma) == pytest.approx(14.61, abs=0.01)
+    assert euler.timesteps[0] == 999 and float(euler.init_noise_sigma) == pytest.approx(
+        14.61, abs=0.01
+    )
     assert ddim.timesteps[0] == 981 and ddim.config.set_alpha_to_one is False
     assert ddim.config.clip_sample is False and ddpm.config.clip_sample is False
 
 
 def test_saving_the_same_anchor_again_is_no_other_anchor(tmp_path):
     digests = set()
-    for scale in (1.0, 1.0, 1.0, 1.0, 2.0):  # the order of a safetensors header's metadata is random
+    for scale in (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        2.0,
+    ):  # the order of a safetensors header's metadata is random
         card = AnchorCard(base_model="x", family="sd15", method="lora", beta=2000.0)
         save_anchor(tmp_path / "anchor", tiny_lora(tiny_pipeline("sd15").unet, scale=scale), card)
         digests.add(weights_digest(tmp_path / "anchor"))
@@ -269,9 +365,17 @@ def test_the_tracker_gets_pictures_and_where_they_come_from(config, tmp_path, mo
     monkeypatch.setattr(sample.stage, "tracker", Opened)
     run(config, tmp_path)
     columns, rows = seen["samples"]
-    assert columns == ["prompt", "lam=0", "lam=0.5", "lam=1"] and [row[0] for row in rows] == PROMPTS
-    assert rows[0][2] == tmp_path / image_path(0.5, prompt_id("a red fox"), 0) and all(cell.is_file() for row in rows for cell in row[1:])
+    assert (
+        columns == ["prompt", "lam=0", "lam=0.5", "lam=1"] and [row[0] for row in rows] == PROMPTS
+    )
+    assert rows[0][2] == tmp_path / image_path(0.5, prompt_id("a red fox"), 0) and all(
+        cell.is_file() for row in rows for cell in row[1:]
+    )
     assert seen["grid"] == tmp_path / "grid.png"
     assert seen["model"] == "anchor-sd15-lora", "train's name for it"
-    assert seen["artifact"] == (f"samples-{tmp_path.name}", "samples", tmp_path / "manifest.jsonl"), "eval's name for them"
+    assert seen["artifact"] == (
+        f"samples-{tmp_path.name}",
+        "samples",
+        tmp_path / "manifest.jsonl",
+    ), "eval's name for them"
     assert seen["group"] == slug(seen["base"]), "as train and eval"

@@ -19,7 +19,13 @@ def peaked(at: float, noise: float = 0.05) -> np.ndarray:
 
 
 def chosen(scores=None, budget=None, **more):
-    return choose(peaked(2.0) if scores is None else scores, np.tile(KL, (200, 1)), budget, for_choosing(IDS), **more)
+    return choose(
+        peaked(2.0) if scores is None else scores,
+        np.tile(KL, (200, 1)),
+        budget,
+        for_choosing(IDS),
+        **more,
+    )
 
 
 def test_prompts_are_split_by_their_id_alone():
@@ -85,7 +91,11 @@ def hacked(falls: float, prompts: int = 100, others: int = 3, seed: int = 4):
 
 def test_the_alarm_is_raised_where_one_rises_and_another_falls():
     alarm = reward_hacking(*hacked(-0.4))
-    assert alarm.raised and alarm.fallen == (1, 2, 3) and alarm.rise.value == pytest.approx(0.5, abs=0.2)
+    assert (
+        alarm.raised
+        and alarm.fallen == (1, 2, 3)
+        and alarm.rise.value == pytest.approx(0.5, abs=0.2)
+    )
     assert not reward_hacking(*hacked(0.4)).raised  # all rise
     before, after = hacked(-0.4)
     assert not reward_hacking(after, before).raised  # the optimised one falls
@@ -101,4 +111,6 @@ def test_the_alarm_is_not_raised_by_the_number_of_scorers():
 def test_prompts_that_one_model_lacks_are_left_out():
     before, after = hacked(-0.4)
     after[0, 1] = np.nan
-    assert reward_hacking(before, after).changes[1].value == pytest.approx((after - before)[1:, 1].mean())
+    assert reward_hacking(before, after).changes[1].value == pytest.approx(
+        (after - before)[1:, 1].mean()
+    )

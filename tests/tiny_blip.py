@@ -13,11 +13,27 @@ from torch import Tensor
 
 from tests.tiny_clip import _normalised, gelu
 
-SIDE, PATCH, WIDTH, TEXT, LAYERS, CONTEXT = 32, 8, 128, 64, 2, 35  # heads are 64 wide in both towers: two and one
+SIDE, PATCH, WIDTH, TEXT, LAYERS, CONTEXT = (
+    32,
+    8,
+    128,
+    64,
+    2,
+    35,
+)  # heads are 64 wide in both towers: two and one
 WIDTHS, PLACES = (1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-VOCABULARY = [*SPECIAL, *LETTERS, *(f"##{c}" for c in LETTERS), *"0123456789'&,.", "fox", "red", "##es", "snow"]
+VOCABULARY = [
+    *SPECIAL,
+    *LETTERS,
+    *(f"##{c}" for c in LETTERS),
+    *"0123456789'&,.",
+    "fox",
+    "red",
+    "##es",
+    "snow",
+]
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -30,7 +46,9 @@ def head_state(width: int, generator: torch.Generator, stem: str = "layers.") ->
     """The linear chain, at weights that keep its output of order 1."""
     state = {}
     for place, before, after in zip(PLACES, (width, *WIDTHS), WIDTHS, strict=False):
-        state[f"{stem}{place}.weight"] = torch.randn(after, before, generator=generator) * before**-0.5
+        state[f"{stem}{place}.weight"] = (
+            torch.randn(after, before, generator=generator) * before**-0.5
+        )
         state[f"{stem}{place}.bias"] = torch.randn(after, generator=generator) * 0.1
     return state
 
@@ -55,7 +73,9 @@ def state_dict(seed: int = 0) -> dict[str, Tensor]:
         f"{vision}pos_embed": normal(1, (SIDE // PATCH) ** 2 + 1, WIDTH, std=0.003),
         f"{vision}patch_embed.proj.weight": normal(WIDTH, 3, PATCH, PATCH, std=0.001),
         f"{vision}patch_embed.proj.bias": normal(WIDTH, std=0.001),
-        f"{text}embeddings.word_embeddings.weight": normal(len(VOCABULARY) + 2, TEXT, std=0.003),  # and the [DEC] and [ENC] of BLIP
+        f"{text}embeddings.word_embeddings.weight": normal(
+            len(VOCABULARY) + 2, TEXT, std=0.003
+        ),  # and the [DEC] and [ENC] of BLIP
         f"{text}embeddings.position_embeddings.weight": normal(64, TEXT, std=0.003),
         f"{text}embeddings.position_ids": torch.arange(64)[None],
         "blip.vision_proj.weight": normal(16, WIDTH, std=1),
@@ -71,15 +91,27 @@ def state_dict(seed: int = 0) -> dict[str, Tensor]:
         linears |= {f"{block}mlp.fc1": (200, WIDTH), f"{block}mlp.fc2": (WIDTH, 200)}
         norms |= {f"{block}norm1": WIDTH, f"{block}norm2": WIDTH}
         for kind, seen in (("attention", TEXT), ("crossattention", WIDTH)):
-            linears |= {f"{layer}{kind}.self.query": (TEXT, TEXT), f"{layer}{kind}.self.key": (TEXT, seen)}
-            linears |= {f"{layer}{kind}.self.value": (TEXT, seen), f"{layer}{kind}.output.dense": (TEXT, TEXT)}
+            linears |= {
+                f"{layer}{kind}.self.query": (TEXT, TEXT),
+                f"{layer}{kind}.self.key": (TEXT, seen),
+            }
+            linears |= {
+                f"{layer}{kind}.self.value": (TEXT, seen),
+                f"{layer}{kind}.output.dense": (TEXT, TEXT),
+            }
             norms |= {f"{layer}{kind}.output.LayerNorm": TEXT}
         linears |= {f"{layer}intermediate.dense": (100, TEXT), f"{layer}output.dense": (TEXT, 100)}
         norms |= {f"{layer}output.LayerNorm": TEXT}
     for name, (rows, columns) in linears.items():
-        state[f"{name}.weight"], state[f"{name}.bias"] = normal(rows, columns, std=1.5 * columns**-0.5), normal(rows, std=0.3)
+        state[f"{name}.weight"], state[f"{name}.bias"] = (
+            normal(rows, columns, std=1.5 * columns**-0.5),
+            normal(rows, std=0.3),
+        )
     for name, width in norms.items():
-        state[f"{name}.weight"], state[f"{name}.bias"] = 1 + normal(width, std=0.2), normal(width, std=0.2)
+        state[f"{name}.weight"], state[f"{name}.bias"] = (
+            1 + normal(width, std=0.2),
+            normal(width, std=0.2),
+        )
     return state | head_state(TEXT, generator, "mlp.layers.")
 
 
@@ -91,7 +123,12 @@ class Network:
 
     def norm(self, x: Tensor, name: str, epsilon: float) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt() * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+        return (
+            centred
+            / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+            * self.w[f"{name}.weight"]
+            + self.w[f"{name}.bias"]
+        )
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
@@ -100,19 +137,37 @@ class Network:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(Q, C), (K, C), (K, C) -> (Q, C), in heads of 64."""
         heads = [slice(i, i + 64) for i in range(0, query.shape[1], 64)]
-        return torch.cat([(query[:, h] @ key[:, h].T / 8).softmax(-1) @ value[:, h] for h in heads], dim=1)
+        return torch.cat(
+            [(query[:, h] @ key[:, h].T / 8).softmax(-1) @ value[:, h] for h in heads], dim=1
+        )
 
     def picture(self, pixels: np.ndarray) -> Tensor:
         stem, grid = "blip.visual_encoder.", SIDE // PATCH
-        patches = torch.from_numpy(pixels).reshape(3, grid, PATCH, grid, PATCH).permute(1, 3, 0, 2, 4).reshape(grid * grid, -1)
-        x = patches @ self.w[f"{stem}patch_embed.proj.weight"].flatten(1).T + self.w[f"{stem}patch_embed.proj.bias"]
+        patches = (
+            torch.from_numpy(pixels)
+            .reshape(3, grid, PATCH, grid, PATCH)
+            .permute(1, 3, 0, 2, 4)
+            .reshape(grid * grid, -1)
+        )
+        x = (
+            patches @ self.w[f"{stem}patch_embed.proj.weight"].flatten(1).T
+            + self.w[f"{stem}patch_embed.proj.bias"]
+        )
         x = torch.cat([self.w[f"{stem}cls_token"][0], x]) + self.w[f"{stem}pos_embed"][0]
         for i in range(LAYERS):
             block = f"{stem}blocks.{i}."
             x = x + self.linear(
-                self.attend(*self.linear(self.norm(x, f"{block}norm1", 1e-6), f"{block}attn.qkv").chunk(3, 1)), f"{block}attn.proj"
+                self.attend(
+                    *self.linear(self.norm(x, f"{block}norm1", 1e-6), f"{block}attn.qkv").chunk(
+                        3, 1
+                    )
+                ),
+                f"{block}attn.proj",
             )
-            x = x + self.linear(gelu(self.linear(self.norm(x, f"{block}norm2", 1e-6), f"{block}mlp.fc1")), f"{block}mlp.fc2")
+            x = x + self.linear(
+                gelu(self.linear(self.norm(x, f"{block}norm2", 1e-6), f"{block}mlp.fc1")),
+                f"{block}mlp.fc2",
+            )
         return self.norm(x, f"{stem}norm", 1e-6)
 
     def reward(self, pixels: np.ndarray, tokens: list[int]) -> float:
@@ -127,19 +182,26 @@ class Network:
             for kind in ("attention", "crossattention"):
                 source = x if kind == "attention" else seen
                 query, key, value = (
-                    self.linear(y, f"{layer}{kind}.self.{n}") for y, n in ((x, "query"), (source, "key"), (source, "value"))
+                    self.linear(y, f"{layer}{kind}.self.{n}")
+                    for y, n in ((x, "query"), (source, "key"), (source, "value"))
                 )
                 mixed = self.linear(self.attend(query, key, value), f"{layer}{kind}.output.dense")
                 x = self.norm(mixed + x, f"{layer}{kind}.output.LayerNorm", 1e-12)
-            hidden = self.linear(gelu(self.linear(x, f"{layer}intermediate.dense")), f"{layer}output.dense")
+            hidden = self.linear(
+                gelu(self.linear(x, f"{layer}intermediate.dense")), f"{layer}output.dense"
+            )
             x = self.norm(hidden + x, f"{layer}output.LayerNorm", 1e-12)
-        return (float(chain(self.w, x[0], "mlp.layers.")) - 0.16717362830052426) / 1.0333394966054072
+        return (
+            float(chain(self.w, x[0], "mlp.layers.")) - 0.16717362830052426
+        ) / 1.0333394966054072
 
 
 def tokens(text: str) -> list[int]:
     """WordPiece, the longest piece first, of a lower-case text without accents; 35 tokens with the marks at both ends."""
     ids = []
-    text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c))  # BERT leaves accents out
+    text = "".join(
+        c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c)
+    )  # BERT leaves accents out
     for word in text.replace("'", " ' ").replace("&", " & ").replace(",", " , ").split():
         pieces, rest = [], word
         while rest:
@@ -158,7 +220,14 @@ def centred(image: Image.Image) -> np.ndarray:
     """OpenAI's preparation: (3, SIDE, SIDE), normalised. The crop's offset rounds half to even, as Python and torchvision do."""
     image = image.convert("RGB")
     width, height = image.size
-    size = (SIDE, int(SIDE * height / width)) if width <= height else (int(SIDE * width / height), SIDE)
+    size = (
+        (SIDE, int(SIDE * height / width))
+        if width <= height
+        else (int(SIDE * width / height), SIDE)
+    )
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
-    halves = [math.floor((n - SIDE) / 2) if (n - SIDE) % 4 < 2 else math.ceil((n - SIDE) / 2) for n in pixels.shape[1:]]
+    halves = [
+        math.floor((n - SIDE) / 2) if (n - SIDE) % 4 < 2 else math.ceil((n - SIDE) / 2)
+        for n in pixels.shape[1:]
+    ]
     return _normalised(pixels[:, halves[0] : halves[0] + SIDE, halves[1] : halves[1] + SIDE])

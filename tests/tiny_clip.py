@@ -15,7 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
 
 from tests.tiny_pipelines import tiny_tokenizer
 
@@ -25,8 +31,21 @@ HEADS = {"visual.": 6, "": 4}  # the image tower's head_width is 8, not open_cli
 LAYERS, EMBED, VOCABULARY = 2, 20, 514
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": EMBED,
-    "vision_cfg": {"image_size": SIDE, "layers": LAYERS, "width": 48, "head_width": 8, "patch_size": PATCH, "mlp_ratio": 3.0},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 32, "heads": 4, "layers": LAYERS},
+    "vision_cfg": {
+        "image_size": SIDE,
+        "layers": LAYERS,
+        "width": 48,
+        "head_width": 8,
+        "patch_size": PATCH,
+        "mlp_ratio": 3.0,
+    },
+    "text_cfg": {
+        "context_length": CONTEXT,
+        "vocab_size": VOCABULARY,
+        "width": 32,
+        "heads": 4,
+        "layers": LAYERS,
+    },
 }
 HIDDEN = {"visual.": 144, "": 128}
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -80,32 +99,63 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def huggingface_model(seed: int = 0, activation: str = "gelu", eos_token_id: int = 513) -> CLIPModel:
+def huggingface_model(
+    seed: int = 0, activation: str = "gelu", eos_token_id: int = 513
+) -> CLIPModel:
     """A CLIPModel of the sizes above, its weights drawn afresh so that they are not small."""
     towers = {"num_hidden_layers": LAYERS, "hidden_act": activation}
-    vision = CLIPVisionConfig(hidden_size=48, intermediate_size=144, num_attention_heads=6, image_size=SIDE, patch_size=PATCH, **towers)
+    vision = CLIPVisionConfig(
+        hidden_size=48,
+        intermediate_size=144,
+        num_attention_heads=6,
+        image_size=SIDE,
+        patch_size=PATCH,
+        **towers,
+    )
     text = CLIPTextConfig(
-        hidden_size=32, intermediate_size=128, num_attention_heads=4, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT,
-        bos_token_id=512, eos_token_id=eos_token_id, pad_token_id=513, **towers,
-    )  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBED))
+        hidden_size=32,
+        intermediate_size=128,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=512,
+        eos_token_id=eos_token_id,
+        pad_token_id=513,
+        **towers,
+    )
+    model = CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBED)
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim:
-                scale = 1.0 if "embedding" in name else 1.5 * weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.2
-                weight.copy_(scale * torch.randn(weight.shape, generator=generator) + ("norm" in name and name.endswith("weight")))
+                scale = (
+                    1.0
+                    if "embedding" in name
+                    else 1.5 * weight[0].numel() ** -0.5
+                    if weight.ndim > 1
+                    else 0.2
+                )
+                weight.copy_(
+                    scale * torch.randn(weight.shape, generator=generator)
+                    + ("norm" in name and name.endswith("weight"))
+                )
         model.logit_scale.fill_(3.4)
     return model
 
 
-def write_huggingface(folder: Path, model: CLIPModel, tokenizer: bool = True, processor: bool = True) -> Path:
+def write_huggingface(
+    folder: Path, model: CLIPModel, tokenizer: bool = True, processor: bool = True
+) -> Path:
     """A CLIPModel folder, as transformers saves it, with or without its tokenizer and image processor."""
     model.save_pretrained(folder)
     if tokenizer:
         write_tokenizer(folder)
     if processor:
-        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+        CLIPImageProcessorPil(
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+        ).save_pretrained(folder)
     return folder
 
 
@@ -129,7 +179,9 @@ def under_open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
         for tower, theirs in (("visual.", "vision_model"), ("", "text_model")):
             for i in range(LAYERS):
                 block, layer = f"{tower}transformer.resblocks.{i}.", f"{theirs}.encoder.layers.{i}."
-                state[f"{block}attn.in_proj_{kind}"] = torch.cat([held[f"{layer}self_attn.{x}_proj.{kind}"] for x in "qkv"])
+                state[f"{block}attn.in_proj_{kind}"] = torch.cat(
+                    [held[f"{layer}self_attn.{x}_proj.{kind}"] for x in "qkv"]
+                )
                 state[f"{block}attn.out_proj.{kind}"] = held[f"{layer}self_attn.out_proj.{kind}"]
                 state[f"{block}mlp.c_fc.{kind}"] = held[f"{layer}mlp.fc1.{kind}"]
                 state[f"{block}mlp.c_proj.{kind}"] = held[f"{layer}mlp.fc2.{kind}"]
@@ -158,14 +210,23 @@ class Network:
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+        return (
+            centred
+            / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            * self.w[f"{name}.weight"]
+            + self.w[f"{name}.bias"]
+        )
 
     def linear(self, x: Tensor, weight: str, bias: str) -> Tensor:
         return x @ self.w[weight].T + self.w[bias]
 
     def attention(self, x: Tensor, name: str, heads: int, causal: bool) -> Tensor:
         length, width = x.shape
-        query, key, value = self.linear(x, f"{name}in_proj_weight", f"{name}in_proj_bias").reshape(length, 3, heads, -1).permute(1, 2, 0, 3)
+        query, key, value = (
+            self.linear(x, f"{name}in_proj_weight", f"{name}in_proj_bias")
+            .reshape(length, 3, heads, -1)
+            .permute(1, 2, 0, 3)
+        )
         logits = query @ key.mT / math.sqrt(width / heads)
         if causal:
             logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
@@ -175,23 +236,47 @@ class Network:
     def transformer(self, x: Tensor, tower: str, causal: bool) -> Tensor:
         for i in range(LAYERS):
             block = f"{tower}transformer.resblocks.{i}."
-            x = x + self.attention(self.norm(x, f"{block}ln_1"), f"{block}attn.", HEADS[tower], causal)
-            hidden = self.activation(self.linear(self.norm(x, f"{block}ln_2"), f"{block}mlp.c_fc.weight", f"{block}mlp.c_fc.bias"))
+            x = x + self.attention(
+                self.norm(x, f"{block}ln_1"), f"{block}attn.", HEADS[tower], causal
+            )
+            hidden = self.activation(
+                self.linear(
+                    self.norm(x, f"{block}ln_2"), f"{block}mlp.c_fc.weight", f"{block}mlp.c_fc.bias"
+                )
+            )
             x = x + self.linear(hidden, f"{block}mlp.c_proj.weight", f"{block}mlp.c_proj.bias")
         return x
 
     def image(self, pixels: np.ndarray) -> Tensor:
         """Embedding of (3, SIDE, SIDE) normalised pixels."""
         patches = (
-            torch.from_numpy(pixels).reshape(3, SIDE // PATCH, PATCH, SIDE // PATCH, PATCH).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+            torch.from_numpy(pixels)
+            .reshape(3, SIDE // PATCH, PATCH, SIDE // PATCH, PATCH)
+            .permute(1, 3, 0, 2, 4)
+            .flatten(2)
+            .flatten(0, 1)
         )
-        embedded = torch.cat([self.w["visual.class_embedding"][None], patches @ self.w["visual.conv1.weight"].flatten(1).T])
-        x = self.transformer(self.norm(embedded + self.w["visual.positional_embedding"], "visual.ln_pre"), "visual.", causal=False)
+        embedded = torch.cat(
+            [
+                self.w["visual.class_embedding"][None],
+                patches @ self.w["visual.conv1.weight"].flatten(1).T,
+            ]
+        )
+        x = self.transformer(
+            self.norm(embedded + self.w["visual.positional_embedding"], "visual.ln_pre"),
+            "visual.",
+            causal=False,
+        )
         return self.norm(x[0], "visual.ln_post") @ self.w["visual.proj"]
 
     def text(self, tokens: list[int]) -> Tensor:
         """Embedding of a text that ends with its end marker; with causal attention what would follow does not matter."""
-        x = self.transformer(self.w["token_embedding.weight"][tokens] + self.w["positional_embedding"][: len(tokens)], "", causal=True)
+        x = self.transformer(
+            self.w["token_embedding.weight"][tokens]
+            + self.w["positional_embedding"][: len(tokens)],
+            "",
+            causal=True,
+        )
         return self.norm(x[-1], "ln_final") @ self.w["text_projection"]
 
     def cosine(self, pixels: np.ndarray, tokens: list[int]) -> float:
@@ -205,10 +290,17 @@ class Network:
 def tokens(text: str) -> list[int]:
     """The byte tokens of a cleaned, lower-case text, cut to the context as open_clip cuts: the last one is the end marker."""
     vocabulary = tiny_tokenizer().get_vocab()
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's alphabet: these bytes stand for themselves
+    printable = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # GPT-2's alphabet: these bytes stand for themselves
     ids = [vocabulary["<|startoftext|>"]]
     for word in re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", text):
-        symbols = [chr(b) if b in printable else chr(256 + sum(c not in printable for c in range(b))) for b in word.encode()]
+        symbols = [
+            chr(b) if b in printable else chr(256 + sum(c not in printable for c in range(b)))
+            for b in word.encode()
+        ]
         ids += [vocabulary[s] for s in symbols[:-1]] + [vocabulary[symbols[-1] + "</w>"]]
     return [*ids[: CONTEXT - 1], vocabulary["<|endoftext|>"]]
 
@@ -231,10 +323,15 @@ def letterboxed(image: Image.Image) -> np.ndarray:
     """HPSv2's preparation: (3, SIDE, SIDE), normalised."""
     pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1) / 255
     _, height, width = pixels.shape
-    height, width = round(height * SIDE / max(height, width)), round(width * SIDE / max(height, width))
+    height, width = (
+        round(height * SIDE / max(height, width)),
+        round(width * SIDE / max(height, width)),
+    )
     box = np.zeros((3, SIDE, SIDE))
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
-    box[:, top : top + height, left : left + width] = _bicubic(pixels.shape[1], height) @ pixels @ _bicubic(pixels.shape[2], width).T
+    box[:, top : top + height, left : left + width] = (
+        _bicubic(pixels.shape[1], height) @ pixels @ _bicubic(pixels.shape[2], width).T
+    )
     return _normalised(box)
 
 
@@ -242,7 +339,11 @@ def cropped(image: Image.Image) -> np.ndarray:
     """CLIP's preparation: (3, SIDE, SIDE), normalised. Pillow resizes bytes, so it is Pillow here too."""
     image = image.convert("RGB")
     width, height = image.size
-    width, height = (SIDE, height * SIDE // width) if width < height else (width * SIDE // height, SIDE)
-    resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+    width, height = (
+        (SIDE, height * SIDE // width) if width < height else (width * SIDE // height, SIDE)
+    )
+    resized = (
+        np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+    )
     top, left = (height - SIDE) // 2, (width - SIDE) // 2
     return _normalised(resized[:, top : top + SIDE, left : left + SIDE])

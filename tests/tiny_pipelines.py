@@ -38,16 +38,22 @@ from deradiff.families import FAMILIES, family_of
 WIDTH = 32  # of a text encoder
 SIDE = 8  # of the latents; images are 64 px, as the autoencoder shrinks by 8 like the real ones
 KINDS = {  # what a family's name is followed by: the same components in another order, and a ControlNet where one is named
-    "text2img": "", "img2img": "Img2Img", "inpaint": "Inpaint",
-    "controlnet": "ControlNet", "controlnet_img2img": "ControlNetImg2Img", "controlnet_inpaint": "ControlNetInpaint",
-}  # fmt: skip
+    "text2img": "",
+    "img2img": "Img2Img",
+    "inpaint": "Inpaint",
+    "controlnet": "ControlNet",
+    "controlnet_img2img": "ControlNetImg2Img",
+    "controlnet_inpaint": "ControlNetInpaint",
+}
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
     """CLIP's own tokenizer over single bytes: 256 symbols, the same as ends of words, and the two markers; no merges."""
     alphabet = sorted(ByteLevel.alphabet())
     symbols = [*alphabet, *(s + "</w>" for s in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], model_max_length=77)
+    return CLIPTokenizer(
+        vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], model_max_length=77
+    )
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:
@@ -60,46 +66,88 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
 def tiny_text_encoder(projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
     """A CLIP text tower of two layers; `projection`: with the pooled, projected output of SDXL's second encoder, and both of SD3's."""
     config = CLIPTextConfig(
-        vocab_size=514, hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=77, bos_token_id=512, eos_token_id=513, pad_token_id=513,
-    )  # fmt: skip
+        vocab_size=514,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def tiny_t5() -> T5EncoderModel:
     """A T5 encoder of one layer, as wide as two CLIP towers together: SD3 sets their tokens side by side."""
-    config = T5Config(vocab_size=128, d_model=2 * WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=128,
+        d_model=2 * WIDTH,
+        d_kv=16,
+        d_ff=WIDTH,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
     return T5EncoderModel(config).eval()
 
 
 def tiny_unet(family: str, **overrides: Any) -> UNet2DConditionModel:
     """A UNet of 0.1 M parameters with the conditioning of its family."""
     config: dict[str, Any] = {
-        "sample_size": SIDE, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "sample_size": SIDE,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": WIDTH,
-    }  # fmt: skip
+    }
     if family == "sdxl":
         config |= {
-            "cross_attention_dim": 2 * WIDTH, "use_linear_projection": True, "transformer_layers_per_block": (1, 2),
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
-        }  # fmt: skip
+            "cross_attention_dim": 2 * WIDTH,
+            "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        }
     return UNet2DConditionModel(**(config | overrides)).eval()
 
 
-def tiny_transformer(family: str, **overrides: Any) -> SD3Transformer2DModel | FluxTransformer2DModel:
+def tiny_transformer(
+    family: str, **overrides: Any
+) -> SD3Transformer2DModel | FluxTransformer2DModel:
     """A transformer of two blocks with the conditioning of its family: SD3.5 medium's dual attention, FLUX.1-dev's distilled guidance."""
-    shared = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 2 * WIDTH}
+    shared = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 2 * WIDTH,
+    }
     if family == "sd3":
         config = shared | {
-            "sample_size": SIDE, "in_channels": 16, "out_channels": 16, "pooled_projection_dim": 2 * WIDTH, "caption_projection_dim": 32,
-            "pos_embed_max_size": 2 * SIDE, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
-        }  # fmt: skip
+            "sample_size": SIDE,
+            "in_channels": 16,
+            "out_channels": 16,
+            "pooled_projection_dim": 2 * WIDTH,
+            "caption_projection_dim": 32,
+            "pos_embed_max_size": 2 * SIDE,
+            "dual_attention_layers": (0,),
+            "qk_norm": "rms_norm",
+        }
         return SD3Transformer2DModel(**(config | overrides)).eval()
     config = shared | {
-        "num_layers": 1, "num_single_layers": 1, "in_channels": 64, "pooled_projection_dim": WIDTH, "guidance_embeds": True,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "in_channels": 64,
+        "pooled_projection_dim": WIDTH,
+        "guidance_embeds": True,
         "axes_dims_rope": (4, 6, 6),
-    }  # fmt: skip
+    }
     return FluxTransformer2DModel(**(config | overrides)).eval()
 
 
@@ -114,14 +162,28 @@ def tiny_pipeline(family: str, seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         flow = FAMILIES[family].flow
-        parts = {"vae": _vae(flow), FAMILIES[family].denoiser: tiny_denoiser(family), "scheduler": _scheduler(family)}
-        parts |= {"text_encoder": tiny_text_encoder(projection=family == "sd3"), "tokenizer": tiny_tokenizer()}
+        parts = {
+            "vae": _vae(flow),
+            FAMILIES[family].denoiser: tiny_denoiser(family),
+            "scheduler": _scheduler(family),
+        }
+        parts |= {
+            "text_encoder": tiny_text_encoder(projection=family == "sd3"),
+            "tokenizer": tiny_tokenizer(),
+        }
         if family in ("sdxl", "sd3"):
-            parts |= {"text_encoder_2": tiny_text_encoder(projection=True), "tokenizer_2": tiny_tokenizer()}
+            parts |= {
+                "text_encoder_2": tiny_text_encoder(projection=True),
+                "tokenizer_2": tiny_tokenizer(),
+            }
         if flow:
             place = 3 if family == "sd3" else 2
             parts |= {f"text_encoder_{place}": tiny_t5(), f"tokenizer_{place}": tiny_t5_tokenizer()}
-        plain = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        plain = {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
         options = {"sd15": plain, "sdxl": {"add_watermarker": False}}
         pipe = getattr(diffusers, FAMILIES[family].pipeline)(**parts, **options.get(family, {}))
     pipe.set_progress_bar_config(disable=True)
@@ -138,16 +200,25 @@ def _vae(flow: bool) -> AutoencoderKL:
         "use_post_quant_conv": False,
     }
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=8 * SIDE, **(latents if flow else {"latent_channels": 4}),
-    ).eval()  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        sample_size=8 * SIDE,
+        **(latents if flow else {"latent_channels": 4}),
+    ).eval()
 
 
 def _scheduler(family: str) -> Any:
     if FAMILIES[family].flow:
         return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=family == "flux")
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
@@ -158,10 +229,20 @@ def tiny_controlnet(family: str, denoiser: Any, seed: int = 2, inpaint: bool = F
         if not FAMILIES[family].flow:
             net = ControlNetModel.from_unet(denoiser, conditioning_channels=3)
         elif family == "sd3":
-            config = {k: v for k, v in denoiser.config.items() if not k.startswith("_")} | {"num_layers": 1}
-            net = SD3ControlNetModel(**config, force_zeros_for_pooled_projection=False, extra_conditioning_channels=int(inpaint))
+            config = {k: v for k, v in denoiser.config.items() if not k.startswith("_")} | {
+                "num_layers": 1
+            }
+            net = SD3ControlNetModel(
+                **config,
+                force_zeros_for_pooled_projection=False,
+                extra_conditioning_channels=int(inpaint),
+            )
         else:
-            config = {k: v for k, v in denoiser.config.items() if not k.startswith("_") and k != "out_channels"}
+            config = {
+                k: v
+                for k, v in denoiser.config.items()
+                if not k.startswith("_") and k != "out_channels"
+            }
             net = FluxControlNetModel(**config)
         for parameter in net.parameters():
             if not parameter.any():
@@ -175,12 +256,22 @@ def tiny_variant(pipe: Any, kind: str, controlnet: Any = None) -> Any:
     family = family_of(pipe)
     if kind == "text2img":
         return pipe
-    name = family.pipeline.replace("Pipeline", f"{KINDS[kind]}Pipeline").replace("3ControlNetInpaintP", "3ControlNetInpaintingP")
+    name = family.pipeline.replace("Pipeline", f"{KINDS[kind]}Pipeline").replace(
+        "3ControlNetInpaintP", "3ControlNetInpaintingP"
+    )
     parts = {**pipe.components, "requires_safety_checker": False, "add_watermarker": False}
     if "controlnet" in kind:
-        parts["controlnet"] = controlnet or tiny_controlnet(family.name, getattr(pipe, family.denoiser), inpaint="inpaint" in kind)
+        parts["controlnet"] = controlnet or tiny_controlnet(
+            family.name, getattr(pipe, family.denoiser), inpaint="inpaint" in kind
+        )
     made = getattr(diffusers, name)
-    variant = made(**{name: parts[name] for name in inspect.signature(made.__init__).parameters if name in parts})
+    variant = made(
+        **{
+            name: parts[name]
+            for name in inspect.signature(made.__init__).parameters
+            if name in parts
+        }
+    )
     variant.set_progress_bar_config(disable=True)
     return variant
 
@@ -201,11 +292,20 @@ def perturbed_denoiser(denoiser: Any, scale: float = 0.1, seed: int = 1) -> Any:
     return anchor
 
 
-def tiny_lora(denoiser: Any, rank: int = 4, alpha: float = 8, seed: int = 1, scale: float = 0.1, **config: Any) -> Any:
+def tiny_lora(
+    denoiser: Any, rank: int = 4, alpha: float = 8, seed: int = 1, scale: float = 0.1, **config: Any
+) -> Any:
     """A LoRA anchor: a copy with a peft adapter "default" whose B, zero in peft's own initialisation, is drawn at random."""
     anchor, generator = copy.deepcopy(denoiser), torch.Generator().manual_seed(seed)
-    targets = list(next(f for f in FAMILIES.values() if f.denoiser_class == type(denoiser).__name__).lora_targets)
-    anchor.add_adapter(LoraConfig(**({"r": rank, "lora_alpha": alpha, "target_modules": targets} | config)), adapter_name="default")
+    targets = list(
+        next(
+            f for f in FAMILIES.values() if f.denoiser_class == type(denoiser).__name__
+        ).lora_targets
+    )
+    anchor.add_adapter(
+        LoraConfig(**({"r": rank, "lora_alpha": alpha, "target_modules": targets} | config)),
+        adapter_name="default",
+    )
     with torch.no_grad():
         for name, parameter in anchor.named_parameters():
             if "lora_" in name and "magnitude" not in name:

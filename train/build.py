@@ -33,7 +33,9 @@ def check(config: TrainConfig, run_dir: Path) -> Family | None:
     if config.hub.push_to:
         check_push(config.hub.push_to)
     if config.model.clip and not (Path(locate(config.model.clip)) / "config.json").is_file():
-        raise ValueError(f"model.clip={config.model.clip} is no model folder: it has no config.json")
+        raise ValueError(
+            f"model.clip={config.model.clip} is no model folder: it has no config.json"
+        )
     if config.model.vae:
         check_autoencoder(config.model.vae)
     if config.data.source in ("scored_pairs", "sampled_pairs"):
@@ -52,7 +54,9 @@ def _check_writable(run_dir: Path) -> None:
     """No folder is made for a run that will be refused: the nearest one that exists answers."""
     there = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{run_dir} cannot be written, because of {there}: give runs=<a folder of yours>")
+        raise ValueError(
+            f"{run_dir} cannot be written, because of {there}: give runs=<a folder of yours>"
+        )
 
 
 def lora_targets(config: TrainConfig, family: Family) -> tuple[str, ...]:
@@ -64,15 +68,25 @@ def _check_targets(config: TrainConfig, family: Family) -> None:
     import diffusers
 
     kind = getattr(diffusers, family.denoiser_class)
-    described = kind.load_config(locate(str(config.model.base)), subfolder=family.denoiser, revision=config.model.revision)
-    layers = [name for name, module in meta_denoiser(described).named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    described = kind.load_config(
+        locate(str(config.model.base)), subfolder=family.denoiser, revision=config.model.revision
+    )
+    layers = [
+        name
+        for name, module in meta_denoiser(described).named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    ]
     for target in lora_targets(config, family):
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             known = ", ".join(family.lora_targets)
-            raise ValueError(f"finetune.targets: {target} matches no layer of {config.model.base}; those of the family are {known}")
+            raise ValueError(
+                f"finetune.targets: {target} matches no layer of {config.model.base}; those of the family are {known}"
+            )
 
 
-def make_objective(config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None) -> Objective:
+def make_objective(
+    config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None
+) -> Objective:
     """The networks of the run, ready to train."""
     from deradiff import tiny
     from deradiff.objectives.autoencoder import Autoencoder
@@ -91,15 +105,27 @@ def make_objective(config: TrainConfig, data: CaptionedImages, accelerator: Acce
     return _diffusion(config, data, accelerator, card)
 
 
-def _diffusion(config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None) -> Objective:
+def _diffusion(
+    config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None
+) -> Objective:
     from deradiff.objectives.diffusion import DPO, Pretrain
 
     full = config.finetune.method == "full"
     cache = None
     if config.data.cache:
-        cache = Cache(Path(config.runs) / "cache", encoders_of(config), data, config.model.resolution, config.data.flip)
-        with torch.random.fork_rng(devices=[]):  # what is trained begins the same, whether there was something to encode or not
-            cache.build(partial(encoding_pipeline, config, accelerator.device), accelerator.is_main_process)
+        cache = Cache(
+            Path(config.runs) / "cache",
+            encoders_of(config),
+            data,
+            config.model.resolution,
+            config.data.flip,
+        )
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # what is trained begins the same, whether there was something to encode or not
+            cache.build(
+                partial(encoding_pipeline, config, accelerator.device), accelerator.is_main_process
+            )
         accelerator.wait_for_everyone()
     pipe = base_pipeline(config, encoders=cache is None)
     network = getattr(pipe, family_of(pipe).denoiser).requires_grad_(full)
@@ -110,13 +136,22 @@ def _diffusion(config: TrainConfig, data: CaptionedImages, accelerator: Accelera
     if config.model.compile:
         network.compile_repeated_blocks()
     if config.objective == "pretrain":
-        return Pretrain(pipe, config.model.resolution, cache, config.data.caption_dropout, config.data.flip)
+        return Pretrain(
+            pipe, config.model.resolution, cache, config.data.caption_dropout, config.data.flip
+        )
     assert card is not None
     errors, complete = reference_errors(config, pipe, data, cache, accelerator)
     return DPO(
-        pipe, config.model.resolution, cache, config.data.caption_dropout, config.data.flip,
-        beta=config.dpo.beta, card=card, errors=errors, complete=complete,
-    )  # fmt: skip
+        pipe,
+        config.model.resolution,
+        cache,
+        config.data.caption_dropout,
+        config.data.flip,
+        beta=config.dpo.beta,
+        card=card,
+        errors=errors,
+        complete=complete,
+    )
 
 
 def add_lora(network: Any, config: TrainConfig, family: Family) -> None:
@@ -124,7 +159,12 @@ def add_lora(network: Any, config: TrainConfig, family: Family) -> None:
     from peft import LoraConfig
 
     tune = config.finetune
-    lora = LoraConfig(r=tune.rank, lora_alpha=tune.alpha, target_modules=list(lora_targets(config, family)), init_lora_weights="gaussian")
+    lora = LoraConfig(
+        r=tune.rank,
+        lora_alpha=tune.alpha,
+        target_modules=list(lora_targets(config, family)),
+        init_lora_weights="gaussian",
+    )
     network.add_adapter(lora)
     for parameter in network.parameters():
         if parameter.requires_grad:

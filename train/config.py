@@ -8,10 +8,19 @@ from configs.checks import choice, not_negative, positive
 from configs.tracking import TrackingConfig
 from train.data_config import SOURCES, DataConfig
 
-OPTIMIZERS = ("adamw", "adafactor", "adamw8bit_torchao", "adamw8bit_bitsandbytes")  # deradiff.training.optimizers'
+OPTIMIZERS = (
+    "adamw",
+    "adafactor",
+    "adamw8bit_torchao",
+    "adamw8bit_bitsandbytes",
+)  # deradiff.training.optimizers'
 OBJECTIVES = {  # objective: does it learn from pairs?
-    "dpo": True, "pretrain": False, "contrastive": False, "preference": True, "autoencoder": False,
-}  # fmt: skip
+    "dpo": True,
+    "pretrain": False,
+    "contrastive": False,
+    "preference": True,
+    "autoencoder": False,
+}
 
 
 @dataclass
@@ -37,7 +46,9 @@ class ModelConfig:
         if self.resolution <= 0 or self.resolution % 8:
             raise ValueError(f"model.resolution must be a multiple of 8, not {self.resolution}")
         if not self.channels or any(c <= 0 or c % 8 for c in self.channels):
-            raise ValueError(f"model.channels must be multiples of 8, a level each, not {self.channels}")
+            raise ValueError(
+                f"model.channels must be multiples of 8, a level each, not {self.channels}"
+            )
 
 
 @dataclass
@@ -120,7 +131,9 @@ class PanelConfig:
         not_negative("panel.every", self.every)
         positive("panel.steps", self.steps)
         if not self.lambdas:
-            raise ValueError("panel.lambdas is empty: give at least one, as in panel.lambdas=[0,1,2]")
+            raise ValueError(
+                "panel.lambdas is empty: give at least one, as in panel.lambdas=[0,1,2]"
+            )
 
 
 @dataclass
@@ -166,17 +179,25 @@ class TrainConfig:
         not_negative("seed", self.seed)
         not_negative("keep_best", self.keep_best)
         if self.hub.push_to and self.objective != "dpo":
-            raise ValueError(f"hub.push_to uploads anchors, and objective={self.objective} makes none: leave it out")
+            raise ValueError(
+                f"hub.push_to uploads anchors, and objective={self.objective} makes none: leave it out"
+            )
         pairs, given = OBJECTIVES[self.objective], SOURCES[self.data.source]
         if given is not None and pairs != given:
             wanted = "pairs" if pairs else "captioned images"
-            raise ValueError(f"objective={self.objective} learns from {wanted}, which data.source={self.data.source} does not give")
+            raise ValueError(
+                f"objective={self.objective} learns from {wanted}, which data.source={self.data.source} does not give"
+            )
         if self.objective == "dpo" and not self.model.base:
             raise ValueError(
                 "objective=dpo needs a base model; give model=sd15, model=sdxl, model=shapes or model.base=<pipeline folder or hub id>"
             )
-        if self.objective == "pretrain" and not (self.model.base or (self.model.clip and self.model.vae)):
-            raise ValueError("objective=pretrain needs model.base, or both model.clip and model.vae to start a new model from")
+        if self.objective == "pretrain" and not (
+            self.model.base or (self.model.clip and self.model.vae)
+        ):
+            raise ValueError(
+                "objective=pretrain needs model.base, or both model.clip and model.vae to start a new model from"
+            )
         if self.objective == "pretrain" and self.finetune.method != "full":
             raise ValueError("objective=pretrain trains the whole network: add finetune=full")
         if self.objective == "preference" and not self.model.clip:

@@ -17,11 +17,20 @@ def make_data(config: TrainConfig, accelerator: Accelerator) -> CaptionedImages:
     reader = Pairs if OBJECTIVES[config.objective] else CaptionedImages
     if data.source == "table":
         with accelerator.main_process_first():  # it downloads, and the others read what it did
-            rows = reader(str(data.path), data.split, data.revision, data.limit, streaming=data.streaming, max_broken=data.max_broken)
+            rows = reader(
+                str(data.path),
+                data.split,
+                data.revision,
+                data.limit,
+                streaming=data.streaming,
+                max_broken=data.max_broken,
+            )
     else:
         path = str(made(config, accelerator))
         with accelerator.main_process_first():
-            rows = reader(path, limit=data.limit, streaming=data.streaming, max_broken=data.max_broken)
+            rows = reader(
+                path, limit=data.limit, streaming=data.streaming, max_broken=data.max_broken
+            )
     accelerator.print(f"train: {counted(rows)}")
     check_disk(config, rows)
     return rows

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from configs.checks import choice, not_negative, positive
 
 SOURCES = {  # source: does it give pairs? None: the table's own columns decide
-    "table": None, "shapes_images": False, "shapes_pairs": True, "scored_pairs": True, "sampled_pairs": True,
-}  # fmt: skip
+    "table": None,
+    "shapes_images": False,
+    "shapes_pairs": True,
+    "scored_pairs": True,
+    "sampled_pairs": True,
+}
 
 
 @dataclass
@@ -58,9 +62,13 @@ class DataConfig:
             )
         if self.source == "sampled_pairs":
             if not self.prompts:
-                raise ValueError("data.prompts is missing; give a file of prompts, or a set that python -m sample knows")
+                raise ValueError(
+                    "data.prompts is missing; give a file of prompts, or a set that python -m sample knows"
+                )
         elif not self.source.startswith("shapes") and not self.path:
-            raise ValueError("data.path is missing; give a parquet file, a folder of captioned images, or a hub data set such as org/name")
+            raise ValueError(
+                "data.path is missing; give a parquet file, a folder of captioned images, or a hub data set such as org/name"
+            )
         for key in ("caption_dropout", "max_broken"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"data.{key} must lie in [0, 1], not {getattr(self, key)}")

@@ -11,7 +11,12 @@ from deradiff.families import Family, checkpoint_family
 from deradiff.runs import locate
 from train.config import TrainConfig
 
-TOKENS = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "flux": 512}  # of a prompt, as diffusers' pipelines encode it
+TOKENS = {
+    "sd15": 77,
+    "sdxl": 77,
+    "sd3": 77 + 256,
+    "flux": 512,
+}  # of a prompt, as diffusers' pipelines encode it
 
 
 def in_units(count: float) -> str:
@@ -24,7 +29,11 @@ def in_units(count: float) -> str:
 
 
 def is_cached(config: TrainConfig) -> bool:
-    return config.data.cache and config.objective in ("dpo", "pretrain") and config.model.base is not None
+    return (
+        config.data.cache
+        and config.objective in ("dpo", "pretrain")
+        and config.model.base is not None
+    )
 
 
 def described(config: TrainConfig) -> tuple[Family, dict[str, Any], int]:
@@ -33,7 +42,11 @@ def described(config: TrainConfig) -> tuple[Family, dict[str, Any], int]:
 
     base, revision = locate(str(config.model.base)), config.model.revision
     family = checkpoint_family(str(config.model.base), revision)
-    denoiser = dict(getattr(diffusers, family.denoiser_class).load_config(base, subfolder=family.denoiser, revision=revision))
+    denoiser = dict(
+        getattr(diffusers, family.denoiser_class).load_config(
+            base, subfolder=family.denoiser, revision=revision
+        )
+    )
     vae = (
         diffusers.AutoencoderKL.load_config(locate(config.model.vae))
         if config.model.vae
@@ -49,10 +62,17 @@ def cache_need(config: TrainConfig, rows: CaptionedImages) -> tuple[float, float
 
     family, denoiser, side = described(config)
     pictures = len(rows) * (2 if isinstance(rows, Pairs) else 1) * (2 if config.data.flip else 1)
-    half = cache_bytes(denoiser, side, side, pictures, len({*rows.captions, ""}), TOKENS[family.name])
+    half = cache_bytes(
+        denoiser, side, side, pictures, len({*rows.captions, ""}), TOKENS[family.name]
+    )
     encodings = half * (2 if config.precision == "no" or config.objective == "pretrain" else 1)
     pairs = config.steps * config.optim.batch_size * config.optim.accumulation  # of one rank
-    return encodings, pairs * RECORD.itemsize if config.objective == "dpo" and config.dpo.reference_errors else 0.0
+    return (
+        encodings,
+        pairs * RECORD.itemsize
+        if config.objective == "dpo" and config.dpo.reference_errors
+        else 0.0,
+    )
 
 
 def check_disk(config: TrainConfig, rows: CaptionedImages) -> None:
@@ -61,7 +81,9 @@ def check_disk(config: TrainConfig, rows: CaptionedImages) -> None:
         return
     folder = Path(config.runs) / "cache"
     there = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) if folder.is_dir() else 0
-    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    free = shutil.disk_usage(
+        next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    ).free
     need = sum(cache_need(config, rows))
     if need > free + there:
         raise ValueError(

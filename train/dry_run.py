@@ -16,7 +16,11 @@ from train.config import OBJECTIVES, TrainConfig
 from train.data import counted
 from train.disk import TOKENS, cache_need, check_disk, described, in_units, is_cached
 
-SHOWN, SIDE, LINE = 3, 256, 20  # examples in the picture, pixels of one of their pictures, and of their caption
+SHOWN, SIDE, LINE = (
+    3,
+    256,
+    20,
+)  # examples in the picture, pixels of one of their pictures, and of their caption
 TFLOPS = 312  # of an A100 in half precision, which the published costs are told in
 
 
@@ -27,14 +31,27 @@ def dry_run(config: TrainConfig) -> Path:
     """
     data = config.data
     if data.source != "table":
-        raise ValueError(f"data.dry_run=true shows rows that exist, and data.source={data.source} makes them first: run it without")
+        raise ValueError(
+            f"data.dry_run=true shows rows that exist, and data.source={data.source} makes them first: run it without"
+        )
     files = parquet_files(str(data.path), data.split, data.revision)
     reader = Pairs if OBJECTIVES[config.objective] else CaptionedImages
-    rows = reader(str(data.path), data.split, data.revision, data.limit, streaming=files is not None, max_broken=1.0)
-    print(f"train: {data.path}, {data.split}: {counted(rows)}; {len(set(rows.captions))} distinct captions")
+    rows = reader(
+        str(data.path),
+        data.split,
+        data.revision,
+        data.limit,
+        streaming=files is not None,
+        max_broken=1.0,
+    )
+    print(
+        f"train: {data.path}, {data.split}: {counted(rows)}; {len(set(rows.captions))} distinct captions"
+    )
     file = Path(config.runs) / "data" / f"{slug(f'{data.path}-{data.split}')}-dry-run.png"
     write_atomic(file, _png(Examples(rows, config.seed)))
-    print(f"train: {SHOWN} of them, {'winner' if isinstance(rows, Pairs) else 'image'} first, are in {file}")
+    print(
+        f"train: {SHOWN} of them, {'winner' if isinstance(rows, Pairs) else 'image'} first, are in {file}"
+    )
     for line in _needs(config, rows):
         print(f"train: {line}")
     check_disk(config, rows)
@@ -43,14 +60,19 @@ def dry_run(config: TrainConfig) -> Path:
 
 def _png(examples: Examples) -> bytes:
     shown = [
-        examples.batch(lambda items: (items[0].images, items[0].caption), [p]) for p in examples.places(0, min(SHOWN, len(examples.data)))
+        examples.batch(lambda items: (items[0].images, items[0].caption), [p])
+        for p in examples.places(0, min(SHOWN, len(examples.data)))
     ]
     sheet = Image.new("RGB", (SIDE * len(shown[0][0]), (SIDE + LINE) * len(shown)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (pictures, caption) in enumerate(shown):
         for column, picture in enumerate(pictures):
-            sheet.paste(ImageOps.contain(picture, (SIDE, SIDE)), (column * SIDE, row * (SIDE + LINE)))
-        text = caption.encode("latin-1", "replace").decode("latin-1")  # what PIL's own font can draw
+            sheet.paste(
+                ImageOps.contain(picture, (SIDE, SIDE)), (column * SIDE, row * (SIDE + LINE))
+            )
+        text = caption.encode("latin-1", "replace").decode(
+            "latin-1"
+        )  # what PIL's own font can draw
         draw.text((4, row * (SIDE + LINE) + SIDE + 4), text[: sheet.width // 6], fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
@@ -61,12 +83,22 @@ def _needs(config: TrainConfig, rows: CaptionedImages) -> list[str]:
     lines, data = [], config.data
     if isinstance(rows.table, ParquetStream):
         size, hub = rows.table.size, rows.table.shards[0].address.startswith("hf://")
-        copied = f"{in_units(2 * size)} of disk for its download and copy" if hub else f"{in_units(size)} of disk for its copy"
-        read = "read where it lies" if data.streaming else f"{copied}, or none with data.streaming=true"
+        copied = (
+            f"{in_units(2 * size)} of disk for its download and copy"
+            if hub
+            else f"{in_units(size)} of disk for its copy"
+        )
+        read = (
+            "read where it lies"
+            if data.streaming
+            else f"{copied}, or none with data.streaming=true"
+        )
         lines.append(f"data: {in_units(size)} of parquet, {read}")
     if is_cached(config):
         encodings, errors = (in_units(need) for need in cache_need(config, rows))
-        lines.append(f"disk below {config.runs}/cache: {encodings} of latents and text embeddings, {errors} of reference errors")
+        lines.append(
+            f"disk below {config.runs}/cache: {encodings} of latents and text embeddings, {errors} of reference errors"
+        )
     if config.objective == "dpo":
         lines.append(_memory(config))
     return lines
@@ -78,10 +110,19 @@ def _memory(config: TrainConfig) -> str:
     family, denoiser, side = described(config)
     optim, lora = config.optim, _lora(config, family.lora_targets)
     needs = dpo_needs(
-        denoiser, side, side, config.steps, optim.batch_size * optim.accumulation, TFLOPS, method=config.finetune.method,
-        optimizer="adamw8bit" if optim.name.startswith("adamw8bit") else optim.name, checkpointing=config.model.gradient_checkpointing,
-        batch=optim.batch_size, tokens=TOKENS[family.name], lora=lora,
-    )  # fmt: skip
+        denoiser,
+        side,
+        side,
+        config.steps,
+        optim.batch_size * optim.accumulation,
+        TFLOPS,
+        method=config.finetune.method,
+        optimizer="adamw8bit" if optim.name.startswith("adamw8bit") else optim.name,
+        checkpointing=config.model.gradient_checkpointing,
+        batch=optim.batch_size,
+        tokens=TOKENS[family.name],
+        lora=lora,
+    )
     parts = {"weights": needs.weights, "gradients": needs.gradients, "optimiser": needs.optimizer}
     parts[f"activations of {optim.batch_size} pairs, at the least"] = needs.activations
     return (
@@ -94,4 +135,8 @@ def _lora(config: TrainConfig, targets: tuple[str, ...]) -> Any:
     from peft import LoraConfig
 
     tune = config.finetune
-    return LoraConfig(r=tune.rank, lora_alpha=tune.alpha, target_modules=list(tune.targets or targets)) if tune.method == "lora" else None
+    return (
+        LoraConfig(r=tune.rank, lora_alpha=tune.alpha, target_modules=list(tune.targets or targets))
+        if tune.method == "lora"
+        else None
+    )

@@ -22,7 +22,9 @@ def made(config: TrainConfig, accelerator: Accelerator) -> Path:
     if config.data.source.startswith("shapes"):
         with accelerator.main_process_first():
             return _drawn(config, folder)
-    images = _sampled(config, folder, accelerator) if config.data.source == "sampled_pairs" else None
+    images = (
+        _sampled(config, folder, accelerator) if config.data.source == "sampled_pairs" else None
+    )
     path = _labelled(config, folder, images, accelerator)
     accelerator.wait_for_everyone()
     return path
@@ -31,7 +33,9 @@ def made(config: TrainConfig, accelerator: Accelerator) -> Path:
 def _drawn(config: TrainConfig, folder: Path) -> Path:
     data = config.data
     kind = "images" if data.source == "shapes_images" else f"pairs-{data.scorer}"
-    path = folder / f"shapes-{kind}-{data.count}-{_digest(Path(shapes.__file__).read_text())}.parquet"
+    path = (
+        folder / f"shapes-{kind}-{data.count}-{_digest(Path(shapes.__file__).read_text())}.parquet"
+    )
     if not path.is_file() and data.source == "shapes_images":
         shapes.write_images(path, data.count, seed=0)
     elif not path.is_file():
@@ -50,14 +54,27 @@ def _sampled(config: TrainConfig, folder: Path, accelerator: Accelerator) -> Cap
     key = f"{prompts}/{source}/{revision}/{vae}/{config.precision}/{model.resolution}/{data.steps}/{data.guidance_scale}/{data.count}"
     path = folder / f"sampled-{slug(Path(source).name, 40)}-{data.count}-{_digest(key)}"
     feedback.write_sampled_images(
-        path, partial(_pipeline, config, source, revision, vae, accelerator), prompts, data.count, batch_size=data.batch_size,
-        num_inference_steps=data.steps, guidance_scale=data.guidance_scale, height=model.resolution, width=model.resolution,
-    )  # fmt: skip
+        path,
+        partial(_pipeline, config, source, revision, vae, accelerator),
+        prompts,
+        data.count,
+        batch_size=data.batch_size,
+        num_inference_steps=data.steps,
+        guidance_scale=data.guidance_scale,
+        height=model.resolution,
+        width=model.resolution,
+    )
     accelerator.wait_for_everyone()
     return CaptionedImages(str(path), streaming=True)
 
 
-def _pipeline(config: TrainConfig, source: str, revision: str | None, vae: str | None, accelerator: Accelerator) -> Any:
+def _pipeline(
+    config: TrainConfig,
+    source: str,
+    revision: str | None,
+    vae: str | None,
+    accelerator: Accelerator,
+) -> Any:
     from diffusers import AutoencoderKL
 
     from deradiff.families import load_pipeline
@@ -70,10 +87,20 @@ def _pipeline(config: TrainConfig, source: str, revision: str | None, vae: str |
     return pipe.to(accelerator.device)
 
 
-def _labelled(config: TrainConfig, folder: Path, sampled: CaptionedImages | None, accelerator: Accelerator) -> Path:
+def _labelled(
+    config: TrainConfig, folder: Path, sampled: CaptionedImages | None, accelerator: Accelerator
+) -> Path:
     data = config.data
-    images = sampled if sampled is not None else CaptionedImages(str(data.path), split=data.split, revision=data.revision)
-    pairs = feedback.drawn_pairs(images, data.count) if sampled is None else feedback.consecutive_pairs(images)
+    images = (
+        sampled
+        if sampled is not None
+        else CaptionedImages(str(data.path), split=data.split, revision=data.revision)
+    )
+    pairs = (
+        feedback.drawn_pairs(images, data.count)
+        if sampled is None
+        else feedback.consecutive_pairs(images)
+    )
     load = partial(load_scorer, data.scorer, data.scorer_checkpoint, device=str(accelerator.device))
     key = f"{images.fingerprint}/{load().version}/{data.temperature}/{feedback.PART}"
     name = slug(Path(images.source).stem, 60)

@@ -54,7 +54,9 @@ def base_pipeline(config: TrainConfig, encoders: bool = True) -> Any:
     if config.finetune.method == "full" and dtype != torch.float32:
         family = checkpoint_family(base, model.revision)
         kind = getattr(diffusers, family.denoiser_class)
-        exact = kind.from_pretrained(base, subfolder=family.denoiser, revision=model.revision, dtype=torch.float32)
+        exact = kind.from_pretrained(
+            base, subfolder=family.denoiser, revision=model.revision, dtype=torch.float32
+        )
         parts = {**parts, family.denoiser: exact}
     return frozen_pipeline(config, **parts)
 
@@ -77,4 +79,6 @@ def _new_pipeline(config: TrainConfig) -> Any:
     model = config.model
     clip, tokenizer, _ = tiny.load_clip(locate(str(model.clip)))
     vae = AutoencoderKL.from_pretrained(locate(str(model.vae)))
-    return tiny.make_pipeline(tiny.text_tower(clip), tokenizer, vae, model.resolution, tuple(model.channels))
+    return tiny.make_pipeline(
+        tiny.text_tower(clip), tokenizer, vae, model.resolution, tuple(model.channels)
+    )

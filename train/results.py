@@ -35,7 +35,9 @@ def finished(run_dir: Path) -> Path | None:
     return folder if folder and folder.is_dir() else None
 
 
-def finish(objective: Any, config: TrainConfig, run_dir: Path, track: Tracker, recipe: dict[str, object]) -> Path:
+def finish(
+    objective: Any, config: TrainConfig, run_dir: Path, track: Tracker, recipe: dict[str, object]
+) -> Path:
     """Save what was trained, with its README and last picture where it is an anchor, and mark the run as finished."""
     folder = objective.save(run_dir)
     if config.objective == "dpo":
@@ -43,7 +45,9 @@ def finish(objective: Any, config: TrainConfig, run_dir: Path, track: Tracker, r
         if pictures:
             shutil.copyfile(pictures[-1], folder / GRID)
         write_model_card(folder, objective.card, recipe, config.hub.push_to)
-    track.artifact(f"anchor-{run_dir.name}" if config.objective == "dpo" else run_dir.name, "model", folder)
+    track.artifact(
+        f"anchor-{run_dir.name}" if config.objective == "dpo" else run_dir.name, "model", folder
+    )
     write_atomic(run_dir / FINISHED, json.dumps({"folder": folder.name}))
     return folder
 
@@ -60,8 +64,22 @@ class Panels:
     not stop the run.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: Path, card: AnchorCard | None, captions: Sequence[str], track: Tracker, device: Any):
-        self.config, self.folder, self.card, self.track, self.device = config, run_dir / "panel", card, track, device
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        card: AnchorCard | None,
+        captions: Sequence[str],
+        track: Tracker,
+        device: Any,
+    ):
+        self.config, self.folder, self.card, self.track, self.device = (
+            config,
+            run_dir / "panel",
+            card,
+            track,
+            device,
+        )
         self.prompts = list(config.panel.prompts) or list(dict.fromkeys(captions))[:PROMPTS]
 
     def __call__(self, network: nn.Module, step: int) -> None:
@@ -82,9 +100,14 @@ class Panels:
         save_anchor(anchor, network, replace(self.card))
         pipe = frozen_pipeline(self.config).to(self.device)
         image = sample_panel(
-            pipe, load_anchor(anchor), self.prompts, panel.lambdas, resolution=self.config.model.resolution, steps=panel.steps,
+            pipe,
+            load_anchor(anchor),
+            self.prompts,
+            panel.lambdas,
+            resolution=self.config.model.resolution,
+            steps=panel.steps,
             guidance_scale=panel.guidance_scale,
-        )  # fmt: skip
+        )
         image.save(file)
         shutil.rmtree(anchor)
         del pipe

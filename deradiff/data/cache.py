@@ -47,10 +47,14 @@ class Cache:
     encoders: what tells the encoders and their precision from others (`deradiff.data.encoders`). flip: mirrored pictures too.
     """
 
-    def __init__(self, root: Path, encoders: str, data: CaptionedImages, resolution: int, flip: bool = False) -> None:
+    def __init__(
+        self, root: Path, encoders: str, data: CaptionedImages, resolution: int, flip: bool = False
+    ) -> None:
         self.data, self.resolution, self.flip = data, resolution, flip
         self.key = encodings_key(encoders, data, resolution)
-        self.folder = root / hashlib.sha256(f"3/{self.key}".encode()).hexdigest()[:16]  # 3: the layout of the files
+        self.folder = (
+            root / hashlib.sha256(f"3/{self.key}".encode()).hexdigest()[:16]
+        )  # 3: the layout of the files
         self.captions = sorted({*data.captions, ""})
 
     def build(self, load: Callable[[], Any], progress: bool = True) -> None:
@@ -58,35 +62,77 @@ class Cache:
         in `data`, which raises ValueError where they are too many. load: gives the pipeline that encodes; not called where all is there."""
         pipe = cache(load)
         for flip in (False, True) if self.flip else (False,):
-            self._shards(_latents(flip), len(self.data), partial(self._encode_latents, pipe, flip=flip), progress)
+            self._shards(
+                _latents(flip),
+                len(self.data),
+                partial(self._encode_latents, pipe, flip=flip),
+                progress,
+            )
         self._shards("texts", len(self.captions), partial(self._encode_texts, pipe), progress)
         for start in range(0, len(self.data), SHARD):
-            for offset in self._open[self._file("latents", start).name].get_tensor("broken").nonzero().flatten().tolist():
-                self.data.skip(start + offset, f"row {self.data.rows[start + offset]} of {self.data.source} has a broken picture")
+            for offset in (
+                self._open[self._file("latents", start).name]
+                .get_tensor("broken")
+                .nonzero()
+                .flatten()
+                .tolist()
+            ):
+                self.data.skip(
+                    start + offset,
+                    f"row {self.data.rows[start + offset]} of {self.data.source} has a broken picture",
+                )
 
-    def _shards(self, kind: str, count: int, encode: Callable[[range], dict[str, Tensor]], progress: bool) -> None:
+    def _shards(
+        self, kind: str, count: int, encode: Callable[[range], dict[str, Tensor]], progress: bool
+    ) -> None:
         starts = range(0, count, SHARD)
         missing = [s for s in starts if not _whole(self._file(kind, s))]
         locks = Locks(self.folder / f".{kind}.lock")
-        with locks, tqdm(total=len(missing), desc=f"caching {kind}", unit="shard", disable=not progress or not missing, leave=False) as bar:
+        with (
+            locks,
+            tqdm(
+                total=len(missing),
+                desc=f"caching {kind}",
+                unit="shard",
+                disable=not progress or not missing,
+                leave=False,
+            ) as bar,
+        ):
             for number in locks.share([s // SHARD for s in missing]):
                 file, start = self._file(kind, number * SHARD), number * SHARD
                 if not file.is_file():  # unless another process wrote it meanwhile
                     rows = range(start, min(start + SHARD, count))
                     parts = [encode(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
-                    write_atomic(file, save({k: torch.cat([p[k] for p in parts]).contiguous().cpu() for k in parts[0]}))
+                    write_atomic(
+                        file,
+                        save(
+                            {
+                                k: torch.cat([p[k] for p in parts]).contiguous().cpu()
+                                for k in parts[0]
+                            }
+                        ),
+                    )
                 bar.update()
 
     def _file(self, kind: str, index: int) -> Path:
         return self.folder / f"{kind}-{index // SHARD:06d}.safetensors"
 
-    def _encode_latents(self, pipe: Callable[[], Any], rows: range, flip: bool) -> dict[str, Tensor]:
+    def _encode_latents(
+        self, pipe: Callable[[], Any], rows: range, flip: bool
+    ) -> dict[str, Tensor]:
         """Latents (N, P, C, H, W), and which of the N are broken: theirs are those of a grey picture, never to be read."""
         images, broken = [], []
-        grey = torch.zeros(len(self.data.columns) - 1 if "image" in self.data.columns else 2, 3, self.resolution, self.resolution)
+        grey = torch.zeros(
+            len(self.data.columns) - 1 if "image" in self.data.columns else 2,
+            3,
+            self.resolution,
+            self.resolution,
+        )
         for i in rows:
             try:
-                images.append(torch.stack([pixels(p, self.resolution, flip) for p in self.data.pictures(i)]))
+                images.append(
+                    torch.stack([pixels(p, self.resolution, flip) for p in self.data.pictures(i)])
+                )
             except BrokenPicture as error:
                 self.data.skip(i, str(error))
                 images.append(grey)
@@ -113,12 +159,19 @@ class Cache:
 
     def latents(self, index: int, flip: bool = False) -> Tensor:
         """(P, C, H, W): the latents of an example's P pictures, mirrored where `flip` is set."""
-        return self._open[self._file(_latents(flip), index).name].get_slice("latents")[index % SHARD]
+        return self._open[self._file(_latents(flip), index).name].get_slice("latents")[
+            index % SHARD
+        ]
 
     def texts(self, captions: list[str]) -> dict[str, Tensor]:
         """The rows of `families.encode_prompts` for captions of the data set, or ""."""
         rows = [self._place[c] for c in captions]
-        return {k: torch.stack([self._open[self._file("texts", r).name].get_slice(k)[r % SHARD] for r in rows]) for k in self.text_keys}
+        return {
+            k: torch.stack(
+                [self._open[self._file("texts", r).name].get_slice(k)[r % SHARD] for r in rows]
+            )
+            for k in self.text_keys
+        }
 
 
 def _latents(flip: bool) -> str:

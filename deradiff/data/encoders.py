@@ -21,13 +21,24 @@ def encoders_key(base: str, revision: str | None = None, vae: str | None = None)
     """What tells a base model's encoders and tokenizers from any other's: a digest of their files, or a hub id with its commit. No weight
     becomes a network. vae: an autoencoder in place of the base's own. Raises ValueError where `base` is no pipeline."""
     index = model_index(base, revision)
-    parts = sorted(name for name, value in index.items() if name.startswith(READERS) and isinstance(value, list) and value[1])
+    parts = sorted(
+        name
+        for name, value in index.items()
+        if name.startswith(READERS) and isinstance(value, list) and value[1]
+    )
     own = [name for name in parts if not (vae and name == "vae")]
     kinds = " ".join(f"{name}={index[name][1]}" for name in parts)
-    return f"{kinds} {source_key(base, revision, own, 'model_index.json')}" + (f" {source_key(vae)}" if vae else "")
+    return f"{kinds} {source_key(base, revision, own, 'model_index.json')}" + (
+        f" {source_key(vae)}" if vae else ""
+    )
 
 
-def source_key(source: str, revision: str | None = None, parts: list[str] | None = None, file: str = "config.json") -> str:
+def source_key(
+    source: str,
+    revision: str | None = None,
+    parts: list[str] | None = None,
+    file: str = "config.json",
+) -> str:
     """Of a folder, a digest of its files or of those of its subfolders `parts`; of a hub repository, id and commit, read off `file`."""
     folder = Path(locate(source))
     if not folder.is_dir():
@@ -35,13 +46,19 @@ def source_key(source: str, revision: str | None = None, parts: list[str] | None
     digest = hashlib.sha256()
     for root in [folder / part for part in parts] if parts is not None else [folder]:
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
-            if not any(name.startswith(".") for name in path.relative_to(root).parts):  # what downloads and file browsers leave
-                digest.update(f"{root.name if parts else ''}/{path.relative_to(root).as_posix()}\n".encode())
+            if not any(
+                name.startswith(".") for name in path.relative_to(root).parts
+            ):  # what downloads and file browsers leave
+                digest.update(
+                    f"{root.name if parts else ''}/{path.relative_to(root).as_posix()}\n".encode()
+                )
                 add_file(digest, path)
     return digest.hexdigest()
 
 
-def described_encoders(base: str, revision: str | None, vae: str | None, dtype: torch.dtype) -> dict[str, Any]:
+def described_encoders(
+    base: str, revision: str | None, vae: str | None, dtype: torch.dtype
+) -> dict[str, Any]:
     """In place of a base model's encoders, for `families.load_pipeline`: an autoencoder without weights (meta device), which tells the
     shape, scale and precision of latents, and none of the others."""
     from diffusers import AutoencoderKL
@@ -50,4 +67,6 @@ def described_encoders(base: str, revision: str | None, vae: str | None, dtype: 
     config = AutoencoderKL.load_config(locate(vae or base), **({} if vae else own))
     with torch.device("meta"):
         described = AutoencoderKL.from_config(config).type(dtype)
-    return {name: None for name in model_index(base, revision) if name.startswith(ENCODERS)} | {"vae": described}
+    return {name: None for name in model_index(base, revision) if name.startswith(ENCODERS)} | {
+        "vae": described
+    }

@@ -23,7 +23,14 @@ PART = 64  # pairs of one file
 
 
 def write_sampled_images(
-    folder: Path, load: Callable[[], Any], prompts: Sequence[str], count: int, *, seed: int = 0, batch_size: int = 8, **call: Any
+    folder: Path,
+    load: Callable[[], Any],
+    prompts: Sequence[str],
+    count: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    **call: Any,
 ) -> None:
     """Two pictures of a prompt for each of `count` pairs, as captioned images: rows 2i and 2i + 1 are pair i, of prompt i % len(prompts).
 
@@ -40,8 +47,16 @@ def write_sampled_images(
         for start in range(0, len(wanted), batch_size):
             some = wanted[start : start + batch_size]
             generators = [generator_of(seed, i, side) for i, side in some]
-            images += pipe(prompt=[prompts[i % len(prompts)] for i, _ in some], generator=generators, **call).images
-        write_table(file, {"image": [encode_png(i) for i in images], "caption": [prompts[i % len(prompts)] for i, _ in wanted]})
+            images += pipe(
+                prompt=[prompts[i % len(prompts)] for i, _ in some], generator=generators, **call
+            ).images
+        write_table(
+            file,
+            {
+                "image": [encode_png(i) for i in images],
+                "caption": [prompts[i % len(prompts)] for i, _ in wanted],
+            },
+        )
 
     _in_parts(folder, count, part, "sampling pairs")
 
@@ -59,13 +74,22 @@ def drawn_pairs(images: CaptionedImages, count: int, seed: int = 0) -> np.ndarra
         by_caption.setdefault(caption, []).append(index)
     groups = [rows for rows in by_caption.values() if len(rows) > 1]
     if not groups:
-        raise ValueError(f"{images.source} has no caption with two pictures, so there is nothing to compare")
+        raise ValueError(
+            f"{images.source} has no caption with two pictures, so there is nothing to compare"
+        )
     share = np.array([len(rows) for rows in groups]) / sum(len(rows) for rows in groups)
-    return np.array([rng.choice(groups[g], 2, replace=False) for g in rng.choice(len(groups), count, p=share)])
+    return np.array(
+        [rng.choice(groups[g], 2, replace=False) for g in rng.choice(len(groups), count, p=share)]
+    )
 
 
 def write_scored_pairs(
-    folder: Path, images: CaptionedImages, pairs: np.ndarray, load: Callable[[], Scorer], temperature: float = 0.0, seed: int = 0
+    folder: Path,
+    images: CaptionedImages,
+    pairs: np.ndarray,
+    load: Callable[[], Scorer],
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> None:
     """Pick-a-Pic's columns, and score_0 and score_1, of pairs (N, 2) of `images`' rows.
 
@@ -85,7 +109,15 @@ def write_scored_pairs(
         first, second = (score(side, captions) for side in sides)
         label = bradley_terry(first - second, temperature, seed, rows)
         jpg_0, jpg_1 = ([encode_png(i) for i in side] for side in sides)
-        write_pair_table(file, jpg_0, jpg_1, label.tolist(), captions, score_0=first.tolist(), score_1=second.tolist())
+        write_pair_table(
+            file,
+            jpg_0,
+            jpg_1,
+            label.tolist(),
+            captions,
+            score_0=first.tolist(),
+            score_1=second.tolist(),
+        )
 
     _in_parts(folder, len(pairs), part, "labelling pairs")
 
@@ -100,7 +132,10 @@ def bradley_terry(difference: Tensor, temperature: float, seed: int, rows: Seque
 
 def _in_parts(folder: Path, count: int, write: Callable[[range, Path], None], told: str) -> None:
     numbers = [n for n in range(-(-count // PART)) if not _part(folder, n).is_file()]
-    with Locks(folder / ".lock") as locks, tqdm(total=len(numbers), desc=told, unit="part", disable=not numbers, leave=False) as bar:
+    with (
+        Locks(folder / ".lock") as locks,
+        tqdm(total=len(numbers), desc=told, unit="part", disable=not numbers, leave=False) as bar,
+    ):
         for number in locks.share(numbers):
             if not _part(folder, number).is_file():  # unless another process wrote it meanwhile
                 write(range(number * PART, min((number + 1) * PART, count)), _part(folder, number))

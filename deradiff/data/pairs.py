@@ -39,9 +39,15 @@ class CaptionedImages:
     forms: tuple[tuple[str, ...], ...] = (IMAGE_COLUMNS,)
 
     def __init__(
-        self, source: str, split: str = "train", revision: str | None = None, limit: int | None = None, *,
-        streaming: bool = False, max_broken: float = 0.01,
-    ) -> None:  # fmt: skip
+        self,
+        source: str,
+        split: str = "train",
+        revision: str | None = None,
+        limit: int | None = None,
+        *,
+        streaming: bool = False,
+        max_broken: float = 0.01,
+    ) -> None:
         self.source, self.max_broken = source, max_broken
         self.table = open_table(source, split, revision, streaming)
         self.columns = self._form()
@@ -52,7 +58,9 @@ class CaptionedImages:
         if len(self.rows) == 0:
             raise ValueError(f"{source} holds no usable row")
         self.captions: list[str] = [captions[row] for row in self.rows]
-        self.fingerprint = f"{self.table.fingerprint}-{hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]}"
+        self.fingerprint = (
+            f"{self.table.fingerprint}-{hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]}"
+        )
         self.broken: dict[int, str] = {}
 
     def _form(self) -> tuple[str, ...]:
@@ -61,7 +69,9 @@ class CaptionedImages:
                 return form
         missing = [c for c in self.forms[0] if c not in self.table.columns]
         other = "".join(f", nor are there {', '.join(form)}" for form in self.forms[1:])
-        raise ValueError(f"{self.source} lacks the column {', '.join(missing)}{other}; it has {', '.join(self.table.columns)}")
+        raise ValueError(
+            f"{self.source} lacks the column {', '.join(missing)}{other}; it has {', '.join(self.table.columns)}"
+        )
 
     def usable(self, captioned: np.ndarray) -> np.ndarray:
         """Which rows of the table can be used: those with a caption."""
@@ -127,7 +137,9 @@ class Pairs(CaptionedImages):
         self.unlabelled = int((captioned & np.isnan(self.label)).sum())
         self.ties = int((captioned & ~decided).sum()) - self.unlabelled
         if not decided.any():
-            raise ValueError(f"{self.source} has no pair with a winner: every label_0 is a tie or missing")
+            raise ValueError(
+                f"{self.source} has no pair with a winner: every label_0 is a tie or missing"
+            )
         return captioned & decided
 
     def pictures(self, index: int) -> list[Image.Image]:
@@ -181,7 +193,12 @@ class Examples:
     in_blocks: bool = False
 
     def item(self, epoch: int, index: int) -> Item:
-        return Item(self.data, self.data.instead_of(index), (epoch, index), generator_of(self.seed, epoch, index))
+        return Item(
+            self.data,
+            self.data.instead_of(index),
+            (epoch, index),
+            generator_of(self.seed, epoch, index),
+        )
 
     def batch(self, collate: Callable[[list[Item]], Any], places: list[Place]) -> Any:
         """The collated examples of these places; where a picture turns out to be broken, its row is skipped and the next one taken."""

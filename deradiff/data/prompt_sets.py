@@ -30,15 +30,20 @@ class PromptSet:
 SETS = {
     # Pick-a-Pic v1's test_unique, as the paper evaluates it: 500 prompts, in a repository without pictures (150 kB)
     "pickapic": PromptSet(
-        ("yuvalkirstain/pickapic_v1_no_images",), split="test_unique", column="caption",
+        ("yuvalkirstain/pickapic_v1_no_images",),
+        split="test_unique",
+        column="caption",
         illustrated=("yuvalkirstain/pickapic_v1", "pickapic-anonymous/pickapic_v1"),
     ),
     "hpdv2": PromptSet(  # the benchmark's 3200: 800 of each style
-        ("zhwang/HPDv2", "ymhao/HPDv2"), tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo"))
+        ("zhwang/HPDv2", "ymhao/HPDv2"),
+        tuple(
+            f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")
+        ),
     ),
     "partiprompts": PromptSet(("nateraw/parti-prompts",), column="Prompt"),
     "drawbench": PromptSet(("sayakpaul/drawbench",), column="Prompts"),
-}  # fmt: skip
+}
 
 
 def captions(name: str) -> list[Any]:
@@ -64,12 +69,23 @@ def _read(repo: str, wanted: PromptSet) -> list[Any]:
         return [prompt for file in files for prompt in json.loads(file.read_text(encoding="utf-8"))]
     root, names = listing(repo, repo_type="dataset")
     tables = [name for name in names if name.endswith(TABLES)]
-    split = [name for name in tables if Path(name).name.partition(".")[0].partition("-")[0] == wanted.split] or tables
+    split = [
+        name
+        for name in tables
+        if Path(name).name.partition(".")[0].partition("-")[0] == wanted.split
+    ] or tables
     if (len(tables) > 1 and split == tables) or not tables:
         raise OSError(f"it has no table of the split {wanted.split}")
     if repo in wanted.illustrated:
-        return [prompt for name in sorted(split) for prompt in _remote_column(f"datasets/{repo}/{name}", wanted.column)]
-    files = [Path(root) / name if Path(root).is_dir() else fetch(repo, name, repo_type="dataset") for name in sorted(split)]
+        return [
+            prompt
+            for name in sorted(split)
+            for prompt in _remote_column(f"datasets/{repo}/{name}", wanted.column)
+        ]
+    files = [
+        Path(root) / name if Path(root).is_dir() else fetch(repo, name, repo_type="dataset")
+        for name in sorted(split)
+    ]
     return [prompt for file in files for prompt in _column(file, wanted.column)]
 
 

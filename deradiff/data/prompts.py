@@ -40,7 +40,9 @@ def load_prompts(source: str | Sequence[str], limit: int | None = None) -> list[
         raise ValueError(f"{where} is empty; give prompts={SOURCES}")
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"prompt {number} of {where} is {text!r}; every prompt needs words, so remove it or write some")
+            raise ValueError(
+                f"prompt {number} of {where} is {text!r}; every prompt needs words, so remove it or write some"
+            )
     seen: Counter[str] = Counter()
     prompts = []
     for text in texts:
@@ -71,9 +73,13 @@ def _texts(source: str | Sequence[str]) -> list[Any]:
         raise ValueError(f"there is no prompt file {source[:200]}; give prompts={SOURCES}")
     if path.suffix == ".parquet":
         return _parquet_column(path)
-    lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # not splitlines: U+2028 may stand inside a prompt
+    lines = (
+        path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    )  # not splitlines: U+2028 may stand inside a prompt
     if path.suffix == ".jsonl":
-        return [_field(line, f"line {number} of {source}") for number, line in enumerate(lines, start=1)]
+        return [
+            _field(line, f"line {number} of {source}") for number, line in enumerate(lines, start=1)
+        ]
     return lines if lines != [""] else []
 
 
@@ -82,7 +88,9 @@ def _field(line: str, where: str) -> Any:
         record = json.loads(line)
         return next(record[c] for c in COLUMNS if c in record)
     except (ValueError, TypeError, StopIteration):
-        raise ValueError(f'{where} is no JSON object with a key prompt or caption, such as {{"prompt": "a red fox"}}') from None
+        raise ValueError(
+            f'{where} is no JSON object with a key prompt or caption, such as {{"prompt": "a red fox"}}'
+        ) from None
 
 
 def _parquet_column(path: Path) -> list[Any]:

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-RECORD = np.dtype([("epoch", "<u4"), ("index", "<u4"), ("winner", "<f4"), ("loser", "<f4"), ("crc", "<u4")])
+RECORD = np.dtype(
+    [("epoch", "<u4"), ("index", "<u4"), ("winner", "<f4"), ("loser", "<f4"), ("crc", "<u4")]
+)
 Place = tuple[int, int]  # (epoch, example)
 
 
@@ -71,7 +73,15 @@ class ReferenceErrors:
             os.close(handle)
 
 
-def reference_key(reference: str, encodings: str, noising: str, seed: int, caption_dropout: float, flip: bool, precision: str) -> str:
+def reference_key(
+    reference: str,
+    encodings: str,
+    noising: str,
+    seed: int,
+    caption_dropout: float,
+    flip: bool,
+    precision: str,
+) -> str:
     """All that the errors depend on. reference: digest of the reference's weights, its precision in them; encodings: `encodings_key` of
     data and encoders; noising: its `key`; seed, caption_dropout and flip fix a pair's random choices; precision: of the computation."""
     return f"1/{reference}/{encodings}/{noising}/{seed}/{caption_dropout}/{flip}/{precision}"
@@ -80,7 +90,11 @@ def reference_key(reference: str, encodings: str, noising: str, seed: int, capti
 def weights_digest(network: nn.Module) -> str:
     """A digest of a network's weights, whatever folder or revision they came from; of one with adapters, those of its base."""
     digest = hashlib.sha256()
-    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in network.state_dict().items() if ".lora_" not in name}
+    weights = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in network.state_dict().items()
+        if ".lora_" not in name
+    }
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

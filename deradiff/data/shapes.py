@@ -18,12 +18,22 @@ from torch import Tensor
 
 SIDE = 32
 RADII = {"small": 7.5, "large": 11.2}  # pixels from the centre to the rim of the shape
-HUES = {"red": 355.0, "orange": 26.0, "yellow": 54.0, "green": 125.0, "blue": 222.0, "purple": 285.0}  # degrees
+HUES = {
+    "red": 355.0,
+    "orange": 26.0,
+    "yellow": 54.0,
+    "green": 125.0,
+    "blue": 222.0,
+    "purple": 285.0,
+}  # degrees
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BACKGROUNDS = {  # RGB; pale or neutral, so that no colour of a shape is ever near its background
-    "white": (0.97, 0.97, 0.97), "black": (0.05, 0.05, 0.06), "grey": (0.52, 0.52, 0.52),
-    "pink": (0.97, 0.80, 0.87), "mint": (0.74, 0.93, 0.83),
-}  # fmt: skip
+    "white": (0.97, 0.97, 0.97),
+    "black": (0.05, 0.05, 0.06),
+    "grey": (0.52, 0.52, 0.52),
+    "pink": (0.97, 0.80, 0.87),
+    "mint": (0.74, 0.93, 0.83),
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,12 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - 0.86 * r
     if shape == "cross":
-        return np.minimum(np.maximum(abs(x) - r, abs(y) - 0.32 * r), np.maximum(abs(x) - 0.32 * r, abs(y) - r))
-    side = np.maximum(np.sqrt(3) / 2 * abs(x) - y / 2, y)  # triangle: three half planes around the origin, tip up
+        return np.minimum(
+            np.maximum(abs(x) - r, abs(y) - 0.32 * r), np.maximum(abs(x) - 0.32 * r, abs(y) - r)
+        )
+    side = np.maximum(
+        np.sqrt(3) / 2 * abs(x) - y / 2, y
+    )  # triangle: three half planes around the origin, tip up
     return side - 0.62 * r
 
 
@@ -95,7 +109,10 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
     """
     n = len(scenes)
     saturation, value = rng.uniform(0.4, 1, n), rng.uniform(0.75, 1, n)
-    width, tilt = np.exp(rng.uniform(np.log(0.7), np.log(4.0), n)), np.deg2rad(rng.uniform(-20, 20, n))
+    width, tilt = (
+        np.exp(rng.uniform(np.log(0.7), np.log(4.0), n)),
+        np.deg2rad(rng.uniform(-20, 20, n)),
+    )
     centre, shade = rng.uniform(-3.5, 3.5, (n, 2)), rng.uniform(-0.03, 0.03, n)
     colour = _hsv(np.array([HUES[s.colour] for s in scenes]), saturation, value)
     ground = np.array([BACKGROUNDS[s.background] for s in scenes]) + shade[:, None]
@@ -104,20 +121,26 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
     for i, scene in enumerate(scenes):
         x, y = grid[None, :] - centre[i, 0], grid[:, None] - centre[i, 1]
         x, y = np.cos(tilt[i]) * x + np.sin(tilt[i]) * y, np.cos(tilt[i]) * y - np.sin(tilt[i]) * x
-        cover = np.clip(0.5 - _distance(scene.shape, x, y, RADII[scene.size]) / width[i], 0, 1)[..., None]
+        cover = np.clip(0.5 - _distance(scene.shape, x, y, RADII[scene.size]) / width[i], 0, 1)[
+            ..., None
+        ]
         images[i] = cover * colour[i] + (1 - cover) * ground[i]
     return (np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _pixels(images: list[Image.Image]) -> Tensor:
     """(N, 3, 32, 32) in [0, 1]."""
-    arrays = [np.asarray(i.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for i in images]
+    arrays = [
+        np.asarray(i.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for i in images
+    ]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 def _foreground(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Distance (N, 32, 32) of each pixel from the background, the median of the picture's rim, and a soft mask of what stands out."""
-    rim = torch.cat([pixels[..., 0, :], pixels[..., -1, :], pixels[..., :, 0], pixels[..., :, -1]], dim=-1)
+    rim = torch.cat(
+        [pixels[..., 0, :], pixels[..., -1, :], pixels[..., :, 0], pixels[..., :, -1]], dim=-1
+    )
     distance = (pixels - rim.median(dim=-1).values[..., None, None]).square().sum(1).sqrt()
     return distance, ((distance - 0.1) / 0.2).clamp(0, 1)
 
@@ -127,7 +150,9 @@ def vivid(images: list[Image.Image], prompts: list[str]) -> Tensor:
     pixels = _pixels(images)
     _, mask = _foreground(pixels)
     red, green, blue = pixels.unbind(1)
-    chroma = torch.stack([red - (green + blue) / 2, 3**0.5 / 2 * (green - blue)])  # opponent plane: red axis, green-blue axis
+    chroma = torch.stack(
+        [red - (green + blue) / 2, 3**0.5 / 2 * (green - blue)]
+    )  # opponent plane: red axis, green-blue axis
     hue = torch.deg2rad(torch.tensor([HUES[scene_of(p).colour] for p in prompts]))
     along = chroma[0] * hue.cos()[:, None, None] + chroma[1] * hue.sin()[:, None, None]
     mean = (mask * along).sum((1, 2)) / (mask.sum((1, 2)) + 1)
@@ -138,10 +163,16 @@ def crisp(images: list[Image.Image], prompts: list[str]) -> Tensor:
     """Reward B, (N,): steepness of the edges relative to the contrast, less the shape's distance from the centre; standardised."""
     distance, mask = _foreground(_pixels(images))
     gradient = torch.hypot(*torch.gradient(distance, dim=(1, 2)))
-    steepness = gradient.square().sum((1, 2)) / (gradient.sum((1, 2)) + 1) / distance.amax((1, 2)).clamp(min=0.1)
+    steepness = (
+        gradient.square().sum((1, 2))
+        / (gradient.sum((1, 2)) + 1)
+        / distance.amax((1, 2)).clamp(min=0.1)
+    )
     grid = torch.arange(SIDE) + 0.5 - SIDE / 2
     mass = mask.sum((1, 2)) + 1
-    offset = torch.hypot((mask * grid).sum((1, 2)) / mass, (mask * grid[:, None]).sum((1, 2)) / mass)
+    offset = torch.hypot(
+        (mask * grid).sum((1, 2)) / mass, (mask * grid[:, None]).sum((1, 2)) / mass
+    )
     return ((steepness - 0.359) / 0.086 - (offset - 2.63) / 1.0) / 2**0.5
 
 
@@ -152,7 +183,9 @@ def write_images(path: Path, count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     captions = [str(c) for c in rng.choice(training_captions(), count)]
     pictures = render([scene_of(c) for c in captions], rng)
-    write_table(path, {"image": [encode_png(Image.fromarray(p)) for p in pictures], "caption": captions})
+    write_table(
+        path, {"image": [encode_png(Image.fromarray(p)) for p in pictures], "caption": captions}
+    )
 
 
 def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> None:

@@ -14,10 +14,20 @@ def parquet_files(source: str, split: str, revision: str | None = None) -> list[
     if path.is_file():
         return [str(path)]
     if path.is_dir():
-        return _split_of(source, split, data_dir=str(path)) if next(path.glob("**/*.parquet"), None) else None
-    if source.count("/") == 1 and not source.startswith((".", "/")) and not source.endswith(".parquet"):
+        return (
+            _split_of(source, split, data_dir=str(path))
+            if next(path.glob("**/*.parquet"), None)
+            else None
+        )
+    if (
+        source.count("/") == 1
+        and not source.startswith((".", "/"))
+        and not source.endswith(".parquet")
+    ):
         return _from_hub(source, split, revision)
-    raise ValueError(f"data.path {source} does not exist; give a parquet file, a folder, or a hub data set such as org/name")
+    raise ValueError(
+        f"data.path {source} does not exist; give a parquet file, a folder, or a hub data set such as org/name"
+    )
 
 
 def _from_hub(source: str, split: str, revision: str | None) -> list[str] | None:
@@ -31,17 +41,25 @@ def _from_hub(source: str, split: str, revision: str | None) -> list[str] | None
             f"the data set {source} could not be read from the hub ({type(error).__name__}); "
             "give a mirror's id, or download one as parquet and give data.path=<folder>"
         ) from error
-    return _named_split(builder.config.data_files, source, split) if "parquet" in builder.name else None
+    return (
+        _named_split(builder.config.data_files, source, split)
+        if "parquet" in builder.name
+        else None
+    )
 
 
 def _split_of(source: str, split: str, data_dir: str) -> list[str]:
     import datasets
 
-    return _named_split(datasets.load_dataset_builder("parquet", data_dir=data_dir).config.data_files, source, split)
+    return _named_split(
+        datasets.load_dataset_builder("parquet", data_dir=data_dir).config.data_files, source, split
+    )
 
 
 def _named_split(files: dict[str, list[str]], source: str, split: str) -> list[str]:
     by_name = {str(name): list(found) for name, found in files.items()}
     if split not in by_name:
-        raise ValueError(f"{source} has no split {split}; it has {', '.join(by_name)}: give data.split=<one of them>")
+        raise ValueError(
+            f"{source} has no split {split}; it has {', '.join(by_name)}: give data.split=<one of them>"
+        )
     return by_name[split]

@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 
-SMALL = ("caption", "label_0", "has_label")  # read for all rows; the other columns of a row when it is asked for
+SMALL = (
+    "caption",
+    "label_0",
+    "has_label",
+)  # read for all rows; the other columns of a row when it is asked for
 THREADS = 16  # shards whose footers are read at once
 GROUPS = 2  # row groups that are held in memory: 100 or 1000 rows each, as a rule
 
@@ -45,8 +49,17 @@ def _read_shard(address: str) -> _Shard:
     with system.open(path) as file:
         parquet = pq.ParquetFile(file)
         names = tuple(parquet.schema_arrow.names)
-        groups = tuple(parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups))
-        return _Shard(address, version, about["size"], groups, names, parquet.read([n for n in SMALL if n in names], use_threads=False))
+        groups = tuple(
+            parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)
+        )
+        return _Shard(
+            address,
+            version,
+            about["size"],
+            groups,
+            names,
+            parquet.read([n for n in SMALL if n in names], use_threads=False),
+        )
 
 
 class ParquetStream:
@@ -61,11 +74,19 @@ class ParquetStream:
         self.columns = list(self.shards[0].names)
         other = next((s for s in self.shards if set(s.names) != set(self.columns)), None)
         if other is not None:
-            raise ValueError(f"{other.address} has the columns {', '.join(other.names)}, the first shard {', '.join(self.columns)}")
+            raise ValueError(
+                f"{other.address} has the columns {', '.join(other.names)}, the first shard {', '.join(self.columns)}"
+            )
         self.size = sum(s.size for s in self.shards)
-        self.fingerprint = hashlib.sha256("".join(f"{s.address} {s.version} {s.size}\n" for s in self.shards).encode()).hexdigest()[:16]
-        counts = [(number, rows) for number, shard in enumerate(self.shards) for rows in shard.groups]
-        self.starts = np.cumsum([0, *(rows for _, rows in counts)])  # the first row of each row group
+        self.fingerprint = hashlib.sha256(
+            "".join(f"{s.address} {s.version} {s.size}\n" for s in self.shards).encode()
+        ).hexdigest()[:16]
+        counts = [
+            (number, rows) for number, shard in enumerate(self.shards) for rows in shard.groups
+        ]
+        self.starts = np.cumsum(
+            [0, *(rows for _, rows in counts)]
+        )  # the first row of each row group
         shard_of, group_of = np.array([number for number, _ in counts]), np.arange(len(counts))
         sizes = np.diff(self.starts)
         self.blocks = np.stack([np.repeat(shard_of, sizes), np.repeat(group_of, sizes)])

@@ -33,7 +33,9 @@ class Table(Protocol):
         """One row; images as their encoded bytes."""
 
 
-def open_table(source: str, split: str = "train", revision: str | None = None, streaming: bool = False) -> Table:
+def open_table(
+    source: str, split: str = "train", revision: str | None = None, streaming: bool = False
+) -> Table:
     """A parquet file, a folder of parquet files or of captioned images (with a metadata.jsonl of `file_name` and `caption`), or a hub id.
 
     streaming: parquet is read where it lies, on this disk or on the hub; otherwise it is downloaded, and mapped into memory through a
@@ -44,7 +46,9 @@ def open_table(source: str, split: str = "train", revision: str | None = None, s
     files = parquet_files(source, split, revision)
     if streaming:
         if files is None:
-            raise ValueError(f"{source} is not parquet, so it cannot be streamed: give data.streaming=false")
+            raise ValueError(
+                f"{source} is not parquet, so it cannot be streamed: give data.streaming=false"
+            )
         from deradiff.data.stream import ParquetStream
 
         return ParquetStream(files)
@@ -56,7 +60,9 @@ class ArrowTable:
 
     blocks = None
 
-    def __init__(self, source: str, split: str, revision: str | None, files: list[str] | None) -> None:
+    def __init__(
+        self, source: str, split: str, revision: str | None, files: list[str] | None
+    ) -> None:
         import datasets
 
         datasets.disable_progress_bars()
@@ -64,10 +70,19 @@ class ArrowTable:
             table = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
             table = datasets.load_dataset(source, split=split, revision=revision)
-        for name, feature in table.features.items():  # bytes are decoded by us, one image at a time, so that a broken one can be named
+        for (
+            name,
+            feature,
+        ) in (
+            table.features.items()
+        ):  # bytes are decoded by us, one image at a time, so that a broken one can be named
             if isinstance(feature, datasets.Image):
                 table = table.cast_column(name, datasets.Image(decode=False))
-        self.table, self.columns, self.fingerprint = table, list(table.column_names), str(table._fingerprint)
+        self.table, self.columns, self.fingerprint = (
+            table,
+            list(table.column_names),
+            str(table._fingerprint),
+        )
 
     def __len__(self) -> int:
         return len(self.table)
@@ -92,7 +107,12 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
 
 
 def write_pair_table(
-    path: Path, first: list[bytes], second: list[bytes], label: list[float], captions: list[str], **more: list[Any]
+    path: Path,
+    first: list[bytes],
+    second: list[bytes],
+    label: list[float],
+    captions: list[str],
+    **more: list[Any],
 ) -> None:
     """Pairs in Pick-a-Pic's columns, and `more`. first, second: encoded images; label: 1 where the first is preferred, 0 the second, .5 a
     tie."""
@@ -109,12 +129,18 @@ def write_pair_table(
 def decode(value: Any) -> Image.Image:
     """An RGB picture from encoded bytes, or from the record that `datasets` makes of an image. Raises OSError for what is no picture."""
     if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+        value = (
+            value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+        )
     if value is None:
         raise OSError("there is nothing in this cell")
     try:
         return Image.open(io.BytesIO(value)).convert("RGB")
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL says of some torn PNGs, and of a bomb
+    except (
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what PIL says of some torn PNGs, and of a bomb
         raise OSError(str(error)) from error
 
 

@@ -13,14 +13,20 @@ from torch import nn
 
 PREFIX = "model.diffusion_model."  # of the denoiser in an original checkpoint
 SIGNS = {  # of a family, in the names of its original layout; the first that is there decides
-    "flux": "double_blocks.", "sd3": "joint_blocks.", "sdxl": "label_emb.", "sd15": "input_blocks.",
-}  # fmt: skip
+    "flux": "double_blocks.",
+    "sd3": "joint_blocks.",
+    "sdxl": "label_emb.",
+    "sd15": "input_blocks.",
+}
 
 
 def original_family(keys: Iterable[str]) -> str | None:
     """The family of a file in the original layout, by the names in it; None for others."""
     stems = {key.removeprefix(PREFIX) for key in keys}
-    return next((family for family, sign in SIGNS.items() if any(stem.startswith(sign) for stem in stems)), None)
+    return next(
+        (family for family, sign in SIGNS.items() if any(stem.startswith(sign) for stem in stems)),
+        None,
+    )
 
 
 def read_network(file: Path, like: Any, dtype: torch.dtype, named: str) -> nn.Module:
@@ -31,14 +37,23 @@ def read_network(file: Path, like: Any, dtype: torch.dtype, named: str) -> nn.Mo
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     state = load_file(file)
-    if not any(key.startswith(PREFIX) for key in state) and original_family(state) in ("sd15", "sdxl"):
-        state = {PREFIX + key: value for key, value in state.items()}  # diffusers knows a UNet's original layout as part of a checkpoint
+    if not any(key.startswith(PREFIX) for key in state) and original_family(state) in (
+        "sd15",
+        "sdxl",
+    ):
+        state = {
+            PREFIX + key: value for key, value in state.items()
+        }  # diffusers knows a UNet's original layout as part of a checkpoint
     try:
         with tempfile.TemporaryDirectory() as folder:
             like.save_config(folder)
             return type(like).from_single_file(state, config=folder, dtype=dtype)
     except NotImplementedError as error:  # of torch, for weights that are still on the meta device
-        raise ValueError(f"{named} holds only a part of a {type(like).__name__} of the pipeline's size") from error
+        raise ValueError(
+            f"{named} holds only a part of a {type(like).__name__} of the pipeline's size"
+        ) from error
     except (SingleFileComponentError, ValueError, KeyError, IndexError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{named} is no LoRA, and does not hold a {type(like).__name__} of the pipeline's size ({said})") from error
+        raise ValueError(
+            f"{named} is no LoRA, and does not hold a {type(like).__name__} of the pipeline's size ({said})"
+        ) from error

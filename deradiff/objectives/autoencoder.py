@@ -41,7 +41,12 @@ class Autoencoder:
 
     def collate(self, items: list[Item]) -> Batch:
         images = torch.stack([pixels(i.images[0], self.resolution) for i in items])
-        return {"images": images, "noise": torch.stack([torch.randn(self.latent_shape, generator=i.generator) for i in items])}
+        return {
+            "images": images,
+            "noise": torch.stack(
+                [torch.randn(self.latent_shape, generator=i.generator) for i in items]
+            ),
+        }
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["images"]
@@ -52,9 +57,13 @@ class Autoencoder:
     @torch.no_grad()
     def save(self, run_dir: Path) -> Path:
         vae = self.network.vae
-        rows = [i for i in range(min(1024, len(self.data))) if i not in self.data.broken]  # training has met, and marked, them all
+        rows = [
+            i for i in range(min(1024, len(self.data))) if i not in self.data.broken
+        ]  # training has met, and marked, them all
         images = torch.stack([pixels(self.data.pictures(i)[0], self.resolution) for i in rows])
-        latents = torch.cat([vae.encode(part.to(vae.device)).latent_dist.mean for part in images.split(64)])
+        latents = torch.cat(
+            [vae.encode(part.to(vae.device)).latent_dist.mean for part in images.split(64)]
+        )
         standardise_latents(vae, latents.transpose(0, 1).flatten(1).T)
         channels = self.latent_shape[0]
         vae.quant_conv.weight[channels:] = 0

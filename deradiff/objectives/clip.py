@@ -21,7 +21,9 @@ class _Clip:
         self.frozen: list[nn.Module] = []
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
-        return dict(self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt"))
+        return dict(
+            self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        )
 
     def save(self, run_dir: Path) -> Path:
         folder = run_dir / "clip"
@@ -52,12 +54,16 @@ class Preference(_Clip):
     """PickScore's loss (Kirstain et al. 2023, Eq. 2): cross-entropy of the winner under the two pictures' scaled cosines to the prompt."""
 
     def collate(self, items: list[Item]) -> Batch:
-        images = self.processor([picture for i in items for picture in i.images], return_tensors="pt")["pixel_values"]
+        images = self.processor(
+            [picture for i in items for picture in i.images], return_tensors="pt"
+        )["pixel_values"]
         return {"pixel_values": images, **self.tokens([i.caption for i in items])}
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logits = network(**batch).logits_per_image  # (2B, B)
         pairs = len(logits) // 2
-        own = logits.unflatten(0, (pairs, 2))[torch.arange(pairs), :, torch.arange(pairs)]  # (B, 2), winner first
+        own = logits.unflatten(0, (pairs, 2))[
+            torch.arange(pairs), :, torch.arange(pairs)
+        ]  # (B, 2), winner first
         winner = torch.zeros(pairs, dtype=torch.long, device=own.device)
         return F.cross_entropy(own, winner), {"accuracy": (own[:, 0] > own[:, 1]).float().mean()}

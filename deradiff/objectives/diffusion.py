@@ -24,12 +24,27 @@ from deradiff.objectives import Batch
 class _Diffusion:
     """What both share: examples become latents, a timestep, noise and the text's embedding."""
 
-    def __init__(self, pipe: Any, resolution: int, cache: Cache | None, caption_dropout: float, flip: bool = False) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        resolution: int,
+        cache: Cache | None,
+        caption_dropout: float,
+        flip: bool = False,
+    ) -> None:
         self.pipe, self.resolution, self.cache = pipe, resolution, cache
         self.caption_dropout, self.flip = caption_dropout, flip
         self.network: nn.Module = getattr(pipe, family_of(pipe).denoiser)
         self.noising = noising_of(pipe.scheduler)
-        self.frozen = [] if cache else [m for m in pipe.components.values() if isinstance(m, nn.Module) and m is not self.network]
+        self.frozen = (
+            []
+            if cache
+            else [
+                m
+                for m in pipe.components.values()
+                if isinstance(m, nn.Module) and m is not self.network
+            ]
+        )
         self.latent_shape = latent_shape(pipe, resolution)
 
     def collate(self, items: list[Item]) -> Batch:
@@ -38,16 +53,28 @@ class _Diffusion:
         (B, P, 3, R, R) and captions that `encoded` makes them from. A flip turns all pictures of an example, or none."""
         timesteps = torch.cat([self.noising.draw(i.generator) for i in items])
         noise = torch.stack([torch.randn(self.latent_shape, generator=i.generator) for i in items])
-        captions = ["" if torch.rand(1, generator=i.generator) < self.caption_dropout else i.caption for i in items]
+        captions = [
+            "" if torch.rand(1, generator=i.generator) < self.caption_dropout else i.caption
+            for i in items
+        ]
         flipped = [self.flip and bool(torch.rand(1, generator=i.generator) < 0.5) for i in items]
         batch = {
-            "timesteps": timesteps, "time": self.noising.time(timesteps), "noise": noise, "captions": captions,
-            "index": torch.tensor([i.index for i in items]), "places": [i.place for i in items],
-        }  # fmt: skip
+            "timesteps": timesteps,
+            "time": self.noising.time(timesteps),
+            "noise": noise,
+            "captions": captions,
+            "index": torch.tensor([i.index for i in items]),
+            "places": [i.place for i in items],
+        }
         if self.cache:
-            latents = torch.stack([self.cache.latents(i.index, flip) for i, flip in zip(items, flipped)])
+            latents = torch.stack(
+                [self.cache.latents(i.index, flip) for i, flip in zip(items, flipped)]
+            )
             return batch | {"latents": latents, "texts": self.cache.texts(captions)}
-        pictures = [torch.stack([pixels(p, self.resolution, flip) for p in i.images]) for i, flip in zip(items, flipped)]
+        pictures = [
+            torch.stack([pixels(p, self.resolution, flip) for p in i.images])
+            for i, flip in zip(items, flipped)
+        ]
         return batch | {"images": torch.stack(pictures)}
 
     @torch.no_grad()
@@ -55,15 +82,23 @@ class _Diffusion:
         """Latents (P, B, C, H, W) and the text rows of a batch, on its device."""
         device = batch["noise"].device
         if self.cache:
-            return batch["latents"].transpose(0, 1).float(), {k: v.to(device) for k, v in batch["texts"].items()}
-        latents = encode_images(self.pipe.vae, batch["images"].flatten(0, 1)).unflatten(0, batch["images"].shape[:2])
+            return batch["latents"].transpose(0, 1).float(), {
+                k: v.to(device) for k, v in batch["texts"].items()
+            }
+        latents = encode_images(self.pipe.vae, batch["images"].flatten(0, 1)).unflatten(
+            0, batch["images"].shape[:2]
+        )
         return latents.transpose(0, 1).float(), encode_prompts(self.pipe, batch["captions"])
 
-    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, network: nn.Module, noisy: Tensor, timesteps: Tensor, texts: dict[str, Tensor]
+    ) -> Tensor:
         """The network's output for (P, B, C, H, W) noisy latents, same shape; each of P pictures has its example's timestep and text."""
         pictures = len(noisy)
         rows = {k: v.repeat(pictures, *[1] * (v.dim() - 1)) for k, v in texts.items()}
-        out = denoise(network, noisy.flatten(0, 1), timesteps.repeat(pictures), rows, self.resolution)
+        out = denoise(
+            network, noisy.flatten(0, 1), timesteps.repeat(pictures), rows, self.resolution
+        )
         return out.unflatten(0, (pictures, -1))
 
 
@@ -74,7 +109,9 @@ class Pretrain(_Diffusion):
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latents, texts = self.encoded(batch)
         noisy, target = self.noising(latents, batch["noise"], batch["timesteps"])
-        return (self.predict(network, noisy, batch["timesteps"], texts).float() - target.float()).square().mean(), {}
+        return (
+            self.predict(network, noisy, batch["timesteps"], texts).float() - target.float()
+        ).square().mean(), {}
 
     def save(self, run_dir: Path) -> Path:
         folder = run_dir / "pipeline"
@@ -89,15 +126,26 @@ class DPO(_Diffusion):
     """
 
     def __init__(
-        self, pipe: Any, resolution: int, cache: Cache | None, caption_dropout: float, flip: bool = False, *,
-        beta: float, card: AnchorCard, errors: ReferenceErrors | None = None, complete: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        pipe: Any,
+        resolution: int,
+        cache: Cache | None,
+        caption_dropout: float,
+        flip: bool = False,
+        *,
+        beta: float,
+        card: AnchorCard,
+        errors: ReferenceErrors | None = None,
+        complete: bool = False,
+    ) -> None:
         super().__init__(pipe, resolution, cache, caption_dropout, flip)
         self.beta, self.card, self.errors, self.stored_reference = beta, card, errors, complete
         self.copy: nn.Module | None = None
         if card.method == "full" and not complete:
             self.copy = copy.deepcopy(self.network).requires_grad_(False).eval()
-            for layer in self.copy.modules():  # what autocast would cast at every step anyway: the same outputs, half the memory
+            for layer in (
+                self.copy.modules()
+            ):  # what autocast would cast at every step anyway: the same outputs, half the memory
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     layer.to(pipe.vae.dtype)
             self.frozen.append(self.copy)
@@ -132,12 +180,18 @@ class DPO(_Diffusion):
         terms = dpo_terms(error, reference_error, self.beta)
         worse = terms.error - reference_error
         return terms.loss, {
-            "loss": terms.losses.detach(), "implicit_accuracy": terms.accuracies, "margin": terms.margin,
-            "model_mse": terms.error.mean(0), "reference_mse": reference_error.mean(0),
-            "winner_vs_reference": worse[0], "loser_vs_reference": worse[1],
-        }  # fmt: skip
+            "loss": terms.losses.detach(),
+            "implicit_accuracy": terms.accuracies,
+            "margin": terms.margin,
+            "model_mse": terms.error.mean(0),
+            "reference_mse": reference_error.mean(0),
+            "winner_vs_reference": worse[0],
+            "loser_vs_reference": worse[1],
+        }
 
-    def reference_error(self, batch: Batch, noisy: Tensor, target: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def reference_error(
+        self, batch: Batch, noisy: Tensor, target: Tensor, texts: dict[str, Tensor]
+    ) -> Tensor:
         """(2, B), read where they are known. Ranks agree on who evaluates the reference: a sharded network answers to all or none."""
         if self.errors is not None and _on_every_rank(batch["known"], noisy.device):
             return batch["reference_error"]

@@ -30,19 +30,39 @@ class Adapter:
         self.denoiser: Any = unwrapped(getattr(pipe, family.denoiser))
         self.name = name
         weights = anchor.lora(pipe)
-        _check_fits(self.denoiser, family.denoiser, weights, f"the LoRA anchor {anchor.source}", f"the {family.name} pipeline")
-        trainable = [(parameter, parameter.requires_grad) for parameter in self.denoiser.parameters()]
+        _check_fits(
+            self.denoiser,
+            family.denoiser,
+            weights,
+            f"the LoRA anchor {anchor.source}",
+            f"the {family.name} pipeline",
+        )
+        trainable = [
+            (parameter, parameter.requires_grad) for parameter in self.denoiser.parameters()
+        ]
         active = [(layer, layer.active_adapters[:]) for layer in lora_layers(self.denoiser)]
         # The arguments of the pipelines' own `load_lora_weights`, so that lam = 1 is the stock pipeline bit for bit.
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs on one network are meant
+            warnings.filterwarnings(
+                "ignore", message="Already found a `peft_config`"
+            )  # several LoRAs on one network are meant
             self.denoiser.load_lora_adapter(
-                dict(weights.state), prefix=family.denoiser, adapter_name=name, metadata=weights.metadata,
-                low_cpu_mem_usage=True, _pipeline=pipe,
-            )  # fmt: skip
-        wrapped: list[tuple[str, Any]] = [(path, m) for path, m in self.denoiser.named_modules() if isinstance(m, BaseTunerLayer)]
-        self.layers: dict[str, Any] = {path: layer for path, layer in wrapped if name in layer.scaling}  # by their place in the network
-        self._places: list[tuple[nn.Module, str, Any]] = []  # parent, name there, and layer, of those that are folded
+                dict(weights.state),
+                prefix=family.denoiser,
+                adapter_name=name,
+                metadata=weights.metadata,
+                low_cpu_mem_usage=True,
+                _pipeline=pipe,
+            )
+        wrapped: list[tuple[str, Any]] = [
+            (path, m) for path, m in self.denoiser.named_modules() if isinstance(m, BaseTunerLayer)
+        ]
+        self.layers: dict[str, Any] = {
+            path: layer for path, layer in wrapped if name in layer.scaling
+        }  # by their place in the network
+        self._places: list[
+            tuple[nn.Module, str, Any]
+        ] = []  # parent, name there, and layer, of those that are folded
         for layer in self.layers.values():
             layer._active_adapter = []
             layer.lora_dropout[name].eval()
@@ -77,7 +97,10 @@ class Adapter:
         """The network with the adapter, its scale multiplied by `strength`: a number, or one for each row of the batch, (rows,)."""
         self._follow()
         # Assigned directly: peft's public switches also flip requires_grad, for the user's adapters too, at every step.
-        before = [(layer, layer._active_adapter, layer._disable_adapters, layer.scaling[self.name]) for layer in self.layers.values()]
+        before = [
+            (layer, layer._active_adapter, layer._disable_adapters, layer.scaling[self.name])
+            for layer in self.layers.values()
+        ]
         modules = [(parent, child, parent._modules[child]) for parent, child, _ in self._places]
         for (parent, child, layer), (*_, there) in zip(self._places, modules):
             if there is not layer and there is not layer.base_layer:
@@ -95,7 +118,11 @@ class Adapter:
                 yield
         finally:
             for layer, active, disabled, scale in before:
-                layer._active_adapter, layer._disable_adapters, layer.scaling[self.name] = active, disabled, scale
+                layer._active_adapter, layer._disable_adapters, layer.scaling[self.name] = (
+                    active,
+                    disabled,
+                    scale,
+                )
             for parent, child, module in modules:
                 parent._modules[child] = module
 
@@ -103,7 +130,10 @@ class Adapter:
         """Take the adapter to where the pipeline has been moved, and to its precision."""
         for layer in self.layers.values():
             weight, ours = layer.get_base_layer().weight, layer.lora_A[self.name].weight
-            if weight.device.type == "meta" or (weight.device, weight.dtype) == (ours.device, ours.dtype):
+            if weight.device.type == "meta" or (weight.device, weight.dtype) == (
+                ours.device,
+                ours.dtype,
+            ):
                 return  # offloaded layer by layer, or all as it should be
             layer.lora_A[self.name].to(weight.device, weight.dtype)
             layer.lora_B[self.name].to(weight.device, weight.dtype)
@@ -136,7 +166,9 @@ class Adapter:
     def check_rows(self) -> None:
         """ValueError where the rows of one batch cannot differ in this adapter."""
         if self.variant:
-            raise ValueError("batched=True needs a plain LoRA, and this one is a DoRA or another variant: leave batched away")
+            raise ValueError(
+                "batched=True needs a plain LoRA, and this one is a DoRA or another variant: leave batched away"
+            )
         if any(module._compiled_call_impl is not None for module in self.denoiser.modules()):
             raise ValueError(
                 "batched=True and torch.compile do not go together: compiled blocks would not see whose row is whose; leave one away"
@@ -173,16 +205,22 @@ def lora_layers(denoiser: nn.Module) -> list[Any]:
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _check_fits(denoiser: nn.Module, prefix: str, weights: LoraWeights, anchor: str, pipeline: str) -> None:
+def _check_fits(
+    denoiser: nn.Module, prefix: str, weights: LoraWeights, anchor: str, pipeline: str
+) -> None:
     if any(layer.merged for layer in lora_layers(denoiser)):
-        raise ValueError("the pipeline has LoRA weights fused into it, which would hide the anchor's: call pipe.unfuse_lora() first")
+        raise ValueError(
+            "the pipeline has LoRA weights fused into it, which would hide the anchor's: call pipe.unfuse_lora() first"
+        )
     modules = dict(denoiser.named_modules())
     for key, value in weights.state.items():
         path, _, part = key.removeprefix(f"{prefix}.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):
             continue
         if path not in modules:
-            raise ValueError(f"{anchor} does not bind to {pipeline}, which has no layer {path}: give an anchor of its family")
+            raise ValueError(
+                f"{anchor} does not bind to {pipeline}, which has no layer {path}: give an anchor of its family"
+            )
         side, size = (1, value.shape[1]) if part == "A.weight" else (0, value.shape[0])
         weight = modules[path].weight
         if weight.shape[side] != size:

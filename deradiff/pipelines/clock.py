@@ -42,7 +42,11 @@ class Clock:
         scheduler = self.pipe.scheduler
         time = self.scale * float(torch.as_tensor(timestep).flatten()[0])
         if scheduler.timesteps is not self._timesteps:  # a pipeline sets them when it is called
-            self._timesteps, self._times, self._last = scheduler.timesteps, scheduler.timesteps.tolist(), -1
+            self._timesteps, self._times, self._last = (
+                scheduler.timesteps,
+                scheduler.timesteps.tolist(),
+                -1,
+            )
         self.index, self.began = self._find(time), False
         if self.index is not None:
             self.began = self.index < self._last or self._last < 0

@@ -22,8 +22,21 @@ class Dial:
     time, from a step callback too. 0 is the reference and 1 the anchor, bit for bit.
     """
 
-    def __init__(self, networks: Networks, clock: Clock, kl: PathKL, particles: Resampling | None, trust: float | None) -> None:
-        self._networks, self._clock, self._kl, self._particles, self._trust = networks, clock, kl, particles, trust
+    def __init__(
+        self,
+        networks: Networks,
+        clock: Clock,
+        kl: PathKL,
+        particles: Resampling | None,
+        trust: float | None,
+    ) -> None:
+        self._networks, self._clock, self._kl, self._particles, self._trust = (
+            networks,
+            clock,
+            kl,
+            particles,
+            trust,
+        )
         self._asked, self._warned = 0, False
         self.lams: list[Lambda] = []
 
@@ -66,7 +79,11 @@ class Dial:
 
     def bounded(self, lams: Sequence[Strength], differences: Sequence[Tensor]) -> list[Strength]:
         """lams, shortened to the trust region where there is one: each step an equal share of its nats."""
-        if self._trust is None or self._clock.index is None or not any(_largest(lam) > 1 for lam in lams):
+        if (
+            self._trust is None
+            or self._clock.index is None
+            or not any(_largest(lam) > 1 for lam in lams)
+        ):
             return list(lams)
         divergence = self._kl.factor * self._kl.squared(differences[0])
         column = divergence.repeat(self._kl.copies).view(-1, *[1] * (differences[0].ndim - 1))
@@ -84,7 +101,9 @@ class Dial:
 
 def checked_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]:
     """One strength or schedule an anchor. Raises ValueError for another number of them, or for what is none."""
-    values: Sequence[Lambda] = lam if isinstance(lam, Sequence) and not isinstance(lam, str) else [lam]
+    values: Sequence[Lambda] = (
+        lam if isinstance(lam, Sequence) and not isinstance(lam, str) else [lam]
+    )
     lams = [checked(value) for value in values]
     if len(lams) != anchors:
         raise ValueError(

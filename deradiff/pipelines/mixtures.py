@@ -37,7 +37,12 @@ class Exact:
     """out_ref + sum lam_i (out_i - out_ref), each network on the same input. A network of weight 0 is not evaluated."""
 
     def __init__(self, networks: Networks, clock: Clock, trust: Any, with_reference: bool) -> None:
-        self.networks, self.clock, self.trust, self.with_reference = networks, clock, trust, with_reference
+        self.networks, self.clock, self.trust, self.with_reference = (
+            networks,
+            clock,
+            trust,
+            with_reference,
+        )
 
     def __call__(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         rest = 1 - sum(lams)
@@ -47,7 +52,10 @@ class Exact:
         tensors = [None if output is None else output[0] for output in outputs]
         differences = None
         if tensors[0] is not None:
-            differences = [torch.zeros_like(tensors[0]) if t is None else t.float() - tensors[0].float() for t in tensors[1:]]
+            differences = [
+                torch.zeros_like(tensors[0]) if t is None else t.float() - tensors[0].float()
+                for t in tensors[1:]
+            ]
             lams = self.trust(lams, differences)
             rest = 1 - sum(lams)
         mixed = weighted_sum(tensors, [rest, *lams])
@@ -63,7 +71,9 @@ class Reuse:
 
     def __init__(self, networks: Networks, clock: Clock, trust: Any, every: int) -> None:
         self.networks, self.clock, self.trust, self.every = networks, clock, trust, every
-        self._seen: dict[int, list[tuple[int, float, Tensor]]] = {}  # by the evaluation within a step: index, time, D; the last two
+        self._seen: dict[
+            int, list[tuple[int, float, Tensor]]
+        ] = {}  # by the evaluation within a step: index, time, D; the last two
 
     def __call__(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         (lam,), clock = lams, self.clock
@@ -89,7 +99,11 @@ class Reuse:
         else:
             base = outputs[1 if anchored else 0][0]
             mixed = (base.float() + (lam - 1 if anchored else lam) * difference).to(base.dtype)
-        return Mixed(with_tensor(next(o for o in outputs if o is not None), mixed), lam * difference, [difference])
+        return Mixed(
+            with_tensor(next(o for o in outputs if o is not None), mixed),
+            lam * difference,
+            [difference],
+        )
 
 
 class Weights:
@@ -100,8 +114,15 @@ class Weights:
     bit for bit.
     """
 
-    def __init__(self, denoiser: nn.Module, networks: Networks, clock: Clock, with_reference: bool) -> None:
-        self.denoiser, self.networks, self.clock, self.with_reference = denoiser, networks, clock, with_reference
+    def __init__(
+        self, denoiser: nn.Module, networks: Networks, clock: Clock, with_reference: bool
+    ) -> None:
+        self.denoiser, self.networks, self.clock, self.with_reference = (
+            denoiser,
+            networks,
+            clock,
+            with_reference,
+        )
         self._key: Any = None
         self._parameters: list[nn.Parameter] = []
         self._sums: list[Tensor] = []
@@ -109,7 +130,9 @@ class Weights:
 
     def __call__(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         if any(isinstance(lam, Tensor) for lam in lams):
-            raise ValueError("mode='weights' has one set of weights, and so one lam, for all images and regions: use mode='exact'")
+            raise ValueError(
+                "mode='weights' has one set of weights, and so one lam, for all images and regions: use mode='exact'"
+            )
         numbers = [float(lam) for lam in lams]
         if not any(numbers):
             self.restore()
@@ -125,8 +148,16 @@ class Weights:
     def _at(self, call: Call, lams: Sequence[float]) -> Any:
         """The network's output at lams."""
         anchors = [(anchor, lam) for anchor, lam in zip(self.networks.anchors, lams) if lam != 0]
-        beside = [anchor for anchor, lam in anchors if isinstance(anchor, Adapter) and (anchor.variant or (len(anchors) == 1 and lam == 1))]
-        self._put([(anchor, lam) for anchor, lam in anchors if anchor not in beside], call.x.device, call.x.dtype)
+        beside = [
+            anchor
+            for anchor, lam in anchors
+            if isinstance(anchor, Adapter) and (anchor.variant or (len(anchors) == 1 and lam == 1))
+        ]
+        self._put(
+            [(anchor, lam) for anchor, lam in anchors if anchor not in beside],
+            call.x.device,
+            call.x.dtype,
+        )
         try:
             with ExitStack() as stack:
                 for anchor, lam in anchors:
@@ -140,7 +171,12 @@ class Weights:
             if self.clock.index is None or self.clock.last:
                 self.restore()
 
-    def _put(self, anchors: Sequence[tuple[Adapter | FullAnchor, float]], device: torch.device, dtype: torch.dtype) -> None:
+    def _put(
+        self,
+        anchors: Sequence[tuple[Adapter | FullAnchor, float]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         key = ([lam for _, lam in anchors], device, dtype)
         if self._own and self._key == key:
             return
@@ -159,21 +195,42 @@ class Weights:
             parameter.data = own.to(parameter.device, parameter.dtype)
         self._own = []
 
-    def _sum(self, anchors: Sequence[tuple[Adapter | FullAnchor, float]], device: torch.device, dtype: torch.dtype) -> None:
+    def _sum(
+        self,
+        anchors: Sequence[tuple[Adapter | FullAnchor, float]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         """theta_ref + sum lam_i (theta_i - theta_ref) of each parameter that moves; kept until a lam, the device or precision changes."""
         self._key, self._sums = None, []  # let the old sum go before the new one is made
         ours = base_parameters(self.denoiser)
         sums = {name: p.data for name, p in ours.items()}
-        full = [(dict(a.network(device, dtype).named_parameters()), lam) for a, lam in anchors if isinstance(a, FullAnchor)]
+        full = [
+            (dict(a.network(device, dtype).named_parameters()), lam)
+            for a, lam in anchors
+            if isinstance(a, FullAnchor)
+        ]
         if full:
             weights = [1 - sum(lam for _, lam in full), *(lam for _, lam in full)]
-            sums = {name: weighted_sum([p, *(theirs[name].data for theirs, _ in full)], weights) for name, p in sums.items()}
+            sums = {
+                name: weighted_sum([p, *(theirs[name].data for theirs, _ in full)], weights)
+                for name, p in sums.items()
+            }
         for adapter, lam in anchors:
             if isinstance(adapter, Adapter):
                 for name, delta in adapter.deltas():
-                    sums[name] = summed([sums[name].float(), delta.float()], [1.0, lam]).to(sums[name].dtype)
-        moved = [name for name, p in ours.items() if sums[name] is not p.data and sums[name].data_ptr() != p.data_ptr()]
-        self._parameters, self._sums = [ours[name] for name in moved], [sums[name] for name in moved]
+                    sums[name] = summed([sums[name].float(), delta.float()], [1.0, lam]).to(
+                        sums[name].dtype
+                    )
+        moved = [
+            name
+            for name, p in ours.items()
+            if sums[name] is not p.data and sums[name].data_ptr() != p.data_ptr()
+        ]
+        self._parameters, self._sums = (
+            [ours[name] for name in moved],
+            [sums[name] for name in moved],
+        )
 
 
 def none(weight: Strength) -> bool:
@@ -183,12 +240,18 @@ def none(weight: Strength) -> bool:
 
 def weighted_sum(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) -> Tensor:
     """sum w_i t_i in at least single precision, rounded once; a tensor that has all the weight is returned as it is."""
-    parts = [(tensor, weight) for tensor, weight in zip(tensors, weights) if tensor is not None and not none(weight)]
+    parts = [
+        (tensor, weight)
+        for tensor, weight in zip(tensors, weights)
+        if tensor is not None and not none(weight)
+    ]
     if len(parts) == 1 and not isinstance(parts[0][1], Tensor):
         return parts[0][0]
     dtype = parts[0][0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    return summed([tensor.to(wide) for tensor, _ in parts], [weight for _, weight in parts]).to(dtype)
+    return summed([tensor.to(wide) for tensor, _ in parts], [weight for _, weight in parts]).to(
+        dtype
+    )
 
 
 def summed(tensors: Sequence[Tensor], weights: Sequence[Strength]) -> Tensor:

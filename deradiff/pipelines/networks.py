@@ -28,7 +28,11 @@ class Call:
     @property
     def x(self) -> Any:
         """(rows, ...), the noisy latents."""
-        return self.args[0] if self.args else self.kwargs.get("sample", self.kwargs.get("hidden_states"))
+        return (
+            self.args[0]
+            if self.args
+            else self.kwargs.get("sample", self.kwargs.get("hidden_states"))
+        )
 
     @property
     def timestep(self) -> Tensor | float:
@@ -45,12 +49,18 @@ class Call:
             whole = not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows
             return value if whole else torch.cat([value] * times)
 
-        kwargs = {key: value if key in NOT_ROWS else tree_map(repeat, value) for key, value in self.kwargs.items()}
+        kwargs = {
+            key: value if key in NOT_ROWS else tree_map(repeat, value)
+            for key, value in self.kwargs.items()
+        }
         return Call(self.forward, tree_map(repeat, self.args), kwargs)
 
     def same(self, other: Call) -> bool:
         """Whether both ask the same, element for element."""
-        (ours, ours_shape), (theirs, theirs_shape) = tree_flatten((self.args, self.kwargs)), tree_flatten((other.args, other.kwargs))
+        (ours, ours_shape), (theirs, theirs_shape) = (
+            tree_flatten((self.args, self.kwargs)),
+            tree_flatten((other.args, other.kwargs)),
+        )
         return ours_shape == theirs_shape and all(_equal(a, b) for a, b in zip(ours, theirs))
 
 
@@ -62,19 +72,33 @@ class FullAnchor:
 
     def __init__(self, denoiser: Any, anchor: Anchor, family: str) -> None:
         self.denoiser, self.anchor = denoiser, anchor
-        self._placed: Any = None  # where the network is and how precise: both are dear to ask it for at every step
+        self._placed: Any = (
+            None  # where the network is and how precise: both are dear to ask it for at every step
+        )
         self._network: Any = None
-        device = torch.device("cpu") if denoiser.device.type == "meta" else denoiser.device  # meta: offloaded layer by layer
-        ours, theirs = base_parameters(denoiser), dict(self.network(device, denoiser.dtype).named_parameters())
+        device = (
+            torch.device("cpu") if denoiser.device.type == "meta" else denoiser.device
+        )  # meta: offloaded layer by layer
+        ours, theirs = (
+            base_parameters(denoiser),
+            dict(self.network(device, denoiser.dtype).named_parameters()),
+        )
         for name in sorted(ours.keys() | theirs.keys()):
-            shapes = [tuple(side[name].shape) if name in side else "missing" for side in (theirs, ours)]
+            shapes = [
+                tuple(side[name].shape) if name in side else "missing" for side in (theirs, ours)
+            ]
             if shapes[0] != shapes[1]:
                 said = f"{name} is {shapes[0]} in the anchor and {shapes[1]} in the pipeline"
-                raise ValueError(f"the anchor {anchor.source} does not fit the {family} pipeline: {said}; give an anchor of its family")
+                raise ValueError(
+                    f"the anchor {anchor.source} does not fit the {family} pipeline: {said}; give an anchor of its family"
+                )
 
     def network(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         if self._placed != (device, dtype):
-            self._network, self._placed = self.anchor.network(self.denoiser, device, dtype), (device, dtype)
+            self._network, self._placed = (
+                self.anchor.network(self.denoiser, device, dtype),
+                (device, dtype),
+            )
             _compile_like(self.denoiser, self._network)
         return self._network
 
@@ -91,12 +115,16 @@ class Networks:
     show, such as the scale of an IP-Adapter, must not change meanwhile.
     """
 
-    def __init__(self, anchors: Sequence[Adapter | FullAnchor], batched: bool, shared_start: bool) -> None:
+    def __init__(
+        self, anchors: Sequence[Adapter | FullAnchor], batched: bool, shared_start: bool
+    ) -> None:
         self.anchors, self.batched, self.shared_start = anchors, batched, shared_start
         self.evaluated = 0  # rows
         self._first: tuple[Call, dict[int, Any]] | None = None
         if batched and not any(isinstance(anchor, Adapter) for anchor in anchors):
-            raise ValueError("batched=True evaluates a LoRA anchor and its reference as one batch, and a full anchor is another network")
+            raise ValueError(
+                "batched=True evaluates a LoRA anchor and its reference as one batch, and a full anchor is another network"
+            )
         for anchor in anchors:
             if batched and isinstance(anchor, Adapter):
                 anchor.check_rows()
@@ -111,14 +139,26 @@ class Networks:
 
     def _remembered(self, call: Call) -> dict[int, Any]:
         if self._first is None or not self._first[0].same(call):
-            kept = Call(call.forward, *tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (call.args, call.kwargs)))
+            kept = Call(
+                call.forward,
+                *tree_map(
+                    lambda v: v.clone() if isinstance(v, Tensor) else v, (call.args, call.kwargs)
+                ),
+            )
             self._first = kept, {}
         return self._first[1]
 
     def _evaluate(self, call: Call, models: Sequence[int]) -> list[Any]:
-        together = [i for i in models if i == 0 or isinstance(self.anchors[i - 1], Adapter)] if self.batched else []
+        together = (
+            [i for i in models if i == 0 or isinstance(self.anchors[i - 1], Adapter)]
+            if self.batched
+            else []
+        )
         joint = dict(zip(together, self._as_one_batch(call, together))) if len(together) > 1 else {}
-        return [joint[i] if i in joint else self.anchors[i - 1].output(call) if i else call() for i in models]
+        return [
+            joint[i] if i in joint else self.anchors[i - 1].output(call) if i else call()
+            for i in models
+        ]
 
     def _as_one_batch(self, call: Call, models: Sequence[int]) -> list[Any]:
         rows = len(call.x)
@@ -149,15 +189,28 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
 
 def base_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """A network's own parameters by the names that they have without any LoRA on it."""
-    return {name.replace(".base_layer.", "."): p for name, p in denoiser.named_parameters() if ".lora_" not in name}
+    return {
+        name.replace(".base_layer.", "."): p
+        for name, p in denoiser.named_parameters()
+        if ".lora_" not in name
+    }
 
 
 def check_own_loras(denoiser: nn.Module) -> None:
     """ValueError where a LoRA of the user's acts on the reference network, and so not on a full anchor beside it."""
-    styled = [name for layer in lora_layers(denoiser) if not layer.disable_adapters for name in layer.active_adapters]
+    styled = [
+        name
+        for layer in lora_layers(denoiser)
+        if not layer.disable_adapters
+        for name in layer.active_adapters
+    ]
     if styled:
-        said = f"the pipeline's own LoRA ({styled[0]}) is on the reference alone, not on a full anchor"
-        raise ValueError(f"{said}: call pipe.unload_lora_weights() or pipe.disable_lora() first, or use mode='weights'")
+        said = (
+            f"the pipeline's own LoRA ({styled[0]}) is on the reference alone, not on a full anchor"
+        )
+        raise ValueError(
+            f"{said}: call pipe.unload_lora_weights() or pipe.disable_lora() first, or use mode='weights'"
+        )
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -39,7 +39,9 @@ class PathKL:
         if self.clock.began:
             self.total = torch.zeros(())
         known = pull is not None and self.clock.call == 0
-        squared = self.squared(pull if known and pull is not None else torch.full_like(output, torch.nan))
+        squared = self.squared(
+            pull if known and pull is not None else torch.full_like(output, torch.nan)
+        )
         self.total = self.factor * squared + self.total
 
     def squared(self, difference: Tensor) -> Tensor:
@@ -48,7 +50,9 @@ class PathKL:
 
     def guided(self, difference: Tensor) -> Tensor:
         """Rows as images: a difference (2 images, ...) of unconditional and conditional rows as classifier-free guidance has it."""
-        if self.copies == 1 or len(difference) % 2:  # odd: somebody else's loop over the network, after a guided call
+        if (
+            self.copies == 1 or len(difference) % 2
+        ):  # odd: somebody else's loop over the network, after a guided call
             return difference
         unconditional, conditional = difference.chunk(2)  # the order of every diffusers pipeline
         return unconditional + self.pipe.guidance_scale * (conditional - unconditional)

@@ -48,11 +48,14 @@ class Resampling:
         if self.kl.copies == 2 and not self._warned:
             self._warned = True
             warnings.warn(
-                "with classifier-free guidance the weights of particles are a heuristic: guided steps are no model's own", stacklevel=2
+                "with classifier-free guidance the weights of particles are a heuristic: guided steps are no model's own",
+                stacklevel=2,
             )
         images = len(differences[0]) // self.kl.copies
         self._log_w = log_weight(
-            self.kl.factor, [lam[:images] if isinstance(lam, Tensor) else lam for lam in lams], [self.kl.guided(d) for d in differences]
+            self.kl.factor,
+            [lam[:images] if isinstance(lam, Tensor) else lam for lam in lams],
+            [self.kl.guided(d) for d in differences],
         )
 
     def release(self) -> None:
@@ -67,8 +70,12 @@ class Resampling:
         self.release()
         step = scheduler.step
 
-        @wraps(step)  # pipelines read the signature, and hand over a generator and an eta where it has them
-        def resampling_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        @wraps(
+            step
+        )  # pipelines read the signature, and hand over a generator and an eta where it has them
+        def resampling_step(
+            model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
             self._begin(sample)
             return self._resampled(scheduler, step(model_output, timestep, sample, *args, **kwargs))
 
@@ -86,7 +93,9 @@ class Resampling:
 
     def _resampled(self, scheduler: Any, stepped: Any) -> Any:
         x = stepped[0]
-        self.particles.reweigh(torch.zeros(len(x), device=x.device) if self._log_w is None else self._log_w)
+        self.particles.reweigh(
+            torch.zeros(len(x), device=x.device) if self._log_w is None else self._log_w
+        )
         index = self.particles.resample(last=self.clock.last)
         if index is None:
             return stepped
@@ -95,7 +104,9 @@ class Resampling:
             setattr(scheduler, name, _reordered(value, index, x.shape))
         if isinstance(stepped, tuple):
             return (x[index], *(_reordered(value, index, x.shape) for value in stepped[1:]))
-        return type(stepped)(**{name: _reordered(value, index, x.shape) for name, value in stepped.items()})
+        return type(stepped)(
+            **{name: _reordered(value, index, x.shape) for name, value in stepped.items()}
+        )
 
 
 def _reordered(value: Any, index: Tensor, shape: torch.Size) -> Any:

@@ -28,12 +28,18 @@ def _check_settings(name: str, file: str | None, **settings: str | None) -> None
                 f"{name} is a scorer of deradiff's: give the one in {file} a name of its own, such as scorers.mine.file={file}"
             )
         if given:
-            raise ValueError(f"the scorer in {file} loads its weights itself: leave out {' and '.join(given)}")
+            raise ValueError(
+                f"the scorer in {file} loads its weights itself: leave out {' and '.join(given)}"
+            )
         return
     if name not in SCORERS:
-        raise ValueError(f"there is no scorer {name!r}; the scorers are {', '.join(SCORERS)}, and mine with scorers.mine.file=<yours>.py")
+        raise ValueError(
+            f"there is no scorer {name!r}; the scorers are {', '.join(SCORERS)}, and mine with scorers.mine.file=<yours>.py"
+        )
     if strange := [key for key in given if key not in SETTINGS[name]]:
-        what = "is a formula, not a network" if name in REWARDS else f"has no {' or '.join(strange)}"
+        what = (
+            "is a formula, not a network" if name in REWARDS else f"has no {' or '.join(strange)}"
+        )
         raise ValueError(f"the scorer {name} {what}: leave out {' and '.join(strange)}")
 
 
@@ -50,7 +56,9 @@ def check_scorer(
     A hub id is asked for its configuration and tokenizer only, so that it costs a second; its weights come with `load_scorer`. A file of
     the user's own is read and not run.
     """
-    _check_settings(name, file, checkpoint=checkpoint, tokenizer=tokenizer, model_config=model_config, head=head)
+    _check_settings(
+        name, file, checkpoint=checkpoint, tokenizer=tokenizer, model_config=model_config, head=head
+    )
     if file is not None:
         from deradiff.scorers.own import check_own
 
@@ -63,7 +71,10 @@ def check_scorer(
         from deradiff.scorers.aesthetic import read_head
         from deradiff.scorers.checkpoints import find, place
 
-        tower, where = find(AESTHETIC_TOWER, checkpoint, tokenizer, model_config), place(head or AESTHETIC_HEAD)
+        tower, where = (
+            find(AESTHETIC_TOWER, checkpoint, tokenizer, model_config),
+            place(head or AESTHETIC_HEAD),
+        )
         if where.repo is None:
             read_head(where, tower.config.projection_dim, "meta")
     elif name == "imagereward":
@@ -93,7 +104,9 @@ def load_scorer(
 
     Raises ValueError, before any weight is loaded, for an unknown name, a missing checkpoint, and weights of another layout or size.
     """
-    _check_settings(name, file, checkpoint=checkpoint, tokenizer=tokenizer, model_config=model_config, head=head)
+    _check_settings(
+        name, file, checkpoint=checkpoint, tokenizer=tokenizer, model_config=model_config, head=head
+    )
     if file is not None:
         from deradiff.scorers.own import OwnScorer
 
@@ -112,7 +125,13 @@ def load_scorer(
     if name == "aesthetic":
         from deradiff.scorers.aesthetic import AestheticScorer
 
-        return AestheticScorer(find(AESTHETIC_TOWER, checkpoint, tokenizer, model_config), place(head or AESTHETIC_HEAD), device)
+        return AestheticScorer(
+            find(AESTHETIC_TOWER, checkpoint, tokenizer, model_config),
+            place(head or AESTHETIC_HEAD),
+            device,
+        )
     from deradiff.scorers.clip import CLIPScorer
 
-    return CLIPScorer(RECIPES[name], find(RECIPES[name], checkpoint, tokenizer, model_config), device)
+    return CLIPScorer(
+        RECIPES[name], find(RECIPES[name], checkpoint, tokenizer, model_config), device
+    )

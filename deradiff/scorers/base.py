@@ -40,7 +40,9 @@ class BatchedScorer:
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores (N,), float32 on the CPU. Raises ValueError where there is not one prompt for each picture."""
         if len(images) != len(prompts):
-            raise ValueError(f"{self.name} scores each picture for its own prompt: got {len(images)} pictures and {len(prompts)} prompts")
+            raise ValueError(
+                f"{self.name} scores each picture for its own prompt: got {len(images)} pictures and {len(prompts)} prompts"
+            )
         scores = []
         # no TF32 in the first convolution: a GPU's scores are the CPU's, to the last digits of float32
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -13,7 +13,9 @@ from pathlib import Path
 from deradiff.runs import slug, write_atomic
 from deradiff.scorers.base import Scorer, digest
 
-Key = tuple[str, str]  # what a score depends on besides the scorer: the SHA-256 of the picture's file, and that of its prompt
+Key = tuple[
+    str, str
+]  # what a score depends on besides the scorer: the SHA-256 of the picture's file, and that of its prompt
 
 
 def key(sha256: str, prompt: str) -> Key:
@@ -34,7 +36,9 @@ class ScoreCache:
     """
 
     def __init__(self, root: Path, scorer: Scorer) -> None:
-        told = {name: getattr(scorer, name) for name in ("name", "version", "scale", "preprocessing")} | {"source": _source()}
+        told = {
+            name: getattr(scorer, name) for name in ("name", "version", "scale", "preprocessing")
+        } | {"source": _source()}
         text = json.dumps(told, sort_keys=True, indent=1)
         self.folder = root / f"{slug(scorer.name)}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.file = self.folder / f"{uuid.uuid4().hex}.jsonl"
@@ -49,7 +53,11 @@ class ScoreCache:
             for line in file.read_bytes().split(b"\n"):
                 try:
                     picture, prompt, score = json.loads(line)
-                    whole = isinstance(picture, str) and isinstance(prompt, str) and math.isfinite(score)
+                    whole = (
+                        isinstance(picture, str)
+                        and isinstance(prompt, str)
+                        and math.isfinite(score)
+                    )
                 except (ValueError, TypeError):
                     continue
                 if whole:

@@ -25,11 +25,20 @@ from deradiff.scorers import open_clip
 from deradiff.scorers.recipes import Recipe
 
 FILES = (".pt", ".pth", ".bin", ".safetensors")
-SHARDS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")  # of a Hugging Face folder
+SHARDS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+)  # of a Hugging Face folder
 TOKENIZER = ["tokenizer.json", "vocab.json"]  # either is enough
 PROCESSOR = ["preprocessor_config.json", "processor_config.json"]
 # older files carry these constants; transformers and open_clip make them themselves
-CONSTANTS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids", "attn_mask")
+CONSTANTS = (
+    "text_model.embeddings.position_ids",
+    "vision_model.embeddings.position_ids",
+    "attn_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,9 @@ class Place:
             folder = snapshot(self.repo, [pattern]) if self.repo else self.folder
             if found := sorted(folder.glob(pattern)):
                 return found
-        raise ValueError(f"the checkpoint {self.said} holds no {self.file or 'model.safetensors or pytorch_model.bin'}")
+        raise ValueError(
+            f"the checkpoint {self.said} holds no {self.file or 'model.safetensors or pytorch_model.bin'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,9 @@ class Checkpoint:
     def load(self) -> Any:
         """The network, a CLIPModel in float32, in evaluation mode. Raises ValueError where the weights are of another layout or size."""
         state = self._state("cpu")
-        return CLIPModel.from_pretrained(None, config=self.config, state_dict=state, dtype=torch.float32).eval()
+        return CLIPModel.from_pretrained(
+            None, config=self.config, state_dict=state, dtype=torch.float32
+        ).eval()
 
     def check_weights(self) -> None:
         """Names and shapes of the weights against the configuration. Raises ValueError naming the first that differs."""
@@ -78,12 +91,23 @@ class Checkpoint:
 
     def _state(self, device: str) -> dict[str, Tensor]:
         files = self.place.weights()
-        state = {name: tensor for file in files for name, tensor in read_state(file, device).items() if name not in CONSTANTS}
+        state = {
+            name: tensor
+            for file in files
+            for name, tensor in read_state(file, device).items()
+            if name not in CONSTANTS
+        }
         if self.place.file:
             state = open_clip.convert(state)
         with torch.device("meta"):
-            wanted = {name: tensor.shape for name, tensor in CLIPModel(self.config).state_dict().items()}
-        layout = "an open_clip state dict of that model (set model_config=)" if self.place.file else "the CLIPModel of its config.json"
+            wanted = {
+                name: tensor.shape for name, tensor in CLIPModel(self.config).state_dict().items()
+            }
+        layout = (
+            "an open_clip state dict of that model (set model_config=)"
+            if self.place.file
+            else "the CLIPModel of its config.json"
+        )
         check_shapes(state, wanted, f"{self.place.said} is not {layout}")
         return state
 
@@ -93,7 +117,10 @@ def check_shapes(state: dict[str, Tensor], wanted: dict[str, torch.Size], what: 
     held = {name: tensor.shape for name, tensor in state.items()}
     for name in sorted(wanted | held):
         if held.get(name) != wanted.get(name):
-            there, needed = (f"{list(shapes[name])}" if name in shapes else "nothing" for shapes in (held, wanted))
+            there, needed = (
+                f"{list(shapes[name])}" if name in shapes else "nothing"
+                for shapes in (held, wanted)
+            )
             raise ValueError(f"{what}: {name} is {there} there, not {needed}")
 
 
@@ -104,13 +131,24 @@ def read_state(file: Path, device: str) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as held:
                 if device != "meta":
                     return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (it is no dict)
-                return {name: torch.empty(held.get_slice(name).get_shape(), device="meta") for name in held.keys()}  # noqa: SIM118
-        state = torch.load(file, weights_only=True, map_location=device, mmap=zipfile.is_zipfile(file))
+                return {
+                    name: torch.empty(held.get_slice(name).get_shape(), device="meta")
+                    for name in held.keys()
+                }  # noqa: SIM118
+        state = torch.load(
+            file, weights_only=True, map_location=device, mmap=zipfile.is_zipfile(file)
+        )
     except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{file} holds no plain tensors, and deradiff unpickles nothing else ({type(error).__name__})") from error
+        raise ValueError(
+            f"{file} holds no plain tensors, and deradiff unpickles nothing else ({type(error).__name__})"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} is no state dict: give a file of tensors by name, with or without a state_dict key around them")
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
+        raise ValueError(
+            f"{file} is no state dict: give a file of tensors by name, with or without a state_dict key around them"
+        )
     return state
 
 
@@ -122,7 +160,9 @@ def snapshot(repo: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"{repo} is no local path and could not be read from the hub ({type(error).__name__})") from error
+        raise ValueError(
+            f"{repo} is no local path and could not be read from the hub ({type(error).__name__})"
+        ) from error
 
 
 def place(checkpoint: str) -> Place:
@@ -133,30 +173,55 @@ def place(checkpoint: str) -> Place:
         return Place(checkpoint, None, path, None)
     if path.is_file():
         if path.suffix not in FILES:
-            raise ValueError(f"the checkpoint {checkpoint} must be a folder, or a {', '.join(FILES[:-1])} or {FILES[-1]} file")
+            raise ValueError(
+                f"the checkpoint {checkpoint} must be a folder, or a {', '.join(FILES[:-1])} or {FILES[-1]} file"
+            )
         return Place(checkpoint, None, path.parent, path.name)
     *organisation, last = checkpoint.split("/")
     file = last if path.suffix in FILES else None
     repo = organisation if file else [*organisation, last]
     if len(repo) != 2 or repo[0] in ("", ".", "..", "~", "runs"):
-        raise ValueError(f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id such as org/name")
-    return Place(checkpoint, "/".join(repo), snapshot("/".join(repo), ["*.json", "merges.txt"]), file)
+        raise ValueError(
+            f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id such as org/name"
+        )
+    return Place(
+        checkpoint, "/".join(repo), snapshot("/".join(repo), ["*.json", "merges.txt"]), file
+    )
 
 
-def find(recipe: Recipe, checkpoint: str | None, tokenizer: str | None, model_config: str | None) -> Checkpoint:
+def find(
+    recipe: Recipe, checkpoint: str | None, tokenizer: str | None, model_config: str | None
+) -> Checkpoint:
     """The checkpoint of a scorer (arguments as `load_scorer`), checked as far as can be without reading weights. Raises ValueError."""
     where = place(checkpoint or recipe.checkpoint)
     if model_config and not where.file:
-        raise ValueError(f"model_config describes an open_clip state dict, but {where.said} is a folder with a config.json: leave it out")
-    settings = None if where.file else _huggingface_config(where)  # first of all, for it is the quickest to be wrong
+        raise ValueError(
+            f"model_config describes an open_clip state dict, but {where.said} is a folder with a config.json: leave it out"
+        )
+    settings = (
+        None if where.file else _huggingface_config(where)
+    )  # first of all, for it is the quickest to be wrong
     words, vocabulary = _tokenizer(tokenizer, where, recipe)
     if settings is None:
         settings = open_clip.clip_config(
-            open_clip.read_model_config(model_config) if model_config else open_clip.VIT_H_14, eos_token_id=words.eos_token_id
+            open_clip.read_model_config(model_config) if model_config else open_clip.VIT_H_14,
+            eos_token_id=words.eos_token_id,
         )
-    sizes = [Path(model_config)] if model_config else [] if where.file else [where.folder / "config.json"]
-    described = [where.folder / name for name in PROCESSOR if where.file is None and (where.folder / name).is_file()]
-    found = Checkpoint(where, settings, words, _processor(where, settings), (*sizes, *described, *vocabulary))
+    sizes = (
+        [Path(model_config)]
+        if model_config
+        else []
+        if where.file
+        else [where.folder / "config.json"]
+    )
+    described = [
+        where.folder / name
+        for name in PROCESSOR
+        if where.file is None and (where.folder / name).is_file()
+    ]
+    found = Checkpoint(
+        where, settings, words, _processor(where, settings), (*sizes, *described, *vocabulary)
+    )
     _check_vocabulary(found)
     if where.repo is None:
         found.check_weights()
@@ -167,19 +232,33 @@ def _huggingface_config(where: Place) -> CLIPConfig:
     file = where.folder / "config.json"
     settings = json.loads(file.read_text()) if file.is_file() else {}
     if settings.get("model_type") != "clip":
-        raise ValueError(f"{where.said} is no CLIPModel folder: it needs a config.json of model_type clip; or name a state dict file in it")
+        raise ValueError(
+            f"{where.said} is no CLIPModel folder: it needs a config.json of model_type clip; or name a state dict file in it"
+        )
     return CLIPConfig.from_dict(settings)
 
 
 def _tokenizer(tokenizer: str | None, where: Place, recipe: Recipe) -> tuple[Any, list[Path]]:
-    if tokenizer is None and where.file is None and any((where.folder / name).is_file() for name in TOKENIZER):
+    if (
+        tokenizer is None
+        and where.file is None
+        and any((where.folder / name).is_file() for name in TOKENIZER)
+    ):
         folder = where.folder
     else:
         tokenizer = tokenizer or recipe.tokenizer
-        folder = Path(tokenizer) if Path(tokenizer).is_dir() else snapshot(tokenizer, ["*.json", "merges.txt"])
+        folder = (
+            Path(tokenizer)
+            if Path(tokenizer).is_dir()
+            else snapshot(tokenizer, ["*.json", "merges.txt"])
+        )
     if not any((folder / name).is_file() for name in TOKENIZER):
-        raise ValueError(f"{tokenizer} holds no CLIP tokenizer: give tokenizer= a hub id, or a folder with a tokenizer.json")
-    return CLIPTokenizer.from_pretrained(folder), [folder / name for name in [*TOKENIZER, "merges.txt"] if (folder / name).is_file()]
+        raise ValueError(
+            f"{tokenizer} holds no CLIP tokenizer: give tokenizer= a hub id, or a folder with a tokenizer.json"
+        )
+    return CLIPTokenizer.from_pretrained(folder), [
+        folder / name for name in [*TOKENIZER, "merges.txt"] if (folder / name).is_file()
+    ]
 
 
 def _processor(where: Place, config: Any) -> Any:
@@ -187,7 +266,9 @@ def _processor(where: Place, config: Any) -> Any:
     if where.file is None and any((where.folder / name).is_file() for name in PROCESSOR):
         return CLIPImageProcessorPil.from_pretrained(where.folder)
     side = config.vision_config.image_size
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
 
 
 def _check_vocabulary(found: Checkpoint) -> None:
@@ -196,7 +277,10 @@ def _check_vocabulary(found: Checkpoint) -> None:
         raise ValueError(
             f"the tokenizer has {len(words)} tokens and {found.place.said} knows {text.vocab_size}: give tokenizer= the folder of its own"
         )
-    if text.eos_token_id not in (2, words.eos_token_id):  # 2 is how old configs say "the highest id"
+    if text.eos_token_id not in (
+        2,
+        words.eos_token_id,
+    ):  # 2 is how old configs say "the highest id"
         warnings.warn(
             f"the scores of {found.place.said} ignore the prompt: its text_config has eos_token_id {text.eos_token_id} and its tokenizer "
             f"{words.eos_token_id}",

@@ -33,20 +33,35 @@ class CLIPScorer(BatchedScorer):
         self.name = recipe.name
         self.version = digest(checkpoint.files())
         self.scale = "logit-scaled cosine" if recipe.scaled else "cosine"
-        resize = "longest side to {} (antialiased), black padding" if recipe.letterbox else "shortest side to {}, centre crop"
-        words = "mended, HTML-unescaped twice, white space collapsed, lower case" if recipe.clean else "as the tokenizer reads it"
+        resize = (
+            "longest side to {} (antialiased), black padding"
+            if recipe.letterbox
+            else "shortest side to {}, centre crop"
+        )
+        words = (
+            "mended, HTML-unescaped twice, white space collapsed, lower case"
+            if recipe.clean
+            else "as the tokenizer reads it"
+        )
         self.preprocessing = f"picture: RGB, bicubic, {resize.format(self.side)}, CLIP mean and deviation; prompt: {words}"
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}  # a prompt of many pictures is encoded once
+        row = {
+            prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))
+        }  # a prompt of many pictures is encoded once
         text = self.encode_prompts(list(row))[[row[prompt] for prompt in prompts]]
         return self.factor * (self.encode_images(images) * text).sum(-1)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (N, D) of N RGB pictures."""
         if self.recipe.letterbox:
-            mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (self.processor.image_mean, self.processor.image_std))
-            pixels = (torch.stack([letterbox(image, self.side) for image in images]) - mean) / deviation
+            mean, deviation = (
+                torch.tensor(values).view(3, 1, 1)
+                for values in (self.processor.image_mean, self.processor.image_std)
+            )
+            pixels = (
+                torch.stack([letterbox(image, self.side) for image in images]) - mean
+            ) / deviation
         else:
             pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
         return unit(self.model.get_image_features(pixel_values=pixels.to(self.device)))
@@ -54,7 +69,13 @@ class CLIPScorer(BatchedScorer):
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (N, D) of N prompts. Padded to the full context, so that a score does not depend on its neighbours in the batch."""
         texts = [clean_text(prompt) for prompt in prompts] if self.recipe.clean else list(prompts)
-        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.context, return_tensors="pt")
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.context,
+            return_tensors="pt",
+        )
         return unit(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.device)))
 
 

@@ -22,11 +22,21 @@ from deradiff.scorers.checkpoints import Place, check_shapes, place, read_state,
 from deradiff.scorers.preparation import centre_crop, normalised
 
 CHECKPOINT, TOKENIZER = "THUDM/ImageReward/ImageReward.pt", "google-bert/bert-base-uncased"
-MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of its rewards, by which it is standardised
-CONTEXT, HEAD_WIDTH = 35, 64  # tokens of a prompt, the rest is cut off; numbers of one attention head
+MEAN, DEVIATION = (
+    0.16717362830052426,
+    1.0333394966054072,
+)  # of its rewards, by which it is standardised
+CONTEXT, HEAD_WIDTH = (
+    35,
+    64,
+)  # tokens of a prompt, the rest is cut off; numbers of one attention head
 VOCABULARY = ["tokenizer.json", "vocab.txt"]  # either is enough
 
-_UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")  # of BLIP's contrastive training; constants
+_UNUSED = (
+    "blip.vision_proj.",
+    "blip.text_proj.",
+    "blip.text_encoder.embeddings.position_ids",
+)  # of BLIP's contrastive training; constants
 _PARTS = {
     "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
     "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
@@ -60,26 +70,51 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _layers(state: dict[str, Tensor], stem: str) -> int:
-    return 1 + max((int(name.removeprefix(stem).split(".")[0]) for name in state if name.startswith(stem)), default=-1)
+    return 1 + max(
+        (int(name.removeprefix(stem).split(".")[0]) for name in state if name.startswith(stem)),
+        default=-1,
+    )
 
 
 def networks(state: dict[str, Tensor], device: str) -> tuple[Any, Any]:
     """BlipVisionModel and BlipTextModel of the sizes of a converted state dict, on the device; not its weights. Raises KeyError."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-    patches, words = state["vision.embeddings.patch_embedding.weight"], state["text.embeddings.word_embeddings.weight"]
-    width, patch, positions = patches.shape[0], patches.shape[-1], state["vision.embeddings.position_embedding"].shape[1]
+    patches, words = (
+        state["vision.embeddings.patch_embedding.weight"],
+        state["text.embeddings.word_embeddings.weight"],
+    )
+    width, patch, positions = (
+        patches.shape[0],
+        patches.shape[-1],
+        state["vision.embeddings.position_embedding"].shape[1],
+    )
     vision = BlipVisionConfig(
-        hidden_size=width, intermediate_size=state["vision.encoder.layers.0.mlp.fc1.weight"].shape[0], patch_size=patch,
-        num_hidden_layers=_layers(state, "vision.encoder.layers."), num_attention_heads=width // HEAD_WIDTH,
-        image_size=patch * math.isqrt(positions - 1), hidden_act="gelu", layer_norm_eps=1e-6,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=state["vision.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        patch_size=patch,
+        num_hidden_layers=_layers(state, "vision.encoder.layers."),
+        num_attention_heads=width // HEAD_WIDTH,
+        image_size=patch * math.isqrt(positions - 1),
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
     text = BlipTextConfig(
-        vocab_size=words.shape[0], hidden_size=words.shape[1], encoder_hidden_size=width, num_attention_heads=words.shape[1] // HEAD_WIDTH,
-        intermediate_size=state["text.encoder.layer.0.intermediate.dense.weight"].shape[0], hidden_act="gelu", layer_norm_eps=1e-12,
-        num_hidden_layers=_layers(state, "text.encoder.layer."), pad_token_id=0, bos_token_id=None, sep_token_id=None, eos_token_id=None,
-        max_position_embeddings=state["text.embeddings.position_embeddings.weight"].shape[0], is_decoder=True,  # for its cross attention
-    )  # fmt: skip
+        vocab_size=words.shape[0],
+        hidden_size=words.shape[1],
+        encoder_hidden_size=width,
+        num_attention_heads=words.shape[1] // HEAD_WIDTH,
+        intermediate_size=state["text.encoder.layer.0.intermediate.dense.weight"].shape[0],
+        hidden_act="gelu",
+        layer_norm_eps=1e-12,
+        num_hidden_layers=_layers(state, "text.encoder.layer."),
+        pad_token_id=0,
+        bos_token_id=None,
+        sep_token_id=None,
+        eos_token_id=None,
+        max_position_embeddings=state["text.embeddings.position_embeddings.weight"].shape[0],
+        is_decoder=True,  # for its cross attention
+    )
     with torch.device(device):
         return BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
 
@@ -94,18 +129,34 @@ class Checkpoint:
 
     def read(self, device: str) -> tuple[dict[str, Tensor], Any, Any]:
         """The converted state dict and, without its weights, its two networks. Raises ValueError where it is of another layout or size."""
-        state = convert({name: tensor for file in self.place.weights() for name, tensor in read_state(file, device).items()})
+        state = convert(
+            {
+                name: tensor
+                for file in self.place.weights()
+                for name, tensor in read_state(file, device).items()
+            }
+        )
         what = f"{self.place.said} is not ImageReward's state dict"
         try:
             vision, text = networks(state, device)
         except KeyError as missing:
-            raise ValueError(f"{what}: it holds no {missing.args[0]} (in transformers' names)") from missing
+            raise ValueError(
+                f"{what}: it holds no {missing.args[0]} (in transformers' names)"
+            ) from missing
         towers = {"vision": vision.state_dict(), "text": text.state_dict()}
-        wanted = {f"{tower}.{name}": tensor.shape for tower, held in towers.items() for name, tensor in held.items()}
-        wanted |= {f"head.{name}": shape for name, shape in head_shapes(text.config.hidden_size).items()}
+        wanted = {
+            f"{tower}.{name}": tensor.shape
+            for tower, held in towers.items()
+            for name, tensor in held.items()
+        }
+        wanted |= {
+            f"head.{name}": shape for name, shape in head_shapes(text.config.hidden_size).items()
+        }
         check_shapes(state, wanted, what)
         if len(self.tokenizer) > text.config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens and {self.place.said} knows {text.config.vocab_size}")
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} tokens and {self.place.said} knows {text.config.vocab_size}"
+            )
         return state, vision, text
 
 
@@ -115,11 +166,19 @@ def find(checkpoint: str | None, tokenizer: str | None) -> Checkpoint:
 
     where, words = place(checkpoint or CHECKPOINT), tokenizer or TOKENIZER
     if where.file is None:
-        raise ValueError(f"{where.said} is a folder: give ImageReward's file, such as {CHECKPOINT} or a path that ends in ImageReward.pt")
-    folder = Path(words) if Path(words).is_dir() else snapshot(words, [*VOCABULARY, "tokenizer_config.json"])
+        raise ValueError(
+            f"{where.said} is a folder: give ImageReward's file, such as {CHECKPOINT} or a path that ends in ImageReward.pt"
+        )
+    folder = (
+        Path(words)
+        if Path(words).is_dir()
+        else snapshot(words, [*VOCABULARY, "tokenizer_config.json"])
+    )
     vocabulary = next((folder / name for name in VOCABULARY if (folder / name).is_file()), None)
     if vocabulary is None:
-        raise ValueError(f"{words} holds no BERT tokenizer: give tokenizer= a hub id, or a folder with a vocab.txt")
+        raise ValueError(
+            f"{words} holds no BERT tokenizer: give tokenizer= a hub id, or a folder with a vocab.txt"
+        )
     found = Checkpoint(where, BertTokenizer.from_pretrained(folder), vocabulary)
     if where.repo is None:
         found.read("meta")
@@ -134,12 +193,18 @@ class ImageRewardScorer(BatchedScorer):
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         state, vision, text = checkpoint.read("cpu")
-        part = lambda stem: {n.removeprefix(stem): t.float() for n, t in state.items() if n.startswith(stem)}  # noqa: E731
+        part = lambda stem: {
+            n.removeprefix(stem): t.float() for n, t in state.items() if n.startswith(stem)
+        }  # noqa: E731
         for network, stem in ((vision, "vision."), (text, "text.")):
             network.load_state_dict(part(stem))
         self.vision, self.text = vision.eval().to(device), text.eval().to(device)
         self.head: nn.Module = linear_chain(part("head.")).to(device)
-        self.tokenizer, self.device, self.side = checkpoint.tokenizer, device, self.vision.config.image_size
+        self.tokenizer, self.device, self.side = (
+            checkpoint.tokenizer,
+            device,
+            self.vision.config.image_size,
+        )
         self.version = digest([*checkpoint.place.weights(), checkpoint.vocabulary])
         self.preprocessing = (
             f"picture: RGB, bicubic, shortest side to {self.side}, centre crop, CLIP mean and deviation; "
@@ -147,10 +212,20 @@ class ImageRewardScorer(BatchedScorer):
         )
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pixels = normalised(torch.stack([centre_crop(image, self.side) for image in images])).to(self.device)
-        seen = self.vision(pixel_values=pixels).last_hidden_state
-        words = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt").to(
+        pixels = normalised(torch.stack([centre_crop(image, self.side) for image in images])).to(
             self.device
         )
-        read = self.text(input_ids=words["input_ids"], attention_mask=words["attention_mask"], encoder_hidden_states=seen)
+        seen = self.vision(pixel_values=pixels).last_hidden_state
+        words = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=CONTEXT,
+            return_tensors="pt",
+        ).to(self.device)
+        read = self.text(
+            input_ids=words["input_ids"],
+            attention_mask=words["attention_mask"],
+            encoder_hidden_states=seen,
+        )
         return (self.head(read.last_hidden_state[:, 0]).squeeze(-1) - MEAN) / DEVIATION

@@ -11,8 +11,20 @@ from transformers import CLIPConfig
 
 VIT_H_14: dict[str, Any] = {
     "embed_dim": 1024,
-    "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+    "vision_cfg": {
+        "image_size": 224,
+        "layers": 32,
+        "width": 1280,
+        "head_width": 80,
+        "patch_size": 14,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 1024,
+        "heads": 16,
+        "layers": 24,
+    },
 }
 
 # What a config may say. Any other key that is switched on (a ResNet, a timm tower, another pooling) would change the network.
@@ -51,7 +63,9 @@ def read_model_config(path: str) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"model_config={path} is no readable json file ({error}); give an open_clip model config") from error
+        raise ValueError(
+            f"model_config={path} is no readable json file ({error}); give an open_clip model config"
+        ) from error
     return config.get("model_cfg", config)
 
 
@@ -59,10 +73,14 @@ def _refuse_what_is_not_a_plain_vit(config: dict[str, Any]) -> None:
     for part, known in _KNOWN.items():
         section = config.get(part) if part else config
         if not isinstance(section, dict):
-            raise ValueError(f"the open_clip model config has no {part}; give one such as open_clip's own ViT-H-14.json")
+            raise ValueError(
+                f"the open_clip model config has no {part}; give one such as open_clip's own ViT-H-14.json"
+            )
         strange = [key for key, value in section.items() if value and key not in known]
         if strange:
-            raise ValueError(f"the open_clip model config sets {', '.join(strange)}: only plain ViT models, without it, can be loaded")
+            raise ValueError(
+                f"the open_clip model config sets {', '.join(strange)}: only plain ViT models, without it, can be loaded"
+            )
 
 
 def clip_config(config: dict[str, Any], eos_token_id: int) -> CLIPConfig:
@@ -71,13 +89,22 @@ def clip_config(config: dict[str, Any], eos_token_id: int) -> CLIPConfig:
     try:
         vision, text = _tower(config["vision_cfg"]), _tower(config["text_cfg"])
         vision |= {key: config["vision_cfg"][key] for key in ("image_size", "patch_size")}
-        vision["num_attention_heads"] = vision["hidden_size"] // config["vision_cfg"].get("head_width", 64)
-        text |= {"vocab_size": config["text_cfg"]["vocab_size"], "max_position_embeddings": config["text_cfg"]["context_length"]}
+        vision["num_attention_heads"] = vision["hidden_size"] // config["vision_cfg"].get(
+            "head_width", 64
+        )
+        text |= {
+            "vocab_size": config["text_cfg"]["vocab_size"],
+            "max_position_embeddings": config["text_cfg"]["context_length"],
+        }
         text["num_attention_heads"] = config["text_cfg"]["heads"]
         # quick_gelu is a property of the weights (OpenAI's have it) that no shape shows; without it, as for ViT-H-14, the gelu is exact
         activation = {"hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu"}
         special = {"eos_token_id": eos_token_id, "bos_token_id": None, "pad_token_id": None}
-        return CLIPConfig(projection_dim=config["embed_dim"], vision_config=vision | activation, text_config=text | activation | special)
+        return CLIPConfig(
+            projection_dim=config["embed_dim"],
+            vision_config=vision | activation,
+            text_config=text | activation | special,
+        )
     except KeyError as missing:
         raise ValueError(
             f"the open_clip model config has no {missing.args[0]}; give one such as open_clip's own ViT-H-14.json"
@@ -86,9 +113,15 @@ def clip_config(config: dict[str, Any], eos_token_id: int) -> CLIPConfig:
 
 def _tower(section: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(section["layers"], int):
-        raise ValueError("the open_clip model config describes a ResNet (layers is a list): only ViT models can be loaded")
+        raise ValueError(
+            "the open_clip model config describes a ResNet (layers is a list): only ViT models can be loaded"
+        )
     width = section["width"]
-    return {"hidden_size": width, "intermediate_size": int(width * section.get("mlp_ratio", 4.0)), "num_hidden_layers": section["layers"]}
+    return {
+        "hidden_size": width,
+        "intermediate_size": int(width * section.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": section["layers"],
+    }
 
 
 def _renamed(name: str) -> str:
@@ -103,9 +136,16 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An open_clip state dict under CLIPModel's names; what it does not know keeps its name. Meta tensors convert as well."""
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name.endswith(("in_proj_weight", "in_proj_bias")):  # (3C, ...): query, key and value in one
+        if name.endswith(
+            ("in_proj_weight", "in_proj_bias")
+        ):  # (3C, ...): query, key and value in one
             stem, _, kind = _renamed(name).rpartition("in_proj_")
-            converted |= {f"{stem}{letter}_proj.{kind}": third for letter, third in zip("qkv", tensor.chunk(3), strict=True)}
+            converted |= {
+                f"{stem}{letter}_proj.{kind}": third
+                for letter, third in zip("qkv", tensor.chunk(3), strict=True)
+            }
         else:  # their projections multiply from the right
-            converted[_renamed(name)] = tensor.T if name in ("visual.proj", "text_projection") else tensor
+            converted[_renamed(name)] = (
+                tensor.T if name in ("visual.proj", "text_projection") else tensor
+            )
     return converted

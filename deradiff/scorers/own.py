@@ -27,15 +27,23 @@ def check_own(file: str) -> str:
     """
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"there is no Python file {file}: give file= a local file that ends in .py and holds your scorer class")
+        raise ValueError(
+            f"there is no Python file {file}: give file= a local file that ends in .py and holds your scorer class"
+        )
     try:
         tree = ast.parse(path.read_bytes(), filename=file)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{file} is no Python that can be read: {error}") from error
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and "__call__" in _methods(node)]
+    classes = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and "__call__" in _methods(node)
+    ]
     if len(classes) != 1:
         found = f"{len(classes)} ({', '.join(c.name for c in classes)})" if classes else "none"
-        raise ValueError(f"{file} must hold one class with a __call__(self, images, prompts), and holds {found}")
+        raise ValueError(
+            f"{file} must hold one class with a __call__(self, images, prompts), and holds {found}"
+        )
     missing = [name for name in STATED if name not in _assigned(classes[0])]
     if missing:
         raise ValueError(
@@ -50,7 +58,11 @@ def _methods(node: ast.ClassDef) -> set[str]:
 
 def _assigned(node: ast.ClassDef) -> set[str]:
     targets = [t for child in node.body if isinstance(child, ast.Assign) for t in child.targets]
-    targets += [child.target for child in node.body if isinstance(child, ast.AnnAssign) and child.value is not None]
+    targets += [
+        child.target
+        for child in node.body
+        if isinstance(child, ast.AnnAssign) and child.value is not None
+    ]
     names = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
     return {n.id for n in names if isinstance(n, ast.Name)}
 
@@ -87,7 +99,9 @@ class OwnScorer:
         """Scores (N,), float32 on the CPU. Raises ValueError where the user's class does not give one for each picture."""
         if not images:
             return torch.empty(0)
-        scores = torch.as_tensor(self.scorer([image.convert("RGB") for image in images], list(prompts)))
+        scores = torch.as_tensor(
+            self.scorer([image.convert("RGB") for image in images], list(prompts))
+        )
         if scores.shape != (len(images),):
             raise ValueError(
                 f"{type(self.scorer).__name__} gave scores of shape {[*scores.shape]} for {len(images)} pictures, not one for each"

@@ -12,7 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
+MEAN, DEVIATION = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of CLIP's training pictures
 
 
 def letterbox(image: Image.Image, side: int) -> Tensor:
@@ -36,7 +39,10 @@ def centre_crop(image: Image.Image, side: int) -> Tensor:
     behind: the offset is rounded half to even, where transformers' CLIP processor rounds it down (a pixel apart on some oblong pictures).
     """
     scale = side / min(image.size)
-    width, height = (side if length == min(image.size) else int(side * length / min(image.size)) for length in image.size)
+    width, height = (
+        side if length == min(image.size) else int(side * length / min(image.size))
+        for length in image.size
+    )
     resized = image.resize((width, height), Image.Resampling.BICUBIC) if scale != 1 else image
     top, left = round((height - side) / 2), round((width - side) / 2)
     pixels = torch.from_numpy(np.array(resized)[top : top + side, left : left + side])

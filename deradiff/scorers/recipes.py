@@ -27,14 +27,42 @@ class Recipe:
 
 _TABLE = (
     # Kirstain et al. 2023: the Hugging Face processor of ViT-H-14, exp(logit_scale) x cosine
-    Recipe("pickscore", "yuvalkirstain/PickScore_v1", VIT_H_14, letterbox=False, clean=False, scaled=True),
+    Recipe(
+        "pickscore",
+        "yuvalkirstain/PickScore_v1",
+        VIT_H_14,
+        letterbox=False,
+        clean=False,
+        scaled=True,
+    ),
     # Wu et al. 2023: bare cosine (its benchmark multiplies by 100)
-    Recipe("hpsv2", "xswu/HPSv2/HPS_v2_compressed.pt", VIT_H_14, letterbox=True, clean=True, scaled=False),
-    Recipe("hpsv2.1", "xswu/HPSv2/HPS_v2.1_compressed.pt", VIT_H_14, letterbox=True, clean=True, scaled=False),
+    Recipe(
+        "hpsv2",
+        "xswu/HPSv2/HPS_v2_compressed.pt",
+        VIT_H_14,
+        letterbox=True,
+        clean=True,
+        scaled=False,
+    ),
+    Recipe(
+        "hpsv2.1",
+        "xswu/HPSv2/HPS_v2.1_compressed.pt",
+        VIT_H_14,
+        letterbox=True,
+        clean=True,
+        scaled=False,
+    ),
     # the DeRaDiff tables score CLIP with HPSv2's code, and so with its image preparation
     Recipe("clip", VIT_H_14, VIT_H_14, letterbox=True, clean=True, scaled=False),
     # Radford et al. 2021, as published: centre crop
-    Recipe("clip-l14", "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14", letterbox=False, clean=True, scaled=False),
+    Recipe(
+        "clip-l14",
+        "openai/clip-vit-large-patch14",
+        "openai/clip-vit-large-patch14",
+        letterbox=False,
+        clean=True,
+        scaled=False,
+    ),
 )
 
 RECIPES = {recipe.name: recipe for recipe in _TABLE}

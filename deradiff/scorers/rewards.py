@@ -20,7 +20,10 @@ def colourful(images: list[Image.Image], prompts: list[str]) -> Tensor:
     for image in images:
         red, green, blue = np.moveaxis(np.asarray(image, dtype=float), -1, 0)
         red_green, yellow_blue = red - green, (red + green) / 2 - blue
-        found.append(np.hypot(red_green.std(), yellow_blue.std()) + 0.3 * np.hypot(red_green.mean(), yellow_blue.mean()))
+        found.append(
+            np.hypot(red_green.std(), yellow_blue.std())
+            + 0.3 * np.hypot(red_green.mean(), yellow_blue.mean())
+        )
     return torch.tensor(found)
 
 

@@ -17,8 +17,20 @@ from deradiff.training.optimizers import TrainingOptions
 class MicroBatches(Dataset):
     """Micro-batch i of this process, from step `first` on; collated by the objective."""
 
-    def __init__(self, objective: Objective, examples: Examples, options: TrainingOptions, first: int, accelerator: Accelerator) -> None:
-        self.objective, self.examples, self.options, self.first = objective, examples, options, first
+    def __init__(
+        self,
+        objective: Objective,
+        examples: Examples,
+        options: TrainingOptions,
+        first: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.objective, self.examples, self.options, self.first = (
+            objective,
+            examples,
+            options,
+            first,
+        )
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
 
     def __len__(self) -> int:
@@ -27,16 +39,32 @@ class MicroBatches(Dataset):
     def __getitem__(self, i: int) -> Batch:
         o = self.options
         start = ((self.first * o.accumulation + i) * self.world + self.rank) * o.batch_size
-        return self.examples.batch(self.objective.collate, self.examples.places(start, start + o.batch_size))
+        return self.examples.batch(
+            self.objective.collate, self.examples.places(start, start + o.batch_size)
+        )
 
 
-def loader(objective: Objective, examples: Examples, options: TrainingOptions, step: int, accelerator: Accelerator) -> DataLoader:
+def loader(
+    objective: Objective,
+    examples: Examples,
+    options: TrainingOptions,
+    step: int,
+    accelerator: Accelerator,
+) -> DataLoader:
     batches = MicroBatches(objective, examples, options, step, accelerator)
     # Workers inherit the objective by fork: accelerate's wrapped networks cannot be sent to a fresh process.
     workers = options.workers if "fork" in multiprocessing.get_all_start_methods() else 0
     context = "fork" if workers else None
-    return DataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context=context, persistent_workers=workers > 0)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=context,
+        persistent_workers=workers > 0,
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
+    }

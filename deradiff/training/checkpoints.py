@@ -36,12 +36,17 @@ class Checkpoints:
 
     def whole(self) -> list[Path]:
         """All checkpoints, the newest last; a folder without its last file is none."""
-        return sorted((p for p in self.folder.glob("step-*") if (p / "progress.json").is_file()), key=lambda p: int(p.name[5:]))
+        return sorted(
+            (p for p in self.folder.glob("step-*") if (p / "progress.json").is_file()),
+            key=lambda p: int(p.name[5:]),
+        )
 
     def newest(self) -> Path | None:
         return next(reversed(self.whole()), None)
 
-    def write(self, progress: Progress, save: Callable[[Path], None], accelerator: Accelerator) -> None:
+    def write(
+        self, progress: Progress, save: Callable[[Path], None], accelerator: Accelerator
+    ) -> None:
         """Collective: each rank saves what it has to, the main process makes it a checkpoint."""
         part = self.folder / ".part"
         if accelerator.is_main_process:
@@ -51,7 +56,11 @@ class Checkpoints:
         save(part)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            sums = {file.relative_to(part).as_posix(): _checksum(file) for file in sorted(part.rglob("*")) if file.is_file()}
+            sums = {
+                file.relative_to(part).as_posix(): _checksum(file)
+                for file in sorted(part.rglob("*"))
+                if file.is_file()
+            }
             _write_synced(part / "progress.json", json.dumps(asdict(progress) | {"files": sums}))
             final = self.folder / f"step-{progress.step:06d}"
             shutil.rmtree(final, ignore_errors=True)  # a torn one, which was skipped
@@ -61,7 +70,10 @@ class Checkpoints:
 
     def _prune(self) -> None:
         whole = self.whole()
-        best = sorted((p for p in whole if _progress(p).loss is not None), key=lambda p: (_progress(p).loss, p.name))
+        best = sorted(
+            (p for p in whole if _progress(p).loss is not None),
+            key=lambda p: (_progress(p).loss, p.name),
+        )
         stay = {*whole[-self.keep_last :], *best[: self.keep_best]}
         for old in whole:
             if old not in stay:
@@ -75,7 +87,11 @@ class Checkpoints:
                 load(folder)
                 return _progress(folder)
             except (OSError, EOFError, ValueError, SafetensorError) as error:
-                print(f"train: the checkpoint {folder} is torn and is skipped: {error}", file=sys.stderr, flush=True)
+                print(
+                    f"train: the checkpoint {folder} is torn and is skipped: {error}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return Progress()
 
 

@@ -23,10 +23,14 @@ SHOWN = ("loss", "implicit_accuracy", "accuracy", "psnr")  # beside the progress
 
 
 def train(
-    objective: Objective, examples: Examples, options: TrainingOptions, run_dir: Path, accelerator: Accelerator,
+    objective: Objective,
+    examples: Examples,
+    options: TrainingOptions,
+    run_dir: Path,
+    accelerator: Accelerator,
     log: Callable[[Metrics, int], None] = lambda metrics, step: None,
     show: Callable[[torch.nn.Module, int], None] = lambda network, step: None,
-) -> Progress:  # fmt: skip
+) -> Progress:
     """Train `objective.network` to `options.steps`, from the newest whole checkpoint if there is one, and leave the trained weights there.
 
     Every logged step is a line of run_dir/metrics.jsonl and a call of `log`; every `options.show_every`-th step the main process calls
@@ -37,13 +41,30 @@ def train(
     for module in objective.frozen:
         module.to(accelerator.device).eval()
     objective.network.to(accelerator.device).train()
-    trained, checkpoints = Trained(objective, options, accelerator), Checkpoints(run_dir, options.keep_last, options.keep_best)
+    trained, checkpoints = (
+        Trained(objective, options, accelerator),
+        Checkpoints(run_dir, options.keep_last, options.keep_best),
+    )
     network, optimizer, norm = trained.network, trained.optimizer, torch.tensor(0.0)
     progress = checkpoints.resume(trained.load)
     batches = iter(loader(objective, examples, options, progress.step, accelerator))
-    metrics = MetricsFile(run_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
-    bar = tqdm(total=options.steps, initial=progress.step, unit="step", disable=metrics is None, mininterval=2)
-    started, window, recent = time.perf_counter() - progress.seconds, Window(options, accelerator), _Mean()
+    metrics = (
+        MetricsFile(run_dir / "metrics.jsonl", progress.step)
+        if accelerator.is_main_process
+        else None
+    )
+    bar = tqdm(
+        total=options.steps,
+        initial=progress.step,
+        unit="step",
+        disable=metrics is None,
+        mininterval=2,
+    )
+    started, window, recent = (
+        time.perf_counter() - progress.seconds,
+        Window(options, accelerator),
+        _Mean(),
+    )
 
     with Listening() as signals:
         while progress.step < options.steps:
@@ -58,7 +79,9 @@ def train(
                     window.add(loss, terms, batch)
                     recent.add(loss)
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(trained.weights.values(), options.max_norm)
+                        norm = accelerator.clip_grad_norm_(
+                            trained.weights.values(), options.max_norm
+                        )
                     optimizer.step()
                     optimizer.zero_grad()
             stop = window.check(norm, signals.number, progress.step, checkpoints.newest())
@@ -91,7 +114,12 @@ def train(
     return progress
 
 
-def _show(trained: Trained, show: Callable[[torch.nn.Module, int], None], step: int, accelerator: Accelerator) -> None:
+def _show(
+    trained: Trained,
+    show: Callable[[torch.nn.Module, int], None],
+    step: int,
+    accelerator: Accelerator,
+) -> None:
     """The main process shows, on random numbers that training does not draw from; the others wait."""
     plain = trained.snapshot()
     if accelerator.is_main_process:

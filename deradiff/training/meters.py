@@ -20,8 +20,15 @@ from deradiff.training.optimizers import TrainingOptions
 Metrics = dict[str, float]
 BANDS = 4  # of time, told in timesteps: 0 data, 1000 noise
 PEAK_FLOPS = {  # dense half precision a second, from the makers' data sheets; by a part of the name that CUDA reports
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A40": 150e12, "V100": 125e12, "4090": 165e12,
-}  # fmt: skip
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "V100": 125e12,
+    "4090": 165e12,
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -34,7 +41,11 @@ def peak_memory(device: torch.device) -> float:
     """GB that this process held at most: of the GPU's memory where it has one, else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
 class Window:
@@ -44,9 +55,15 @@ class Window:
     """
 
     def __init__(self, options: TrainingOptions, accelerator: Accelerator) -> None:
-        self.options, self.accelerator, self.peak = options, accelerator, peak_flops(accelerator.device)
+        self.options, self.accelerator, self.peak = (
+            options,
+            accelerator,
+            peak_flops(accelerator.device),
+        )
         self.sums: dict[str, Tensor] = {}  # (2,): sum and count
-        self.step: list[tuple[Tensor, Batch]] = []  # losses of the running optimiser step, a value per pair where there is one
+        self.step: list[
+            tuple[Tensor, Batch]
+        ] = []  # losses of the running optimiser step, a value per pair where there is one
         self.since, self.steps = time.perf_counter(), 0
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], batch: Batch) -> None:
@@ -57,26 +74,37 @@ class Window:
         if accuracy.dim() == 1 and "time" in batch:
             band = (batch["time"] * BANDS).long().clamp(0, BANDS - 1)
             for i in range(BANDS):
-                self._sum(f"implicit_accuracy/t{i * 1000 // BANDS}-{(i + 1) * 1000 // BANDS}", accuracy[band == i])
+                self._sum(
+                    f"implicit_accuracy/t{i * 1000 // BANDS}-{(i + 1) * 1000 // BANDS}",
+                    accuracy[band == i],
+                )
         self.step.append((terms.get("loss", loss.detach()), batch))
 
     def _sum(self, key: str, value: Tensor) -> None:
-        self.sums[key] = self.sums.get(key, 0.0) + torch.stack([value.sum(), torch.tensor(float(value.numel()), device=value.device)])
+        self.sums[key] = self.sums.get(key, 0.0) + torch.stack(
+            [value.sum(), torch.tensor(float(value.numel()), device=value.device)]
+        )
 
     def check(self, norm: Tensor | float | None, number: int, step: int, kept: Path | None) -> int:
         """End of an optimiser step: the largest signal number that any rank heard. All ranks raise FloatingPointError where the loss or the
         gradient of one is not finite; with fp16 the gradient may overflow, and the scaler skips that step."""
         losses = torch.cat([rows.flatten() for rows, _ in self.step])
-        gradient = torch.tensor(1.0 if norm is None or self.accelerator.mixed_precision == "fp16" else float(norm))
+        gradient = torch.tensor(
+            1.0 if norm is None or self.accelerator.mixed_precision == "fp16" else float(norm)
+        )
         bad = not (losses.isfinite().all() and gradient.isfinite())
         told = self._blame() if bad else ""
         self.step, self.steps = [], self.steps + 1
         if self.accelerator.num_processes > 1:
-            flags = self.accelerator.gather(torch.tensor([[float(bad), float(number)]], device=self.accelerator.device))
+            flags = self.accelerator.gather(
+                torch.tensor([[float(bad), float(number)]], device=self.accelerator.device)
+            )
             bad, number = bool(flags[:, 0].any()), int(flags[:, 1].max())
         if bad:
             good = f"{kept} holds the last good weights" if kept else "there is no checkpoint yet"
-            raise FloatingPointError(f"step {step}: {told or 'another rank has a loss or gradient that is not finite'}; {good}")
+            raise FloatingPointError(
+                f"step {step}: {told or 'another rank has a loss or gradient that is not finite'}; {good}"
+            )
         return number
 
     def _blame(self) -> str:
@@ -87,8 +115,13 @@ class Window:
                 continue
             if not {"index", "time"} <= set(batch):
                 return "the loss is not finite"
-            places = wrong if rows.dim() else range(len(batch["index"]))  # a mean does not tell which of them
-            pairs = [f"{int(batch['index'][i])} at t {1000 * float(batch['time'][i]):.0f}" for i in places]
+            places = (
+                wrong if rows.dim() else range(len(batch["index"]))
+            )  # a mean does not tell which of them
+            pairs = [
+                f"{int(batch['index'][i])} at t {1000 * float(batch['time'][i]):.0f}"
+                for i in places
+            ]
             return f"the loss is not finite, from pair {', '.join(pairs[:4])} (row of those used)"
         return "the gradient is not finite"
 
@@ -99,7 +132,11 @@ class Window:
         now = time.perf_counter()
         pace, o = self.steps / (now - self.since), self.options
         per_step = o.batch_size * o.accumulation * self.accelerator.num_processes
-        means |= {**more, "pairs_per_second": pace * per_step, "memory_gb": peak_memory(self.accelerator.device)}
+        means |= {
+            **more,
+            "pairs_per_second": pace * per_step,
+            "memory_gb": peak_memory(self.accelerator.device),
+        }
         if self.peak and o.flops_per_step:
             means["mfu"] = pace * o.flops_per_step / (self.peak * self.accelerator.num_processes)
         self.sums, self.steps, self.since = {}, 0, now

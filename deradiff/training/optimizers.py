@@ -11,7 +11,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-EIGHT_BIT = {"adamw8bit_torchao": ("torchao", "torchao.optim"), "adamw8bit_bitsandbytes": ("bitsandbytes", "bitsandbytes.optim")}
+EIGHT_BIT = {
+    "adamw8bit_torchao": ("torchao", "torchao.optim"),
+    "adamw8bit_bitsandbytes": ("bitsandbytes", "bitsandbytes.optim"),
+}
 OPTIMIZERS = ("adamw", "adafactor", *EIGHT_BIT)
 
 
@@ -71,7 +74,9 @@ def check_optimizer(name: str) -> None:
     if name not in OPTIMIZERS:
         raise ValueError(f"the optimiser must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
     if name in EIGHT_BIT and find_spec(EIGHT_BIT[name][0]) is None:
-        raise ValueError(f"the optimiser {name} needs a package that is not installed: type pip install {EIGHT_BIT[name][0]}")
+        raise ValueError(
+            f"the optimiser {name} needs a package that is not installed: type pip install {EIGHT_BIT[name][0]}"
+        )
 
 
 def make_optimizer(parameters: list[Tensor], options: TrainingOptions) -> torch.optim.Optimizer:
@@ -81,7 +86,9 @@ def make_optimizer(parameters: list[Tensor], options: TrainingOptions) -> torch.
         from transformers.optimization import Adafactor
 
         fixed = {"scale_parameter": False, "relative_step": False, "clip_threshold": 1.0}
-        return Adafactor(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, **fixed)
+        return Adafactor(
+            parameters, lr=options.learning_rate, weight_decay=options.weight_decay, **fixed
+        )
     adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     if options.optimizer in EIGHT_BIT:
         adamw = import_module(EIGHT_BIT[options.optimizer][1]).AdamW8bit

@@ -17,9 +17,16 @@ LARGEST = 256  # pixels of a cell's side
 
 
 def sample_panel(
-    pipe: Any, anchor: Anchor, prompts: Sequence[str], lambdas: Sequence[float], *, resolution: int, steps: int,
-    guidance_scale: float | None = None, seed: int = 0,
-) -> Image.Image:  # fmt: skip
+    pipe: Any,
+    anchor: Anchor,
+    prompts: Sequence[str],
+    lambdas: Sequence[float],
+    *,
+    resolution: int,
+    steps: int,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+) -> Image.Image:
     """One image for each prompt and lambda, all lambdas of a prompt on the same noise, drawn from generators of its own.
 
     pipe: the reference's pipeline. Epsilon models are sampled with Euler ancestral, flow models with the pipeline's own sampler.
@@ -28,7 +35,11 @@ def sample_panel(
 
     if "beta_schedule" in pipe.scheduler.config:
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
-    options: dict[str, Any] = {"num_inference_steps": steps, "height": resolution, "width": resolution}
+    options: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "height": resolution,
+        "width": resolution,
+    }
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
     rows: list[list[Image.Image]] = []
@@ -38,11 +49,15 @@ def sample_panel(
             rows.append([])
             for lam in lambdas:
                 dial.lam = lam
-                rows[-1] += pipe(prompt, generator=torch.Generator().manual_seed(seed + i), **options).images
+                rows[-1] += pipe(
+                    prompt, generator=torch.Generator().manual_seed(seed + i), **options
+                ).images
     return tile(rows, prompts, [f"lambda {lam:g}" for lam in lambdas])
 
 
-def tile(rows: Sequence[Sequence[Image.Image]], left: Sequence[str], top: Sequence[str]) -> Image.Image:
+def tile(
+    rows: Sequence[Sequence[Image.Image]], left: Sequence[str], top: Sequence[str]
+) -> Image.Image:
     """Images in rows, a line of text above each row and above each column."""
     side = min(LARGEST, max(96, rows[0][0].width))
     sheet = Image.new("RGB", (side * len(top), LINE + (side + LINE) * len(rows)), "white")
@@ -53,5 +68,8 @@ def tile(rows: Sequence[Sequence[Image.Image]], left: Sequence[str], top: Sequen
         y = LINE + i * (side + LINE)
         draw.text((3, y + 1), left[i], fill="black")
         for j, image in enumerate(row):
-            sheet.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (j * side, y + LINE))
+            sheet.paste(
+                image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS),
+                (j * side, y + LINE),
+            )
     return sheet

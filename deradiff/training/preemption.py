@@ -7,7 +7,11 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # kill and Slurm's scancel; Slurm's --signal=USR1; submitit's
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # kill and Slurm's scancel; Slurm's --signal=USR1; submitit's
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
@@ -15,7 +19,9 @@ class Preempted(Exception):
     """Training stopped on a signal after writing a checkpoint: the same command goes on where it was."""
 
     def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; checkpoint written, the same command resumes")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} at step {step}; checkpoint written, the same command resumes"
+        )
         self.number = number
 
 
@@ -26,13 +32,20 @@ class Listening:
 
     def __enter__(self) -> Listening:
         self.before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python lets no other thread handle signals
             self.before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.number = number
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -11,7 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deradiff.objectives import Objective
@@ -26,33 +30,52 @@ class Trained:
     Collective: where the network is sharded, every rank calls `save`, `load` and `snapshot`.
     """
 
-    def __init__(self, objective: Objective, options: TrainingOptions, accelerator: Accelerator) -> None:
+    def __init__(
+        self, objective: Objective, options: TrainingOptions, accelerator: Accelerator
+    ) -> None:
         self.objective, self.accelerator = objective, accelerator
         skeleton = empty_copy(objective.network)
         plugin = accelerator.state.deepspeed_plugin
-        if plugin is not None:  # DeepSpeed asks for what it would have read off a data loader of accelerate's
+        if (
+            plugin is not None
+        ):  # DeepSpeed asks for what it would have read off a data loader of accelerate's
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
-        optimizer = make_optimizer([p for p in objective.network.parameters() if p.requires_grad], options)
+        optimizer = make_optimizer(
+            [p for p in objective.network.parameters() if p.requires_grad], options
+        )
         self.network, self.optimizer = accelerator.prepare(objective.network, optimizer)
         whole: nn.Module = accelerator.unwrap_model(self.network)
-        self.weights: dict[str, Tensor] = {n: p for n, p in whole.named_parameters() if p.requires_grad}  # FSDP2 put shards in their place
+        self.weights: dict[str, Tensor] = {
+            n: p for n, p in whole.named_parameters() if p.requires_grad
+        }  # FSDP2 put shards in their place
         self.average = Average(self.weights, options.ema) if options.ema else None
-        self.sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.weights.values())
+        self.sharded = any(
+            isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.weights.values()
+        )
         self.skeleton = skeleton if self.sharded else None
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def save(self, folder: Path) -> None:
         """Weights, their average and the optimiser, into a folder that exists; the main process writes, but for DeepSpeed's own state."""
-        parts = {"weights": self.weights} | ({"average": self.average.weights} if self.average else {})
+        parts = {"weights": self.weights} | (
+            {"average": self.average.weights} if self.average else {}
+        )
         for name, tensors in parts.items():
             gathered = {key: gather(tensor) for key, tensor in tensors.items()}
             if self.accelerator.is_main_process:
-                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in gathered.items()}, folder / f"{name}.safetensors")
+                save_file(
+                    {key: tensor.detach().cpu().contiguous() for key, tensor in gathered.items()},
+                    folder / f"{name}.safetensors",
+                )
         if self.deepspeed:
             self.network.save_checkpoint(folder, tag="deepspeed")
             return
         inner = self.optimizer.optimizer
-        state = get_optimizer_state_dict(self.network, inner, options=WHOLE) if self.sharded else inner.state_dict()
+        state = (
+            get_optimizer_state_dict(self.network, inner, options=WHOLE)
+            if self.sharded
+            else inner.state_dict()
+        )
         if self.accelerator.is_main_process:
             torch.save(state, folder / "optimizer.pt")
             if self.accelerator.scaler:
@@ -72,7 +95,9 @@ class Trained:
         else:
             self.optimizer.optimizer.load_state_dict(state)
         if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", map_location="cpu", weights_only=True))
+            self.accelerator.scaler.load_state_dict(
+                torch.load(folder / "scaler.pt", map_location="cpu", weights_only=True)
+            )
 
     @torch.no_grad()
     def take_average(self) -> None:
@@ -107,7 +132,9 @@ def assign(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Copy whole tensors by name, in place, each rank its shard."""
     for name, tensor in into.items():
         if isinstance(tensor, DTensor):
-            value: Any = distribute_tensor(values[name].to(tensor.device), tensor.device_mesh, tensor.placements)
+            value: Any = distribute_tensor(
+                values[name].to(tensor.device), tensor.device_mesh, tensor.placements
+            )
             tensor.copy_(value)
         elif hasattr(tensor, "ds_id"):
             from deepspeed.zero import GatheredParameters
@@ -120,5 +147,8 @@ def assign(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def empty_copy(module: nn.Module) -> nn.Module:
     """The same module with parameters that hold no memory."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in module.parameters()
+    }
     return copy.deepcopy(module, memo=dict(empty))

@@ -37,18 +37,29 @@ def run_jobs(jobs: list[Job], workers: int, one_thread: bool) -> list[str]:
     if one_thread:
         env.setdefault("OMP_NUM_THREADS", "1")
     side_by_side = min(workers, len(jobs)) > 1
-    waiting, running, failed = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]](), list[str]()
+    waiting, running, failed = (
+        list(jobs),
+        dict[subprocess.Popen[bytes], tuple[Job, float]](),
+        list[str](),
+    )
     with _terminate_as_interrupt():
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     job = waiting.pop(0)
-                    print(f"start {job.name}" + (f", output in {job.log}" if side_by_side else ""), flush=True)
+                    print(
+                        f"start {job.name}" + (f", output in {job.log}" if side_by_side else ""),
+                        flush=True,
+                    )
                     running[_start(job, env, side_by_side)] = job, time.monotonic()
                 for process in [p for p in running if p.poll() is not None]:
                     job, started = running.pop(process)
-                    ended = f"failed with status {process.returncode}" if process.returncode else "done"
-                    print(f"{job.name}: {ended} after {time.monotonic() - started:.0f} s", flush=True)
+                    ended = (
+                        f"failed with status {process.returncode}" if process.returncode else "done"
+                    )
+                    print(
+                        f"{job.name}: {ended} after {time.monotonic() - started:.0f} s", flush=True
+                    )
                     if process.returncode:
                         failed.append(f"{job.name} ({_last_words(job) if side_by_side else ended})")
                 time.sleep(0.05)
@@ -64,7 +75,12 @@ def _start(job: Job, env: dict[str, str], to_log: bool) -> subprocess.Popen[byte
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
         return subprocess.Popen(
-            job.command, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            job.command,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
 

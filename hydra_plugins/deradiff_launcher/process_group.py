@@ -34,7 +34,9 @@ class ProcessGroupConf:
     config_file: str | None = None
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="process_group", node=ProcessGroupConf, provider="deradiff")
+ConfigStore.instance().store(
+    group="hydra/launcher", name="process_group", node=ProcessGroupConf, provider="deradiff"
+)
 
 
 class ProcessGroupLauncher(Launcher):
@@ -47,30 +49,43 @@ class ProcessGroupLauncher(Launcher):
         if workers is not None and workers < 1:
             raise ValueError(f"hydra.launcher.workers must be at least 1, not {workers}")
         if config_file is not None and not Path(config_file).is_file():
-            raise ValueError(f"hydra.launcher.config_file={config_file} does not exist: type accelerate config to write one")
+            raise ValueError(
+                f"hydra.launcher.config_file={config_file} does not exist: type accelerate config to write one"
+            )
         self.workers, self.config_file = workers, config_file
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.context, self.config = hydra_context, config
         self.stage = str(config.hydra.job.name)
         if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-            again = shlex.join(["python", "-m", self.stage, "--multirun", *config.hydra.overrides.task])
+            again = shlex.join(
+                ["python", "-m", self.stage, "--multirun", *config.hydra.overrides.task]
+            )
             raise ValueError(
                 f"--multirun starts the process groups itself and cannot run inside torchrun or accelerate launch: type {again}"
             )
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         names = [_varying(overrides, job_overrides) for overrides in job_overrides]
         run_dirs = [self._run_dir(overrides) for overrides in job_overrides]
         for i, run_dir in enumerate(run_dirs):
             if run_dir in run_dirs[:i]:
                 same = names[run_dirs.index(run_dir)]
-                raise ValueError(f"{same} and {names[i]} would both write to {run_dir}: put what varies into name=...")
+                raise ValueError(
+                    f"{same} and {names[i]} would both write to {run_dir}: put what varies into name=..."
+                )
         import torch
 
         gpus = torch.cuda.device_count()
         command = _command(self.stage, gpus, self.config_file) + self._flags()
-        jobs = [Job(name, command + list(overrides), run_dir) for name, overrides, run_dir in zip(names, job_overrides, run_dirs)]
+        jobs = [
+            Job(name, command + list(overrides), run_dir)
+            for name, overrides, run_dir in zip(names, job_overrides, run_dirs)
+        ]
         failed = run_jobs(jobs, self.workers or (1 if gpus else _cores()), one_thread=not gpus)
         if failed:
             raise HydraException(f"{len(failed)} of {len(jobs)} runs failed: " + "; ".join(failed))
@@ -86,12 +101,18 @@ class ProcessGroupLauncher(Launcher):
 
     def _flags(self) -> list[str]:
         """What else the user's command said to Hydra that a value's config depends on: --config-dir."""
-        return [f"--config-dir={source.path}" for source in self.config.hydra.runtime.config_sources if source.provider == "command-line"]
+        return [
+            f"--config-dir={source.path}"
+            for source in self.config.hydra.runtime.config_sources
+            if source.provider == "command-line"
+        ]
 
 
 def _varying(overrides: Sequence[str], everyone: Sequence[Sequence[str]]) -> str:
     """The overrides that not all values share: what a value is called."""
-    return " ".join(o for o in overrides if not all(o in others for others in everyone)) or " ".join(overrides)
+    return " ".join(
+        o for o in overrides if not all(o in others for others in everyone)
+    ) or " ".join(overrides)
 
 
 def _cores() -> int:
@@ -105,10 +126,22 @@ def _command(stage: str, gpus: int, config_file: str | None = None) -> list[str]
     if config_file:
         launch += ["--config_file", str(Path(config_file).absolute())]
     launch += ["--num_machines", "1", "--num_processes", str(gpus)]
-    if gpus > 1 and not _shards(config_file):  # accelerate takes --multi_gpu for plain DDP, whatever its config says
+    if gpus > 1 and not _shards(
+        config_file
+    ):  # accelerate takes --multi_gpu for plain DDP, whatever its config says
         launch += ["--multi_gpu"]
     # The stage's own config decides the precision; port 0 takes a free one, so that another launch on this machine is no obstacle.
-    return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", stage]
+    return [
+        *launch,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        stage,
+    ]
 
 
 def _shards(config_file: str | None) -> bool:
@@ -116,4 +149,6 @@ def _shards(config_file: str | None) -> bool:
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     file = config_file or default_config_file
-    return Path(file).is_file() and str(load_config_from_file(file).distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
+    return Path(file).is_file() and str(load_config_from_file(file).distributed_type).rpartition(
+        "."
+    )[2] in ("FSDP", "DEEPSPEED")
