@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from deradiff.data import shapes
 from deradiff.data.pairs import pixels
+from deradiff.worlds import shapes
 
 HEADS = {
     "size": list(shapes.RADII),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from deradiff.compute import published_dpo
-from deradiff.needs import UTILISATION, Needs, cache_bytes, dpo_needs
-from deradiff.published import DATA_SETS, DENOISERS, GPUS, RECIPES
+from deradiff.models.flops import published_dpo
+from deradiff.models.published import DATA_SETS, DENOISERS, GPUS, RECIPES
+from deradiff.models.requirements import UTILISATION, Needs, cache_bytes, dpo_needs
 
 RANK = 16
 DATA = DATA_SETS["pickapic_v2"]
@@ -14,7 +14,7 @@ def needs(family: str, method: str) -> Needs:
     """Of 2000 steps of 2048 pairs on an A100, one pair at a time, gradient checkpointing as the launcher has it."""
     from peft import LoraConfig
 
-    from deradiff.families import FAMILIES
+    from deradiff.models.families import FAMILIES
 
     recipe, side = RECIPES[family], DENOISERS[family]["sample_size"]
     lora = LoraConfig(r=RANK, target_modules=list(FAMILIES[family].lora_targets))

@@ -14,9 +14,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from deradiff.chain import realigned_chain
-from deradiff.flow_sde import FlowMatchSDEScheduler
-from tests.oracle import (
+from deradiff.method.chain import realigned_chain
+from deradiff.method.samplers import FlowMatchSDEScheduler
+from deradiff.worlds.beds import (
     BOUNDED,
     LIN,
     QUAD,

@@ -31,7 +31,7 @@ def _text(kind: str, tokenizer: Any, width: int, layers: int, length: int) -> An
 def sd_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> Any:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    from deradiff.tiny import make_tokenizer
+    from deradiff.worlds.networks import make_tokenizer
 
     tokenizer = make_tokenizer(list(captions), length=77)
     text = _text("CLIPTextModel", tokenizer, unet.config.cross_attention_dim, 6, 77)
@@ -51,7 +51,7 @@ def sdxl_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> Any:
     """SDXL's two text encoders at their published sizes."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    from deradiff.tiny import make_tokenizer
+    from deradiff.worlds.networks import make_tokenizer
 
     tokenizer = make_tokenizer(list(captions), length=77)
     one, two = (

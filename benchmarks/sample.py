@@ -25,9 +25,9 @@ from torch import Tensor
 
 from benchmarks import published_loop
 from deradiff import realign
-from deradiff.anchors import Anchor, AnchorCard, load_anchor, save_anchor
-from deradiff.compute import denoiser_flops
-from deradiff.families import family_of, load_pipeline
+from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
+from deradiff.models.families import family_of, load_pipeline
+from deradiff.models.flops import denoiser_flops
 
 PEAK = 790e12  # FLOP/s in bfloat16 that an H200 was measured to reach
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)

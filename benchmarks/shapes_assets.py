@@ -1,6 +1,6 @@
 """The shipped models of the shapes world: measured, written as fp16, and compared with what the experiments make now.
 
-python -m benchmarks.shapes_assets ship      writes deradiff/assets/shapes from runs/train/shapes-* and measures it
+python -m benchmarks.shapes_assets ship      writes deradiff/worlds/assets/shapes from runs/train/shapes-* and measures it
 python -m benchmarks.shapes_assets compare   measures runs/train/shapes-* and compares it with what is shipped
 """
 
@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from benchmarks.judge import train_judge, verdicts
-from deradiff.data import shapes
 from deradiff.data.pairs import pixels
-from deradiff.families import load_pipeline
-from deradiff.runs import ASSETS, write_atomic
+from deradiff.files import ASSETS, write_atomic
+from deradiff.models.families import load_pipeline
 from deradiff.scorers import load_scorer
+from deradiff.worlds import shapes
 
 SHIPPED = ASSETS / "shapes"
 TOLERANCE = (
@@ -122,7 +122,7 @@ def ship(runs: Path) -> None:
     pipe.to(torch.float16)
     pipe.text_encoder.float()  # transformers loads what is stored, diffusers float32: a plain from_pretrained must give one precision
     pipe.save_pretrained(SHIPPED / "base")
-    from deradiff.tiny import load_clip
+    from deradiff.worlds.networks import load_clip
 
     for name in ("clip", "pickscore", "hpsv2"):
         model, tokenizer, processor = load_clip(str(runs / RUNS[name]))

@@ -42,7 +42,7 @@ def prepare(folder: Path, shape: str) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from benchmarks.random_pipelines import sd_pipeline, sdxl_pipeline, write_noise_pairs
-    from deradiff.published import AUTOENCODER, DENOISERS
+    from deradiff.models.published import AUTOENCODER, DENOISERS
 
     torch.manual_seed(0)
     if shape == "sdxl":
@@ -82,13 +82,13 @@ class Worker:
     def __init__(self, variant: str, method: str, folder: Path, shape: str, batch: int) -> None:
         from peft import LoraConfig
 
-        from deradiff.anchors import AnchorCard
+        from deradiff.anchors.anchor import AnchorCard
         from deradiff.data.cache import Cache
         from deradiff.data.encoders import described_encoders, encoders_key
         from deradiff.data.pairs import Examples, Pairs
         from deradiff.data.reference_errors import ReferenceErrors
-        from deradiff.families import family_of, load_pipeline
-        from deradiff.objectives.diffusion import DPO
+        from deradiff.models.families import family_of, load_pipeline
+        from deradiff.training.objectives.diffusion import DPO
 
         self.device, self.batch = torch.device("cuda" if shape == "sdxl" else "cpu"), batch
         self.half = torch.bfloat16 if shape == "sdxl" else None
@@ -222,7 +222,7 @@ def work(options: argparse.Namespace) -> None:
     )  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    import deradiff.objectives.diffusion  # noqa: F401
+    import deradiff.training.objectives.diffusion  # noqa: F401
 
     base = 0.0 if options.shape == "sdxl" else _process(options)
     worker = Worker(options.work, options.method, options.folder, options.shape, options.batch)
@@ -290,8 +290,8 @@ def table(method: str, rows: list[dict[str, Any]], options: argparse.Namespace) 
             f"| {SAVINGS[r['variant']]} | {pace:.2f} | {speed:.2f} | {r['memory'] / 1e9:.2f} | {share:.2f} |"
         )
     if options.shape == "sdxl":
-        from deradiff.compute import denoiser_flops, dpo_step_flops
-        from deradiff.published import DENOISERS
+        from deradiff.models.flops import denoiser_flops, dpo_step_flops
+        from deradiff.models.published import DENOISERS
 
         forward = denoiser_flops(DENOISERS["sdxl"], 128, 128)
         flops = dpo_step_flops(

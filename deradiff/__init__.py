@@ -5,9 +5,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deradiff.anchors import Anchor, AnchorCard, load_anchor, save_anchor
-    from deradiff.bake import bake
-    from deradiff.realign import realign
+    from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
+    from deradiff.realignment.bake import bake
+    from deradiff.realignment.context import realign
 
 _HOME = {
     "realign": "realign",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from configs.tracking import TrackingConfig
-from deradiff.runs import slug
+from deradiff.files import slug
 
 
 @dataclass

@@ -9,13 +9,16 @@ from typing import Any
 import pandas as pd
 
 from configs.tracking import Tracker
-from deradiff.anchors import AnchorCard
-from deradiff.runs import write_atomic
-from eval import closeness, costs, errors, figures, paper, pictures, report, tables, wins
+from deradiff.anchors.anchor import AnchorCard
+from deradiff.evaluation.figures import error_plots, image_grids, lambda_curves
+from deradiff.evaluation.pairing import Cell, Group, by_group
+from deradiff.evaluation.report import report
+from deradiff.evaluation.tables import costs, errors, paper, wins
+from deradiff.evaluation.tables import table as tables
+from deradiff.evaluation.tables.selection import Answer, select
+from deradiff.evaluation.tables.table import Table
+from deradiff.files import write_atomic
 from eval.config import EvalConfig
-from eval.pairing import Cell, Group, by_group
-from eval.select import Answer, select
-from eval.tables import Table
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def evaluate(
         costs.compute(cards),
         costs.published(),
     ]
-    by_name, grids = {table.name: table for table in made}, pictures.grids(samples)
+    by_name, grids = {table.name: table for table in made}, image_grids.grids(samples)
     verdicts = [answer.sentence, report.verdict(summary.data, missing)]
     return Evaluation(
         by_name, draw(config, by_name, samples, cells, groups, grids), grids, answer, verdicts
@@ -76,15 +79,15 @@ def draw(
     """Every figure as svg, by name; those that have nothing to show are left out."""
     means, found = made["means"].data, made["approximation"].data
     drawn = {
-        "score_against_lambda": figures.score_against_lambda(means, cells),
-        "reward_against_kl": figures.reward_against_kl(means),
-        "reversal": pictures.reversal(samples, groups, list(config.scorers)),
-        "pictures": pictures.grid_svg(grids[0]),
+        "score_against_lambda": lambda_curves.score_against_lambda(means, cells),
+        "reward_against_kl": lambda_curves.reward_against_kl(means),
+        "reversal": image_grids.reversal(samples, groups, list(config.scorers)),
+        "pictures": image_grids.grid_svg(grids[0]),
     }
     if len(found):
-        drawn["ecdf"] = closeness.ecdf(found, cells, groups, config.threshold)
-        drawn["scatter"] = closeness.scatter(found)
-        drawn["bland_altman"] = closeness.bland_altman(found)
+        drawn["ecdf"] = error_plots.ecdf(found, cells, groups, config.threshold)
+        drawn["scatter"] = error_plots.scatter(found)
+        drawn["bland_altman"] = error_plots.bland_altman(found)
     return {name: plot for name, plot in drawn.items() if plot}
 
 

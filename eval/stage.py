@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.entry import entry
 from configs.tracking import tracker
-from deradiff.runs import claim, slug
+from deradiff.files import claim, slug
 from eval.config import EvalConfig
 
 DERIVED = (
@@ -29,10 +29,10 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
     """
     # torch and pandas load here, after the config has been checked
     import deradiff.scorers
+    from deradiff.evaluation.manifest import read_cards, read_samples
+    from deradiff.evaluation.pairing import pair_up
+    from deradiff.evaluation.scoring import score_images, settings, state, write_scores
     from eval.evaluation import evaluate, track, write
-    from eval.pairing import pair_up
-    from eval.samples import read_cards, read_samples
-    from eval.scoring import score_images, settings, state, write_scores
 
     for scorer in config.scorers.values():
         deradiff.scorers.check_scorer(*settings(scorer))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from deradiff.anchors import Anchor
-from deradiff.dpo import kl_strength
-from deradiff.families import checkpoint_family
-from deradiff.noising import noising_of
+from deradiff.anchors.anchor import Anchor
+from deradiff.models.families import checkpoint_family
+from deradiff.training.dpo import kl_strength
+from deradiff.training.noising import noising_of
 from sample.base_files import SCHEDULER, base_json
 from sample.config import SampleConfig
 from sample.manifest import Record

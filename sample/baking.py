@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deradiff.anchors import Anchor, load_anchor
-from deradiff.bake import NOTE, bake, write_note
+from deradiff.anchors.anchor import Anchor, load_anchor
 from deradiff.data.prompts import Prompt
-from deradiff.statistics import paired_bootstrap
+from deradiff.evaluation.statistics import paired_bootstrap
+from deradiff.realignment.bake import NOTE, bake, write_note
 from sample.config import SampleConfig
 from sample.manifest import image_path
 from sample.stage import sample_all

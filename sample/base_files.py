@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deradiff.remote import fetch
-from deradiff.runs import locate
+from deradiff.files import locate
+from deradiff.hub import fetch
 from sample.config import SampleConfig
 
 SCHEDULER = "scheduler/scheduler_config.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.checks import choice, positive
 from configs.tracking import TrackingConfig
-from deradiff.runs import slug
+from deradiff.files import slug
 
 MODES = ("exact", "reuse", "weights")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deradiff.runs import write_atomic
+from deradiff.files import write_atomic
 
 Record = dict[str, Any]
 MANIFEST = "manifest.jsonl"

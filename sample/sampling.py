@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from deradiff import realign
-from deradiff.anchors import Anchor
+from deradiff.anchors.anchor import Anchor
 from deradiff.data.prompts import Prompt
 from deradiff.data.tables import encode_png
-from deradiff.families import family_of, load_pipeline
-from deradiff.flow_sde import FlowMatchSDEScheduler
-from deradiff.runs import locate
+from deradiff.files import locate
+from deradiff.method.samplers import FlowMatchSDEScheduler
+from deradiff.models.families import family_of, load_pipeline
 from sample.config import SAMPLERS, SampleConfig
 from sample.manifest import Record, image_path
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from configs.entry import entry
 from configs.tracking import tracker
-from deradiff.runs import slug
+from deradiff.files import slug
 from sample.config import DEFAULTS, SAMPLERS, SampleConfig
 
 if TYPE_CHECKING:
-    from deradiff.anchors import Anchor
+    from deradiff.anchors.anchor import Anchor
     from deradiff.data.prompts import Prompt
-    from deradiff.families import Family
+    from deradiff.models.families import Family
 
     Share = list[tuple[Prompt, int]]  # prompts and seeds, each for the lambdas that are missing
 
@@ -70,8 +70,7 @@ def sample_all(
     config: SampleConfig, anchor: Anchor, prompts: list[Prompt], run_dir: Path, state: Any
 ) -> None:
     """What is missing of a resolved config's images, by all processes together, with the manifest, the grid and what is said."""
-    from deradiff.digest import weights_digest
-    from deradiff.runs import claim
+    from deradiff.files import anchor_digest, claim
     from sample.announce import announcement, cost
     from sample.manifest import image_path, intact, merge
     from sample.sampling import mode_options
@@ -79,7 +78,7 @@ def sample_all(
     settings = (
         asdict(config)
         | mode_options(config)
-        | {"anchor_sha256": weights_digest(Path(anchor.root) / anchor.weights)}
+        | {"anchor_sha256": anchor_digest(Path(anchor.root) / anchor.weights)}
     )
     if state.is_main_process:
         claim(run_dir, settings, EXTENDS)
@@ -137,8 +136,8 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, Anchor]:
     """The config with every null decided, and the anchor. Raises ValueError for what cannot work, and reads no weight to tell."""
     import torch
 
-    from deradiff.anchors import check_anchor_family, load_anchor
-    from deradiff.families import FAMILIES, check_autoencoder, checkpoint_family
+    from deradiff.anchors.anchor import check_anchor_family, load_anchor
+    from deradiff.models.families import FAMILIES, check_autoencoder, checkpoint_family
 
     anchor, model = load_anchor(config.anchor), config.model
     if model.name in FAMILIES:  # what `model=` says is known before the hub is asked for anything

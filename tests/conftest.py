@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory):
     """Tiny pipelines of both families with anchors on disk; shared, not to be changed."""
-    from realign_world import make_worlds
+    from tests.support.realign_world import make_worlds
 
     return make_worlds(tmp_path_factory.mktemp("worlds"))
 

@@ -7,7 +7,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-from realign_world import BASES
+
+from tests.support.realign_world import BASES
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = [

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from deradiff.compute import meta_denoiser
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import CaptionedImages
-from deradiff.families import Family, check_autoencoder, checkpoint_family, family_of
+from deradiff.files import locate
 from deradiff.hub import check_push
-from deradiff.objectives import Objective
-from deradiff.runs import locate
+from deradiff.models.families import Family, check_autoencoder, checkpoint_family, family_of
+from deradiff.models.flops import meta_denoiser
+from deradiff.training.objectives import Objective
 from deradiff.training.optimizers import check_optimizer
 from train.config import TrainConfig
 from train.pipelines import base_pipeline, encoders_of, encoding_pipeline
 from train.reference import reference_errors
 
 if TYPE_CHECKING:
-    from deradiff.anchors import AnchorCard
+    from deradiff.anchors.anchor import AnchorCard
 
 
 def check(config: TrainConfig, run_dir: Path) -> Family | None:
@@ -88,27 +88,27 @@ def make_objective(
     config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None
 ) -> Objective:
     """The networks of the run, ready to train."""
-    from deradiff import tiny
-    from deradiff.objectives.autoencoder import Autoencoder
-    from deradiff.objectives.clip import Contrastive, Preference
+    from deradiff.training.objectives.autoencoder import Autoencoder
+    from deradiff.training.objectives.clip import Contrastive, Preference
+    from deradiff.worlds import networks
 
     resolution = config.model.resolution
     torch.manual_seed(config.seed)  # the initial weights of new networks
     if config.objective == "autoencoder":
-        return Autoencoder(tiny.make_vae(), resolution, data)
+        return Autoencoder(networks.make_vae(), resolution, data)
     if config.objective == "contrastive":
-        tokenizer = tiny.make_tokenizer(sorted(set(data.captions)))
-        clip = tiny.make_clip(tokenizer, resolution, width=config.model.clip_width)
-        return Contrastive(clip, tokenizer, tiny.make_image_processor(resolution))
+        tokenizer = networks.make_tokenizer(sorted(set(data.captions)))
+        clip = networks.make_clip(tokenizer, resolution, width=config.model.clip_width)
+        return Contrastive(clip, tokenizer, networks.make_image_processor(resolution))
     if config.objective == "preference":
-        return Preference(*tiny.load_clip(locate(str(config.model.clip))))
+        return Preference(*networks.load_clip(locate(str(config.model.clip))))
     return _diffusion(config, data, accelerator, card)
 
 
 def _diffusion(
     config: TrainConfig, data: CaptionedImages, accelerator: Accelerator, card: AnchorCard | None
 ) -> Objective:
-    from deradiff.objectives.diffusion import DPO, Pretrain
+    from deradiff.training.objectives.diffusion import DPO, Pretrain
 
     full = config.finetune.method == "full"
     cache = None

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deradiff.dpo import BETA_CONVENTION, kl_strength
-from deradiff.families import FAMILIES, Family
+from deradiff.models.families import FAMILIES, Family
+from deradiff.training.dpo import BETA_CONVENTION, kl_strength
 from train.config import TrainConfig
 from train.data import told
 from train.disk import TOKENS
 
 if TYPE_CHECKING:
-    from deradiff.anchors import AnchorCard
+    from deradiff.anchors.anchor import AnchorCard
 
 
 def make_card(config: TrainConfig, family: Family, pairs_per_step: int, device: str) -> AnchorCard:
@@ -27,7 +27,7 @@ def make_card(config: TrainConfig, family: Family, pairs_per_step: int, device: 
     import peft
     import transformers
 
-    from deradiff.anchors import AnchorCard
+    from deradiff.anchors.anchor import AnchorCard
 
     versions = {
         m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft, accelerate)
@@ -55,7 +55,7 @@ def flops_per_step(
     objective: Any, config: TrainConfig, pairs_per_step: int, recomputed: bool
 ) -> float:
     """FLOPs of an optimiser step, counted on the denoiser's own config. recomputed: gradient checkpointing's second forward too."""
-    from deradiff.compute import denoiser_flops, dpo_step_flops
+    from deradiff.models.flops import denoiser_flops, dpo_step_flops
 
     _, height, width = objective.latent_shape
     flow = FAMILIES[objective.card.family].flow  # whose T5 is told no length by its tokenizer

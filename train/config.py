@@ -70,7 +70,7 @@ class FinetuneConfig:
 
 @dataclass
 class DPOConfig:
-    """beta: the KL strength in the convention `mean-half` (deradiff.dpo): diffusers' SD1.5 example calls half of it beta.
+    """beta: the KL strength in the convention `mean-half` (deradiff.training.dpo): diffusers' SD1.5 example calls half of it beta.
 
     reference_errors: keep what the reference makes of each pair below runs/cache, and read what a run of another beta kept there.
     """

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deradiff.data.pairs import CaptionedImages, Pairs
-from deradiff.families import Family, checkpoint_family
-from deradiff.runs import locate
+from deradiff.files import locate
+from deradiff.models.families import Family, checkpoint_family
 from train.config import TrainConfig
 
 TOKENS = {
@@ -58,7 +58,7 @@ def described(config: TrainConfig) -> tuple[Family, dict[str, Any], int]:
 def cache_need(config: TrainConfig, rows: CaptionedImages) -> tuple[float, float]:
     """Bytes of the latents and text embeddings, and of the reference errors, that the run's caches hold when they are complete."""
     from deradiff.data.reference_errors import RECORD
-    from deradiff.needs import cache_bytes
+    from deradiff.models.requirements import cache_bytes
 
     family, denoiser, side = described(config)
     pictures = len(rows) * (2 if isinstance(rows, Pairs) else 1) * (2 if config.data.flip else 1)

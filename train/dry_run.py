@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 from deradiff.data.pairs import CaptionedImages, Examples, Pairs
 from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
-from deradiff.runs import slug, write_atomic
+from deradiff.files import slug, write_atomic
 from train.config import OBJECTIVES, TrainConfig
 from train.data import counted
 from train.disk import TOKENS, cache_need, check_disk, described, in_units, is_cached
@@ -105,7 +105,7 @@ def _needs(config: TrainConfig, rows: CaptionedImages) -> list[str]:
 
 
 def _memory(config: TrainConfig) -> str:
-    from deradiff.needs import dpo_needs
+    from deradiff.models.requirements import dpo_needs
 
     family, denoiser, side = described(config)
     optim, lora = config.optim, _lora(config, family.lora_targets)

@@ -9,10 +9,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from deradiff.data import feedback, shapes
+from deradiff.data import synthetic_pairs
 from deradiff.data.pairs import CaptionedImages
-from deradiff.runs import slug
+from deradiff.files import slug
 from deradiff.scorers import load_scorer
+from deradiff.worlds import shapes
 from train.config import TrainConfig
 
 
@@ -53,7 +54,7 @@ def _sampled(config: TrainConfig, folder: Path, accelerator: Accelerator) -> Cap
     vae = None if data.pipeline else model.vae
     key = f"{prompts}/{source}/{revision}/{vae}/{config.precision}/{model.resolution}/{data.steps}/{data.guidance_scale}/{data.count}"
     path = folder / f"sampled-{slug(Path(source).name, 40)}-{data.count}-{_digest(key)}"
-    feedback.write_sampled_images(
+    synthetic_pairs.write_sampled_images(
         path,
         partial(_pipeline, config, source, revision, vae, accelerator),
         prompts,
@@ -77,8 +78,8 @@ def _pipeline(
 ) -> Any:
     from diffusers import AutoencoderKL
 
-    from deradiff.families import load_pipeline
-    from deradiff.runs import locate
+    from deradiff.files import locate
+    from deradiff.models.families import load_pipeline
     from train.pipelines import DTYPES
 
     pipe = load_pipeline(source, revision, DTYPES[config.precision])
@@ -97,15 +98,15 @@ def _labelled(
         else CaptionedImages(str(data.path), split=data.split, revision=data.revision)
     )
     pairs = (
-        feedback.drawn_pairs(images, data.count)
+        synthetic_pairs.drawn_pairs(images, data.count)
         if sampled is None
-        else feedback.consecutive_pairs(images)
+        else synthetic_pairs.consecutive_pairs(images)
     )
     load = partial(load_scorer, data.scorer, data.scorer_checkpoint, device=str(accelerator.device))
-    key = f"{images.fingerprint}/{load().version}/{data.temperature}/{feedback.PART}"
+    key = f"{images.fingerprint}/{load().version}/{data.temperature}/{synthetic_pairs.PART}"
     name = slug(Path(images.source).stem, 60)
     path = folder / f"{name}-pairs-{data.scorer}-{len(pairs)}-{_digest(key)}"
-    feedback.write_scored_pairs(path, images, pairs, load, data.temperature)
+    synthetic_pairs.write_scored_pairs(path, images, pairs, load, data.temperature)
     return path
 
 

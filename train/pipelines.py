@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from deradiff.data.encoders import described_encoders, encoders_key, source_key
-from deradiff.families import checkpoint_family, load_pipeline
-from deradiff.runs import locate
+from deradiff.files import locate
+from deradiff.models.families import checkpoint_family, load_pipeline
 from train.config import TrainConfig
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -74,11 +74,11 @@ def frozen_pipeline(config: TrainConfig, **parts: Any) -> Any:
 def _new_pipeline(config: TrainConfig) -> Any:
     from diffusers import AutoencoderKL
 
-    from deradiff import tiny
+    from deradiff.worlds import networks
 
     model = config.model
-    clip, tokenizer, _ = tiny.load_clip(locate(str(model.clip)))
+    clip, tokenizer, _ = networks.load_clip(locate(str(model.clip)))
     vae = AutoencoderKL.from_pretrained(locate(str(model.vae)))
-    return tiny.make_pipeline(
-        tiny.text_tower(clip), tokenizer, vae, model.resolution, tuple(model.channels)
+    return networks.make_pipeline(
+        networks.text_tower(clip), tokenizer, vae, model.resolution, tuple(model.channels)
     )

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from deradiff.data.cache import Cache, encodings_key
 from deradiff.data.pairs import CaptionedImages, Examples
-from deradiff.data.reference_errors import ReferenceErrors, reference_key, weights_digest
-from deradiff.families import family_of
-from deradiff.noising import noising_of
+from deradiff.data.reference_errors import ReferenceErrors, network_digest, reference_key
+from deradiff.models.families import family_of
+from deradiff.training.noising import noising_of
 from train.config import TrainConfig
 from train.pipelines import encoders_of
 
@@ -33,7 +33,7 @@ def reference_errors(
         cache.key if cache else encodings_key(encoders_of(config), data, config.model.resolution)
     )
     key = reference_key(
-        weights_digest(network),
+        network_digest(network),
         encodings,
         noising_of(pipe.scheduler).key,
         config.seed,

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from configs.tracking import Tracker
-from deradiff.anchors import load_anchor, save_anchor
+from deradiff.anchors.anchor import load_anchor, save_anchor
+from deradiff.anchors.model_card import GRID, write_model_card
+from deradiff.files import write_atomic
 from deradiff.hub import push
-from deradiff.model_card import GRID, write_model_card
-from deradiff.runs import write_atomic
 from deradiff.training.panel import sample_panel
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from deradiff.anchors import AnchorCard
+    from deradiff.anchors.anchor import AnchorCard
 
 FINISHED = "finished.json"
 PROMPTS = 4  # of the data's captions, where the config gives none

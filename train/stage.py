@@ -42,7 +42,7 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     from accelerate.utils import InitProcessGroupKwargs
 
     from deradiff.data.pairs import Examples
-    from deradiff.runs import claim, slug
+    from deradiff.files import claim, slug
     from deradiff.training.loop import train
     from train.data import make_data
 
@@ -121,7 +121,7 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
 
 
 def _options(config: TrainConfig, per_step: int) -> Any:
-    from deradiff.dpo import learning_rate
+    from deradiff.training.dpo import learning_rate
     from deradiff.training.optimizers import TrainingOptions
 
     optim = config.optim

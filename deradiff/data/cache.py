@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from deradiff.data.locks import Locks
 from deradiff.data.pairs import BrokenPicture, CaptionedImages, pixels
-from deradiff.families import encode_prompts
-from deradiff.runs import write_atomic
+from deradiff.files import write_atomic
+from deradiff.models.families import encode_prompts
 
 log = logging.getLogger(__name__)
 SHARD = 512  # examples, or captions, of one file

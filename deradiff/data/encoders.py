@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from deradiff.digest import add_file
-from deradiff.families import model_index
-from deradiff.remote import commit_of, fetch
-from deradiff.runs import locate
+from deradiff.files import add_file, locate
+from deradiff.hub import commit_of, fetch
+from deradiff.models.families import model_index
 
 ENCODERS = ("vae", "text_encoder", "image_encoder")  # how the names of a pipeline's parts begin
 READERS = ("vae", "text_encoder", "tokenizer")  # of which the encodings depend on these

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deradiff.remote import fetch, listing
+from deradiff.hub import fetch, listing
 
 TABLES = (".parquet", ".csv", ".tsv")
 

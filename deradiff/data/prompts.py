@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deradiff.data.prompt_sets import SETS, captions
-from deradiff.runs import SAFE
+from deradiff.files import SAFE
 
 COLUMNS = ("prompt", "caption")
 SOURCES = (
@@ -63,7 +63,7 @@ def _texts(source: str | Sequence[str]) -> list[Any]:
     if not isinstance(source, str):
         return list(source)
     if source == "shapes":
-        from deradiff.data.shapes import held_out_captions
+        from deradiff.worlds.shapes import held_out_captions
 
         return list(held_out_captions())
     if source in SETS:

@@ -99,7 +99,7 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from deradiff.runs import write_atomic
+    from deradiff.files import write_atomic
 
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)

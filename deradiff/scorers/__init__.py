@@ -60,7 +60,7 @@ def check_scorer(
         name, file, checkpoint=checkpoint, tokenizer=tokenizer, model_config=model_config, head=head
     )
     if file is not None:
-        from deradiff.scorers.own import check_own
+        from deradiff.scorers.user_file import check_own
 
         check_own(file)
     elif name in RECIPES:
@@ -108,11 +108,11 @@ def load_scorer(
         name, file, checkpoint=checkpoint, tokenizer=tokenizer, model_config=model_config, head=head
     )
     if file is not None:
-        from deradiff.scorers.own import OwnScorer
+        from deradiff.scorers.user_file import OwnScorer
 
         return OwnScorer(name, file, device)
     if name in REWARDS:
-        from deradiff.scorers.rewards import Reward
+        from deradiff.worlds.rewards import Reward
 
         return Reward(name)
     if name == "imagereward":

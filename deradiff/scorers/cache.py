@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from deradiff.runs import slug, write_atomic
+from deradiff.files import slug, write_atomic
 from deradiff.scorers.base import Scorer, digest
 
 Key = tuple[

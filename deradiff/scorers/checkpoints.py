@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from deradiff.runs import locate
+from deradiff.files import locate
 from deradiff.scorers import open_clip
 from deradiff.scorers.recipes import Recipe
 

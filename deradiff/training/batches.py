@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deradiff.data.pairs import Examples
-from deradiff.objectives import Batch, Objective
+from deradiff.training.objectives import Batch, Objective
 from deradiff.training.optimizers import TrainingOptions
 
 

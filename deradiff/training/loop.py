@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from deradiff.data.pairs import Examples
-from deradiff.objectives import Objective
 from deradiff.training.batches import loader, to_device
 from deradiff.training.checkpoints import Checkpoints, Progress
 from deradiff.training.meters import Metrics, MetricsFile, Window
+from deradiff.training.objectives import Objective
 from deradiff.training.optimizers import TrainingOptions, learning_rate_at, set_learning_rate
 from deradiff.training.preemption import Listening, Preempted
 from deradiff.training.sharding import Trained

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deradiff.objectives import Batch
-from deradiff.runs import write_atomic
+from deradiff.files import write_atomic
+from deradiff.training.objectives import Batch
 from deradiff.training.optimizers import TrainingOptions
 
 Metrics = dict[str, float]

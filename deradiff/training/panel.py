@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from deradiff.anchors import Anchor
-from deradiff.realign import realign
+from deradiff.anchors.anchor import Anchor
+from deradiff.realignment.context import realign
 
 LINE = 14  # pixels of a line of text
 LARGEST = 256  # pixels of a cell's side

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from deradiff.objectives import Objective
+from deradiff.training.objectives import Objective
 from deradiff.training.optimizers import Average, TrainingOptions, make_optimizer
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -1,0 +1,1 @@
+"""The mathematics of the paper: no pipeline and no file."""

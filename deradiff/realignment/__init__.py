@@ -1,0 +1,1 @@
+"""Realignment inside a stock diffusers pipeline."""

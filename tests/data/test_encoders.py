@@ -1,0 +1,132 @@
+"""What encodes: told apart by its files alone, and not loaded where all is encoded."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deradiff.data.encoders import described_encoders, encoders_key
+from deradiff.models.families import encode_prompts, family_of, latent_shape, load_pipeline
+from tests.stages.test_train_stage import base, config, go  # noqa: F401  (fixtures)
+from tests.support.tiny_pipelines import save_tiny
+from train.config import FinetuneConfig
+
+FAMILIES = ["sd15", "sdxl", "sd3", "flux"]
+
+
+def rewrite(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def add(tensors, name):
+    tensors[name] = tensors[name] + 1
+
+
+def edit(file, **keys):
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_else(base, tmp_path):  # noqa: F811
+    before = encoders_key(str(base))
+    for name, change in {
+        "vae": lambda b: rewrite(
+            b / "vae/diffusion_pytorch_model.safetensors", lambda t: add(t, "quant_conv.bias")
+        ),
+        "scale": lambda b: edit(b / "vae/config.json", scaling_factor=0.5),
+        "text": lambda b: rewrite(
+            next((b / "text_encoder").glob("*.safetensors")), lambda t: add(t, sorted(t)[0])
+        ),
+        "tokenizer": lambda b: edit(b / "tokenizer/tokenizer_config.json", model_max_length=7),
+    }.items():
+        changed = shutil.copytree(base, tmp_path / name)
+        assert encoders_key(str(changed)) == before, "a copy is no other model"
+        change(changed)
+        assert encoders_key(str(changed)) != before, name
+    other = shutil.copytree(base, tmp_path / "other")
+    rewrite(other / "unet/diffusion_pytorch_model.safetensors", lambda t: add(t, "conv_in.bias"))
+    (other / "vae/.DS_Store").write_text("x")
+    assert encoders_key(str(other)) == before, "the denoiser encodes nothing"
+
+
+def test_another_autoencoder_takes_the_place_of_the_bases_own(base, tmp_path):  # noqa: F811
+    own, same, other = (
+        encoders_key(str(base)),
+        encoders_key(str(base), vae=str(base / "vae")),
+        save_tiny("sd15", tmp_path, seed=1) / "vae",
+    )
+    keys = {own, same, encoders_key(str(base), vae=str(other))}
+    assert len(keys) == 3
+    shutil.copytree(base, tmp_path / "base")
+    rewrite(
+        tmp_path / "base/vae/diffusion_pytorch_model.safetensors",
+        lambda t: add(t, "quant_conv.bias"),
+    )
+    assert encoders_key(str(tmp_path / "base"), vae=str(base / "vae")) == same, (
+        "its own is not asked for"
+    )
+
+
+def test_a_hub_model_is_told_by_its_commit(monkeypatch, tmp_path):
+    def fetch(repo, name, revision=None):
+        file = tmp_path / f"snapshots/{repo[-1]}{revision or 'main'}" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            json.dumps(
+                {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+            )
+        )
+        return file
+
+    for module in ("families", "data.encoders"):
+        monkeypatch.setattr(f"deradiff.{module}.fetch", fetch)
+    assert (
+        encoders_key("a/b") == "vae=AutoencoderKL a/b@bmain"
+        and encoders_key("a/b", "v2") == "vae=AutoencoderKL a/b@bv2"
+    )
+    assert encoders_key("a/b", vae="c/d").endswith(" a/b@bmain c/d@dmain")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(family, tmp_path):
+    folder = str(save_tiny(family, tmp_path))
+    whole = load_pipeline(folder)
+    name = family_of(whole).denoiser
+    encodes = load_pipeline(folder, **{name: None})
+    for key, rows in encode_prompts(whole, ["a", ""]).items():
+        assert torch.equal(rows, encode_prompts(encodes, ["a", ""])[key])
+    trains = load_pipeline(folder, **described_encoders(folder, None, None, torch.bfloat16))
+    assert (
+        latent_shape(trains, 64) == latent_shape(whole, 64) and trains.vae.dtype == torch.bfloat16
+    )
+    assert all(p.is_meta for p in trains.vae.parameters())
+    assert [n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)].count(
+        "vae"
+    ) == 1
+    assert {n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)} == {
+        "vae",
+        name,
+    }
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_whose_data_is_encoded_loads_no_encoder(config, method, monkeypatch, tmp_path):  # noqa: F811
+    import diffusers
+    import transformers
+
+    tuned = replace(config, finetune=FinetuneConfig(method=method))
+    first = go(replace(tuned, name="first"))
+
+    def refused(*_, **__):
+        pytest.fail("an encoder was loaded")
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", refused)
+    monkeypatch.setattr(transformers.CLIPTextModel, "from_pretrained", refused)
+    monkeypatch.setattr("train.build.encoding_pipeline", refused)
+    second = go(replace(tuned, name="second"))
+    a, b = (load_file(next(folder.rglob("*.safetensors"))) for folder in (first, second))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

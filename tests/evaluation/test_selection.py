@@ -1,0 +1,116 @@
+"""Choosing lambda: on planted optima, under budgets, and with rewards that are hacked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deradiff.evaluation.selection import choose, for_choosing, reward_hacking
+
+LAMBDAS = np.array([0.0, 0.5, 1.0, 2.0, 3.0])
+KL = 10 * LAMBDAS**2
+IDS = [f"prompt-{i}" for i in range(200)]
+NOISE = np.random.default_rng(0).normal(0, 1, (200, 1))
+
+
+def peaked(at: float, noise: float = 0.05) -> np.ndarray:
+    """Scores (200, 5) whose mean is highest at lambda = `at`; what prompts differ in is far larger than what lambda does."""
+    return -((LAMBDAS - at) ** 2) + 5 * NOISE + np.random.default_rng(1).normal(0, noise, (200, 5))
+
+
+def chosen(scores=None, budget=None, **more):
+    return choose(
+        peaked(2.0) if scores is None else scores,
+        np.tile(KL, (200, 1)),
+        budget,
+        for_choosing(IDS),
+        **more,
+    )
+
+
+def test_prompts_are_split_by_their_id_alone():
+    first = for_choosing(IDS)
+    assert 80 < first.sum() < 120
+    shuffled = np.random.default_rng(2).permutation(200)
+    assert (for_choosing([IDS[i] for i in shuffled]) == first[shuffled]).all()
+    assert (for_choosing(IDS[:7]) == first[:7]).all()
+    assert for_choosing(IDS, 0.1).sum() < 40 and for_choosing(IDS, 1.0).all()
+    assert for_choosing(["\ud800 half a surrogate"]).shape == (1,)
+
+
+def test_the_best_is_chosen_and_reported_on_other_prompts():
+    scores = peaked(2.0)
+    found, side = chosen(scores, reference=scores[:, 0]), for_choosing(IDS)
+    assert found.index == 3 and found.affordable.all()
+    assert found.score.value == pytest.approx(scores[~side, 3].mean())
+    assert found.chosen_by[3] == pytest.approx(scores[side, 3].mean())
+    assert found.gain.value == pytest.approx((scores[~side, 3] - scores[~side, 0]).mean())
+    assert found.gain.low < 4 < found.gain.high and found.gain.high - found.gain.low < 0.1  # paired
+    assert found.lead.value == pytest.approx(1, abs=0.05) and found.lead.low > 0  # over 1.0 or 3.0
+
+
+def test_what_was_high_by_chance_is_not_reported_as_high():
+    pure = np.random.default_rng(3).normal(0, 1, (200, 200))  # 200 candidates that are all alike
+    found = choose(pure, np.zeros((200, 200)), None, for_choosing(IDS))
+    assert found.chosen_by[found.index] > 0.2 and found.score.low < 0 < found.score.high
+
+
+@pytest.mark.parametrize(("budget", "index"), [(40.0, 3), (39.9, 2), (10, 2), (9, 1), (0, 0)])
+def test_the_budget_holds(budget, index):
+    found = chosen(budget=budget)
+    assert found.index == index and (found.affordable == np.less_equal(KL, budget)).all()
+
+
+def test_equal_candidates_are_decided_by_path_kl():
+    equal = np.tile(NOISE, (1, 5))
+    assert chosen(equal).index == 0
+    assert chosen(equal).lead.value == 0
+
+
+def test_a_candidate_without_a_path_kl_is_out_of_any_budget():
+    kl = np.tile(KL, (200, 1))
+    kl[:, 3] = np.nan
+    assert choose(peaked(2.0), kl, 90, for_choosing(IDS)).index != 3
+    assert choose(peaked(2.0), kl, None, for_choosing(IDS)).index == 3
+
+
+def test_what_cannot_be_chosen_is_refused():
+    with pytest.raises(ValueError, match="within 5 nats; the smallest is 10"):
+        choose(peaked(2.0)[:, 2:], np.tile(KL[2:], (200, 1)), 5, for_choosing(IDS))
+    with pytest.raises(ValueError, match="for none was recorded"):
+        choose(peaked(2.0), np.full((200, 5), np.nan), 5, for_choosing(IDS))
+    with pytest.raises(ValueError, match="do not make two halves"):
+        choose(peaked(2.0), np.zeros((200, 5)), None, np.ones(200, bool))
+
+
+def hacked(falls: float, prompts: int = 100, others: int = 3, seed: int = 4):
+    rng = np.random.default_rng(seed)
+    before = rng.normal(0, 3, (prompts, 1 + others))
+    return before, before + np.r_[0.5, np.full(others, falls)] + rng.normal(0, 0.5, before.shape)
+
+
+def test_the_alarm_is_raised_where_one_rises_and_another_falls():
+    alarm = reward_hacking(*hacked(-0.4))
+    assert (
+        alarm.raised
+        and alarm.fallen == (1, 2, 3)
+        and alarm.rise.value == pytest.approx(0.5, abs=0.2)
+    )
+    assert not reward_hacking(*hacked(0.4)).raised  # all rise
+    before, after = hacked(-0.4)
+    assert not reward_hacking(after, before).raised  # the optimised one falls
+    assert reward_hacking(before[:, ::-1], after[:, ::-1], optimised=3).fallen == (0, 1, 2)
+    assert not reward_hacking(before[:, :1], after[:, :1]).raised  # nothing else to fall
+
+
+def test_the_alarm_is_not_raised_by_the_number_of_scorers():
+    raised = [reward_hacking(*hacked(0.0, others=8, seed=seed)).raised for seed in range(200)]
+    assert np.mean(raised) < 0.06  # 8 others at 2.5 % each would make 18 %
+
+
+def test_prompts_that_one_model_lacks_are_left_out():
+    before, after = hacked(-0.4)
+    after[0, 1] = np.nan
+    assert reward_hacking(before, after).changes[1].value == pytest.approx(
+        (after - before)[1:, 1].mean()
+    )

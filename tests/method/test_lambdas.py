@@ -1,0 +1,96 @@
+"""Lambda over time, per image and per region: the values that the dial turns to, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from deradiff.method.lambdas import at, checked, over, piecewise, ramp, trust_region
+
+
+def test_a_ramp_is_linear_and_steps_hold_until_the_next():
+    assert [ramp(1.0, 0.2)(f) for f in (0, 0.5, 1)] == pytest.approx([1.0, 0.6, 0.2])
+    steps = piecewise([(0, 1.0), (0.5, 0.25), (0.75, 0.0)])
+    assert [steps(f) for f in (0, 0.49, 0.5, 0.74, 0.75, 1)] == [1.0, 1.0, 0.25, 0.25, 0.0, 0.0]
+    assert at(steps, 0.6) == 0.25 and at(0.3, 0.6) == 0.3
+
+
+@pytest.mark.parametrize(
+    "points", [[], [(0.1, 1.0)], [(0, 1), (0.5, 0), (0.4, 1)], [(0, 1), (0, 2)], [(0, 1), (1.5, 0)]]
+)
+def test_points_out_of_order_are_refused(points):
+    with pytest.raises(ValueError, match="rise from 0 to at most 1"):
+        piecewise(points)
+
+
+@pytest.mark.parametrize(
+    "lam",
+    [
+        torch.tensor([0.5, -1]),
+        torch.tensor([math.nan]),
+        torch.zeros(1, 4, 8, 8),
+        torch.tensor([1, 2]),
+        torch.tensor(-0.5),
+        "a",
+    ],
+)
+def test_what_is_no_strength_is_refused(lam):
+    with pytest.raises(ValueError, match="lam"):
+        checked(lam)
+
+
+def test_a_schedule_that_returns_none_is_refused_when_it_does():
+    with pytest.raises(ValueError, match="finite number"):
+        at(lambda _: math.inf, 0.5)
+    with pytest.raises(ValueError, match=r"at 0.5 of the time it returned"):
+        at(lambda _: ramp(0, 1), 0.5)
+
+
+def test_images_and_masks_become_rows_of_a_guided_batch():
+    output = torch.zeros(4, 3, 2, 6)
+    per_image = over(torch.tensor([0.1, 0.7]), output, copies=2)
+    assert per_image.shape == (4, 1, 1, 1) and per_image.flatten().tolist() == pytest.approx(
+        [0.1, 0.7, 0.1, 0.7]
+    )
+    one, each = torch.rand(2, 6), torch.rand(2, 2, 6)
+    assert torch.equal(over(one, output, 2), one.expand(4, 1, 2, 6))
+    assert torch.equal(over(each, output, 2), torch.cat([each, each])[:, None])
+    assert over(0.5, output, 2) == 0.5
+
+
+def test_a_mask_is_packed_as_flux_packs_latents():
+    from diffusers import FluxPipeline
+
+    mask = torch.rand(2, 4, 6)
+    latents = mask[:, None].expand(2, 16, 4, 6)
+    packed = FluxPipeline._pack_latents(latents, 2, 16, 4, 6)
+    assert torch.equal(over(mask, torch.zeros(2, 6, 64), copies=1), packed)
+
+
+@pytest.mark.parametrize(
+    ("lam", "shape", "copies", "said"),
+    [
+        (torch.rand(3), (4, 4, 8, 8), 2, "of 3 images and the pipeline samples 2"),
+        (torch.rand(2), (4, 4, 8, 8), 1, "of 2 images and the pipeline samples 4"),
+        (torch.rand(4, 4), (4, 4, 8, 8), 2, r"mask of \(4, 4\) over latents of \(8, 8\)"),
+        (torch.rand(4, 4), (2, 6, 64), 1, "mask of 4 x 4 over latents of 24"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_the_latents_is_refused(lam, shape, copies, said):
+    with pytest.raises(ValueError, match=said):
+        over(lam, torch.zeros(shape), copies)
+
+
+def test_the_trust_region_bounds_the_overshoot_alone():
+    divergence = torch.tensor([0.5, 8.0, 0.0])
+    bounded = trust_region(3.0, divergence, nats=2.0)
+    assert bounded.tolist() == pytest.approx(
+        [3.0, 1.5, 3.0]
+    )  # sqrt(2 / .5) = 2, sqrt(2 / 8) = .5, and nothing to bound
+    assert ((bounded - 1) ** 2 * divergence <= 2.0 + 1e-6).all()
+    assert trust_region(0.7, divergence, 2.0).tolist() == pytest.approx([0.7] * 3)
+    assert trust_region(torch.tensor([0.5, 3.0, 1.0]), divergence, 2.0).tolist() == pytest.approx(
+        [0.5, 1.5, 1.0]
+    )

@@ -1,0 +1,122 @@
+"""The dial on flow models (SD3, FLUX): what velocities, packed latents and repeated evaluations change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deradiff.realignment.context import realign
+from tests.support.realign_world import sample
+
+
+@pytest.fixture(params=["sd3", "flux"])
+def flow(request, worlds):
+    return worlds[request.param].copy()
+
+
+@pytest.mark.parametrize("method", ["full1", "lora1"])
+def test_a_mixed_batch_is_each_lambda_on_its_own(flow, method):
+    with realign(flow.pipe, flow.anchors[method], lam=torch.tensor([0.0, 0.4, 1.0])) as dial:
+        together = sample(flow.pipe, (0, 1, 2))
+        for image, lam in enumerate((0.0, 0.4, 1.0)):
+            dial.lam = lam
+            torch.testing.assert_close(
+                sample(flow.pipe, (0, 1, 2))[image],
+                together[image],
+                atol=0 if lam in (0, 1) else 1e-5,
+                rtol=0,
+            )
+
+
+def test_path_kl_is_that_of_velocities(flow):
+    """Sum of lam^2 c |Dv|^2, c = ln(t / t_n) - (t - t_n); at the last step (1 - t)^2 / 2."""
+    seen, lam = [], 0.5
+    with realign(flow.pipe, flow.anchors["full1"], lam) as dial:
+        anchor = flow.stock("full1").transformer
+        forward = flow.denoiser.forward
+
+        def watched(*args, **kwargs):
+            mixed = forward(*args, **kwargs)
+            seen.append((mixed[0], anchor(*args, **kwargs)[0]))
+            return mixed
+
+        flow.denoiser.forward = watched
+        sample(flow.pipe, guidance_scale=1.0)
+        flow.denoiser.forward = forward
+        told = dial.path_kl
+    t = flow.pipe.scheduler.sigmas.double()
+    total = torch.zeros(2, dtype=torch.float64)
+    for i, (mixed, theirs) in enumerate(seen):
+        squared = (
+            (2 * (theirs - mixed)).double().square().flatten(1).sum(1)
+        )  # out_a - out_ref, seen from the middle
+        c = (t[i] / t[i + 1]).log() - (t[i] - t[i + 1]) if t[i + 1] else (1 - t[i]) ** 2 / 2
+        total += lam**2 * c * squared
+    assert (told > 0).all()
+    torch.testing.assert_close(told.double(), total, rtol=1e-3, atol=0)
+
+
+def test_rows_of_a_lora_as_one_batch(flow):
+    with realign(flow.pipe, flow.anchors["lora1"], 0.6):
+        apart = sample(flow.pipe)
+    with realign(flow.pipe, flow.anchors["lora1"], 0.6, batched=True) as dial:
+        torch.testing.assert_close(sample(flow.pipe), apart, atol=2e-5, rtol=0)
+        assert dial.evaluations == 2
+
+
+def test_reuse_and_the_first_step(flow):
+    with realign(flow.pipe, flow.anchors["full1"], 0.3, shared_start=True) as dial:
+        exact = sample(flow.pipe, num_inference_steps=8)
+        dial.lam = 0.6
+        sample(flow.pipe, num_inference_steps=8)
+        assert dial.evaluations == pytest.approx(2 * 7 / 8)
+        dial.lam = 0
+        reference = sample(flow.pipe, num_inference_steps=8)
+    with realign(flow.pipe, flow.anchors["full1"], 0.3, mode="reuse", every=2) as dial:
+        reused = sample(flow.pipe, num_inference_steps=8)
+        assert dial.evaluations == pytest.approx(1.5)
+    assert 0 < (reused - exact).norm() < 0.3 * (exact - reference).norm()
+
+
+@pytest.mark.filterwarnings("ignore:with classifier-free guidance")
+def test_particles(flow):
+    with realign(flow.pipe, flow.anchors["full1"], 0.5, particles=4) as dial:
+        together = sample(flow.pipe, (0, 1), num_images_per_prompt=4)
+        assert len(together) == 8 and dial.ess.shape == (2,) and (dial.ess <= 4).all()
+        assert torch.equal(sample(flow.pipe, (0, 1), num_images_per_prompt=4), together)
+
+
+def test_a_mask_over_the_latents(flow):
+    lam = torch.zeros(8, 8)
+    lam[:, 4:] = 1
+    with realign(flow.pipe, flow.anchors["full1"], lam) as dial:
+        split = sample(flow.pipe, num_inference_steps=1)
+        dial.lam = 0
+        reference = sample(flow.pipe, num_inference_steps=1)
+        dial.lam = 1
+        anchor = sample(flow.pipe, num_inference_steps=1)
+    if flow.family == "flux":
+        split, reference, anchor = (
+            flow.pipe._unpack_latents(x, 64, 64, 8) for x in (split, reference, anchor)
+        )
+    assert torch.equal(split[..., :4], reference[..., :4]) and torch.equal(
+        split[..., 4:], anchor[..., 4:]
+    )
+
+
+def test_flux_with_true_guidance_realigns_both_of_its_evaluations(worlds):
+    flux = worlds["flux"].copy()
+    options = {"true_cfg_scale": 2.0, "negative_prompt": ["blurry"] * 2}
+    reference, anchor = sample(flux.pipe, **options), sample(flux.stock("full1"), **options)
+    with realign(flux.pipe, flux.anchors["full1"], 0) as dial:
+        assert torch.equal(sample(flux.pipe, **options), reference)
+        dial.lam = 1
+        assert torch.equal(sample(flux.pipe, **options), anchor)
+        dial.lam = 0.5
+        sample(flux.pipe, **options)
+        assert dial.path_kl.isnan().all() and dial.evaluations == 2
+    with (
+        realign(flux.pipe, flux.anchors["full1"], 0.5, particles=2),
+        pytest.raises(ValueError, match="one evaluation of the denoiser a step"),
+    ):
+        sample(flux.pipe, num_images_per_prompt=2, **options)

@@ -1,0 +1,121 @@
+"""Mistakes that `realign` meets: each told in a sentence, before a weight is read where that is possible, and nothing left behind."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+
+from deradiff.anchors.anchor import AnchorCard, load_anchor, save_anchor
+from deradiff.realignment.context import realign
+from tests.support.realign_world import fingerprint, sample
+from tests.support.tiny_pipelines import perturbed_denoiser, tiny_lora, tiny_unet
+
+
+@pytest.mark.parametrize("lam", [-0.1, math.nan, math.inf, "0.5", None, True, [0.5, 0.5], []])
+def test_a_lam_that_cannot_be_is_refused(sd15, lam):
+    with (
+        pytest.raises(ValueError, match=r"lam must be a finite number|as many values of lam"),
+        realign(sd15.pipe, sd15.anchors["full1"], lam),
+    ):
+        pass
+
+
+def test_a_lam_beyond_the_anchor_warns_once(sd15):
+    warned = pytest.warns(UserWarning, match=r"beyond the anchor.*ancestral")
+    with warned as caught, realign(sd15.pipe, sd15.anchors["full1"], 1.5) as dial:
+        dial.lam = 2
+        assert dial.lam == 2.0
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with realign(sd15.pipe, sd15.anchors["full1"], 1):
+            pass
+
+
+def test_mistakes_are_told_before_a_weight_is_read(sd15, tmp_path, worlds):
+    missing = tmp_path / "none"
+    cases = {
+        "mode must be exact, reuse or weights, not 'fast'": lambda: realign(
+            sd15.pipe, missing, 0.5, mode="fast"
+        ),
+        "there is no anchor .*none": lambda: realign(sd15.pipe, missing, 0.5),
+        "is of family sdxl and the pipeline of sd15": lambda: realign(
+            sd15.pipe, worlds["sdxl"].anchors["lora1"], 0.5
+        ),
+    }
+    for said, enter in cases.items():
+        with pytest.raises(ValueError, match=said), enter():
+            pass
+    sd15.pipe.scheduler = DDPMScheduler(variance_type="learned_range")
+    with (
+        pytest.raises(ValueError, match="DDPMScheduler has a learned variance"),
+        realign(sd15.pipe, missing, 0.5),
+    ):
+        pass
+
+
+def test_realigning_twice_at_once_is_refused(sd15):
+    with realign(sd15.pipe, sd15.anchors["full1"], 0.5):
+        with (
+            pytest.raises(ValueError, match="realigned already"),
+            realign(sd15.pipe, sd15.anchors["lora1"], 0.5),
+        ):
+            pass
+        sample(sd15.pipe)
+
+
+@pytest.mark.parametrize("method", ["full1", "lora1"])
+def test_an_anchor_of_other_layers_or_sizes_is_refused_naming_both(sd15, worlds, tmp_path, method):
+    other = tiny_unet("sd15", cross_attention_dim=24)
+    network = perturbed_denoiser(other) if method == "full1" else tiny_lora(other)
+    save_anchor(
+        tmp_path / "narrow",
+        network,
+        AnchorCard(base_model="x", family="sd15", method=method[:4], beta=1),
+    )
+    unsaid = load_anchor(worlds["sdxl"].anchors[method])
+    unsaid.family = unsaid.card = (
+        None  # as a LoRA of other trainers, which only its layers give away
+    )
+    before = fingerprint(sd15.pipe.unet)
+    for anchor in (tmp_path / "narrow", unsaid):
+        with (
+            pytest.raises(ValueError, match=r"anchor .*does not (fit|bind to) the sd15 pipeline"),
+            realign(sd15.pipe, anchor, 0.5),
+        ):
+            pass
+    assert fingerprint(sd15.pipe.unet) == before
+
+
+def test_a_lora_that_is_not_on_the_unet_alone_is_refused(sd15, tmp_path):
+    layer = {"x.lora_A.weight": torch.zeros(2, 4), "x.lora_B.weight": torch.ones(4, 2)}
+    sd15.pipe.save_lora_weights(tmp_path, text_encoder_lora_layers=layer)
+    with (
+        pytest.raises(ValueError, match=r"also changes the text encoder \(text_encoder"),
+        realign(sd15.pipe, tmp_path, 0.5),
+    ):
+        pass
+
+
+def test_a_file_that_is_no_lora_is_refused(sd15, tmp_path):
+    save_file({"unet.conv_in.weight": torch.zeros(2, 4)}, tmp_path / "other.safetensors")
+    with (
+        pytest.raises(ValueError, match=r"other\.safetensors|does not hold a UNet2DConditionModel"),
+        realign(sd15.pipe, tmp_path, 0.5),
+    ):
+        pass
+
+
+def test_fused_weights_of_another_lora_are_refused(sd15):
+    sd15.pipe.load_lora_weights(sd15.anchors["lora2"])
+    sd15.pipe.fuse_lora()
+    with (
+        pytest.raises(ValueError, match=r"call pipe.unfuse_lora\(\) first"),
+        realign(sd15.pipe, sd15.anchors["lora1"], 0.5),
+    ):
+        pass
