@@ -1,41 +1,56 @@
-"""deradiff: align a diffusion model once, then choose how strongly it is aligned while sampling (DeRaDiff, ICLR 2026)."""
+"""deradiff: align a diffusion model once, then choose how strongly it is aligned while sampling.
 
-import sys
-from types import ModuleType
+DeRaDiff, ICLR 2026. The names below are the public ones; each is imported on first use, so that
+`import deradiff` costs nothing.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
+    from deradiff.method.lambdas import piecewise, ramp
     from deradiff.realignment.bake import bake
     from deradiff.realignment.context import realign
+    from deradiff.realignment.dial import Dial
+    from deradiff.scorers import load_scorer
 
-_HOME = {
-    "realign": "realign",
-    "bake": "bake",
-    "load_anchor": "anchors",
-    "save_anchor": "anchors",
-    "Anchor": "anchors",
-    "AnchorCard": "anchors",
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anchor",
+    "AnchorCard",
+    "Dial",
+    "bake",
+    "load_anchor",
+    "load_scorer",
+    "piecewise",
+    "ramp",
+    "realign",
+    "save_anchor",
+]
+
+_MODULES = {
+    "Anchor": "deradiff.anchors.anchor",
+    "AnchorCard": "deradiff.anchors.anchor",
+    "Dial": "deradiff.realignment.dial",
+    "bake": "deradiff.realignment.bake",
+    "load_anchor": "deradiff.anchors.anchor",
+    "load_scorer": "deradiff.scorers",
+    "piecewise": "deradiff.method.lambdas",
+    "ramp": "deradiff.method.lambdas",
+    "realign": "deradiff.realignment.context",
+    "save_anchor": "deradiff.anchors.anchor",
 }
-
-__all__ = ["Anchor", "AnchorCard", "bake", "load_anchor", "realign", "save_anchor"]
-
-
-class _Package(ModuleType):
-    """`realign` names a function and the module that it lives in: an import of the module must not take the name from the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported on first use, so that `import deradiff` costs nothing and a command line can refuse a mistake at once."""
-    import importlib
-
-    if name not in _HOME:
+    """The public name, imported from the module that defines it."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'deradiff' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"deradiff.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a notebook."""
+    return [*__all__, "__version__"]

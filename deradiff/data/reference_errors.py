@@ -87,7 +87,7 @@ def reference_key(
     return f"1/{reference}/{encodings}/{noising}/{seed}/{caption_dropout}/{flip}/{precision}"
 
 
-def weights_digest(network: nn.Module) -> str:
+def network_digest(network: nn.Module) -> str:
     """A digest of a network's weights, whatever folder or revision they came from; of one with adapters, those of its base."""
     digest = hashlib.sha256()
     weights = {

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from deradiff.method.gaussian import weighted_mixture
-from deradiff.method.lambdas import Lambda, Strength, at, over
+from deradiff.method.lambdas import Lambda, Strength, broadcast_to, value_at
 from deradiff.method.lambdas import trust_region as bounded
 from deradiff.method.particles import Particles, log_weight
 from deradiff.method.transitions import data_prediction, kl_factors, network_input, transition
@@ -58,7 +58,7 @@ def realigned_chain(
         outputs = [model(seen, t) for model in (reference, *anchors)]
         differences = [(output - outputs[0])[:, : x.shape[1]] for output in outputs[1:]]
         fraction = 1 - float(t) / scheduler.config.num_train_timesteps
-        lams = [over(at(value, fraction), x, 1) for value in asked]
+        lams = [broadcast_to(value_at(value, fraction), x, 1) for value in asked]
         if trust_region is not None:
             lams = [_bounded(lams[0], factors[i], differences[0], trust_region / len(factors))]
         weights = [1 - sum(lams), *lams]

@@ -34,11 +34,11 @@ def piecewise(points: Sequence[tuple[float, float]]) -> Callable[[float], float]
     return lambda fraction: next(lam for start, lam in reversed(points) if fraction >= start)
 
 
-def at(lam: Lambda, fraction: float) -> Strength:
+def value_at(lam: Lambda, fraction: float) -> Strength:
     """The strength that `lam` means at a fraction of time. Raises ValueError for a schedule's value that is none."""
     if isinstance(lam, Tensor) or not callable(lam):
         return lam
-    value = checked(lam(fraction))
+    value = validated(lam(fraction))
     if not isinstance(value, float | Tensor):
         raise ValueError(
             f"a schedule of lam returns numbers or tensors, and at {fraction:g} of the time it returned {value!r}"
@@ -46,7 +46,7 @@ def at(lam: Lambda, fraction: float) -> Strength:
     return value
 
 
-def checked(lam: Lambda) -> Lambda:
+def validated(lam: Lambda) -> Lambda:
     """`lam` itself, numbers as floats; ValueError for what is no strength and no schedule."""
     if callable(lam) and not isinstance(lam, Tensor):
         return lam
@@ -74,7 +74,7 @@ def checked(lam: Lambda) -> Lambda:
     return float(value)
 
 
-def over(lam: Strength, output: Tensor, copies: int) -> Strength:
+def broadcast_to(lam: Strength, output: Tensor, copies: int) -> Strength:
     """`lam` in a shape that broadcasts to a denoiser's output (rows, C, H, W), or (rows, L, C) of 2x2 patches as FLUX packs them.
 
     copies: 2 where the pipeline asks for unconditional and conditional rows in one batch, as for each image in turn; else 1.

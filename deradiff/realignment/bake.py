@@ -24,7 +24,7 @@ from deradiff.anchors.anchor import (
     load_anchor,
 )
 from deradiff.files import anchor_digest, locate, write_atomic
-from deradiff.method.lambdas import checked
+from deradiff.method.lambdas import validated
 from deradiff.models.families import Family, checkpoint_family, family_of, model_index
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.networks import FullAnchor, base_parameters
@@ -50,7 +50,7 @@ def bake(
     number above 0, a folder that holds something else, and an anchor whose lam times is no plain weights (DoRA).
     """
     anchor, path = load_anchor(anchor), Path(path)
-    if isinstance(checked(lam), Tensor) or callable(lam) or not lam > 0:
+    if isinstance(validated(lam), Tensor) or callable(lam) or not lam > 0:
         raise ValueError(f"a bake has one lam, a number above 0, not {lam!r}")
     if base is None and anchor.card is None:
         raise ValueError(

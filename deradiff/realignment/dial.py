@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deradiff.method.lambdas import Lambda, Strength, at, checked, over, trust_region
+from deradiff.method.lambdas import (
+    Lambda,
+    Strength,
+    broadcast_to,
+    trust_region,
+    validated,
+    value_at,
+)
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.networks import Networks
 from deradiff.realignment.path_kl import PathKL
@@ -73,9 +80,9 @@ class Dial:
         if self._clock.began:
             self._asked = self._networks.evaluated = 0
         self._asked += len(output_like)
-        strengths = [at(lam, self._clock.fraction) for lam in self.lams]
+        strengths = [value_at(lam, self._clock.fraction) for lam in self.lams]
         self._warn_beyond(strengths, stacklevel=2)
-        return [over(lam, output_like, self._kl.copies) for lam in strengths]
+        return [broadcast_to(lam, output_like, self._kl.copies) for lam in strengths]
 
     def bounded(self, lams: Sequence[Strength], differences: Sequence[Tensor]) -> list[Strength]:
         """lams, shortened to the trust region where there is one: each step an equal share of its nats."""
@@ -104,7 +111,7 @@ def checked_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]:
     values: Sequence[Lambda] = (
         lam if isinstance(lam, Sequence) and not isinstance(lam, str) else [lam]
     )
-    lams = [checked(value) for value in values]
+    lams = [validated(value) for value in values]
     if len(lams) != anchors:
         raise ValueError(
             f"{anchors} anchor(s) need as many values of lam, and there are {len(lams)}; for a value per image give torch.tensor([...])"

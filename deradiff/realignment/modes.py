@@ -46,7 +46,7 @@ class Exact:
 
     def __call__(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         rest = 1 - sum(lams)
-        wanted = [self.with_reference or not none(rest), *(not none(lam) for lam in lams)]
+        wanted = [self.with_reference or not is_zero(rest), *(not is_zero(lam) for lam in lams)]
         outputs = self.networks(call, wanted, self.clock.starts)
         known = [output for output in outputs if output is not None]
         tensors = [None if output is None else output[0] for output in outputs]
@@ -233,7 +233,7 @@ class Weights:
         )
 
 
-def none(weight: Strength) -> bool:
+def is_zero(weight: Strength) -> bool:
     """Whether a weight is 0 everywhere."""
     return not bool(weight.any()) if isinstance(weight, Tensor) else weight == 0
 
@@ -243,7 +243,7 @@ def weighted_sum(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) 
     parts = [
         (tensor, weight)
         for tensor, weight in zip(tensors, weights)
-        if tensor is not None and not none(weight)
+        if tensor is not None and not is_zero(weight)
     ]
     if len(parts) == 1 and not isinstance(parts[0][1], Tensor):
         return parts[0][0]

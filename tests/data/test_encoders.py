@@ -82,7 +82,7 @@ def test_a_hub_model_is_told_by_its_commit(monkeypatch, tmp_path):
         )
         return file
 
-    for module in ("families", "data.encoders"):
+    for module in ("models.families", "data.encoders"):
         monkeypatch.setattr(f"deradiff.{module}.fetch", fetch)
     assert (
         encoders_key("a/b") == "vae=AutoencoderKL a/b@bmain"

@@ -26,7 +26,7 @@ def brightness(pictures, prompts):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(feedback, "PART", 2)
+    monkeypatch.setattr(synthetic_pairs, "PART", 2)
 
 
 def test_two_pictures_of_each_prompt_depend_on_neither_batches_nor_interruptions(tmp_path):

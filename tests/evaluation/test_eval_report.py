@@ -131,8 +131,8 @@ def test_pictures_stay_few_and_small_however_many_prompts(tmp_path):
     grids = image_grids.grids(rows)
     uris = [uri for grid in grids for line in grid["lines"] for uri in line["uris"]]
     assert (
-        0 < len(uris) <= pictures.GRID_IMAGES
-        and max(len(line) for line in (g["lines"] for g in grids)) <= pictures.GRID_PROMPTS
+        0 < len(uris) <= image_grids.GRID_IMAGES
+        and max(len(line) for line in (g["lines"] for g in grids)) <= image_grids.GRID_PROMPTS
     )
     assert sum(map(len, uris)) < 8e6
     shown = [line["prompt"] for line in grids[0]["lines"]]
@@ -146,7 +146,7 @@ def test_pictures_stay_few_however_many_models(tmp_path):
     uris = [
         uri for grid in image_grids.grids(rows) for line in grid["lines"] for uri in line["uris"]
     ]
-    assert len(uris) == pictures.GRID_IMAGES
+    assert len(uris) == image_grids.GRID_IMAGES
 
 
 def _rows(folder, beta, prompts=500, pixels=(768, 512)):

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from deradiff.method.lambdas import at, checked, over, piecewise, ramp, trust_region
+from deradiff.method.lambdas import broadcast_to, piecewise, ramp, trust_region, validated, value_at
 
 
 def test_a_ramp_is_linear_and_steps_hold_until_the_next():
     assert [ramp(1.0, 0.2)(f) for f in (0, 0.5, 1)] == pytest.approx([1.0, 0.6, 0.2])
     steps = piecewise([(0, 1.0), (0.5, 0.25), (0.75, 0.0)])
     assert [steps(f) for f in (0, 0.49, 0.5, 0.74, 0.75, 1)] == [1.0, 1.0, 0.25, 0.25, 0.0, 0.0]
-    assert at(steps, 0.6) == 0.25 and at(0.3, 0.6) == 0.3
+    assert value_at(steps, 0.6) == 0.25 and value_at(0.3, 0.6) == 0.3
 
 
 @pytest.mark.parametrize(
@@ -38,26 +38,26 @@ def test_points_out_of_order_are_refused(points):
 )
 def test_what_is_no_strength_is_refused(lam):
     with pytest.raises(ValueError, match="lam"):
-        checked(lam)
+        validated(lam)
 
 
 def test_a_schedule_that_returns_none_is_refused_when_it_does():
     with pytest.raises(ValueError, match="finite number"):
-        at(lambda _: math.inf, 0.5)
+        value_at(lambda _: math.inf, 0.5)
     with pytest.raises(ValueError, match=r"at 0.5 of the time it returned"):
-        at(lambda _: ramp(0, 1), 0.5)
+        value_at(lambda _: ramp(0, 1), 0.5)
 
 
 def test_images_and_masks_become_rows_of_a_guided_batch():
     output = torch.zeros(4, 3, 2, 6)
-    per_image = over(torch.tensor([0.1, 0.7]), output, copies=2)
+    per_image = broadcast_to(torch.tensor([0.1, 0.7]), output, copies=2)
     assert per_image.shape == (4, 1, 1, 1) and per_image.flatten().tolist() == pytest.approx(
         [0.1, 0.7, 0.1, 0.7]
     )
     one, each = torch.rand(2, 6), torch.rand(2, 2, 6)
-    assert torch.equal(over(one, output, 2), one.expand(4, 1, 2, 6))
-    assert torch.equal(over(each, output, 2), torch.cat([each, each])[:, None])
-    assert over(0.5, output, 2) == 0.5
+    assert torch.equal(broadcast_to(one, output, 2), one.expand(4, 1, 2, 6))
+    assert torch.equal(broadcast_to(each, output, 2), torch.cat([each, each])[:, None])
+    assert broadcast_to(0.5, output, 2) == 0.5
 
 
 def test_a_mask_is_packed_as_flux_packs_latents():
@@ -66,7 +66,7 @@ def test_a_mask_is_packed_as_flux_packs_latents():
     mask = torch.rand(2, 4, 6)
     latents = mask[:, None].expand(2, 16, 4, 6)
     packed = FluxPipeline._pack_latents(latents, 2, 16, 4, 6)
-    assert torch.equal(over(mask, torch.zeros(2, 6, 64), copies=1), packed)
+    assert torch.equal(broadcast_to(mask, torch.zeros(2, 6, 64), copies=1), packed)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_mask_is_packed_as_flux_packs_latents():
 )
 def test_a_tensor_that_does_not_fit_the_latents_is_refused(lam, shape, copies, said):
     with pytest.raises(ValueError, match=said):
-        over(lam, torch.zeros(shape), copies)
+        broadcast_to(lam, torch.zeros(shape), copies)
 
 
 def test_the_trust_region_bounds_the_overshoot_alone():
