@@ -52,7 +52,8 @@ def main() -> None:
         return
     if command not in STAGES:
         known = ", ".join(STAGES)
-        print(f"deradiff: there is no command {command!r}; the commands are {known}", file=sys.stderr)
+        sentence = f"deradiff: there is no command {command!r}; the commands are {known}"
+        print(sentence, file=sys.stderr)
         sys.exit(2)
     run_stage(command, arguments[1:])
 

@@ -71,7 +71,11 @@ def room_of(path: str) -> str:
 
 
 def write_reference() -> None:
-    """A page for each module below api/, and the list of them. Raises SystemExit where a docstring is missing."""
+    """A page for each module below api/, and the list of them.
+
+    Raises:
+        SystemExit: where a public name has no docstring.
+    """
     package = griffe.load("deradiff", search_paths=[str(ROOT)])
     modules = list(public_modules(package))
     missing = [path for module in modules for path in undocumented(module)]
@@ -92,7 +96,7 @@ def write_reference() -> None:
 
 
 def write_repository_pages() -> None:
-    """Copies of the pages that lie at the top of the repository, with their links turned to the site's."""
+    """Copies of the pages at the top of the repository, their links turned to the site's."""
     for source, page in REPOSITORY_PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         text = text.replace("](docs/", "](").replace("](README.md)", "](index.md)")
