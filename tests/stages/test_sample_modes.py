@@ -17,7 +17,13 @@ from sample.config import DEFAULTS, SAMPLERS, SampleConfig
 from sample.manifest import image_path
 from sample.sampling import generator_seed, load_sampler
 from sample.stage import resolve, run
-from tests.support.tiny_pipelines import perturbed_denoiser, save_tiny, tiny_lora, tiny_pipeline
+from tests.support.tiny_pipelines import (
+    VISIBLE,
+    perturbed_denoiser,
+    save_tiny,
+    tiny_lora,
+    tiny_pipeline,
+)
 
 PROMPTS = ["a red fox", "a blue cat"]
 
@@ -31,7 +37,7 @@ def tiny(tmp_path_factory):
         denoiser = getattr(pipe, FAMILIES[family].denoiser)
         for method, anchor in (
             ("full", perturbed_denoiser(denoiser, 0.3)),
-            ("lora", tiny_lora(denoiser, scale=0.5)),
+            ("lora", tiny_lora(denoiser, scale=VISIBLE)),
         ):
             card = AnchorCard(base_model=str(base), family=family, method=method, beta=2000.0)
             save_anchor(folder / f"{family}-{method}/anchor", anchor, card)
