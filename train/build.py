@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
+from configs.checks import section
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import CaptionedImages
 from deradiff.files import locate
 from deradiff.hub import check_push
-from deradiff.models.families import Family, check_autoencoder, checkpoint_family, family_of
+from deradiff.models.base_model import BaseModel, check_autoencoder
+from deradiff.models.families import family_of
+from deradiff.models.family import Family
 from deradiff.models.flops import meta_denoiser
 from deradiff.training.objectives import Objective
 from deradiff.training.optimizers import check_optimizer
@@ -31,20 +34,22 @@ def check(config: TrainConfig, run_dir: Path) -> Family | None:
     _check_writable(run_dir)
     check_optimizer(config.optim.name)
     if config.hub.push_to:
-        check_push(config.hub.push_to)
+        with section("hub"):
+            check_push(config.hub.push_to)
     if config.model.clip and not (Path(locate(config.model.clip)) / "config.json").is_file():
         raise ValueError(
             f"model.clip={config.model.clip} is no model folder: it has no config.json"
         )
     if config.model.vae:
-        check_autoencoder(config.model.vae)
+        with section("model"):
+            check_autoencoder(config.model.vae)
     if config.data.source in ("scored_pairs", "sampled_pairs"):
         from deradiff.scorers import check_scorer
 
         check_scorer(config.data.scorer, config.data.scorer_checkpoint)
     if not config.model.base:
         return None
-    family = checkpoint_family(config.model.base, config.model.revision)
+    family = BaseModel(config.model.base, config.model.revision).family
     if config.objective == "dpo" and config.finetune.method == "lora":
         _check_targets(config, family)
     return family

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deradiff.models.families import FAMILIES, Family
+from deradiff.models.families import FAMILIES
+from deradiff.models.family import Family
 from deradiff.training.dpo import BETA_CONVENTION, kl_strength
 from train.config import TrainConfig
 from train.data import told
-from train.disk import TOKENS
 
 if TYPE_CHECKING:
     from deradiff.anchors.anchor import AnchorCard
@@ -58,8 +58,8 @@ def flops_per_step(
     from deradiff.models.flops import denoiser_flops, dpo_step_flops
 
     _, height, width = objective.latent_shape
-    flow = FAMILIES[objective.card.family].flow  # whose T5 is told no length by its tokenizer
-    tokens = TOKENS[objective.card.family] if flow else objective.pipe.tokenizer.model_max_length
+    family = FAMILIES[objective.card.family]  # whose T5 is told no length by its tokenizer
+    tokens = family.prompt_tokens if family.flow else objective.pipe.tokenizer.model_max_length
     forward = denoiser_flops(objective.network.config, height, width, tokens)
     checkpointing = recomputed and config.model.gradient_checkpointing
     return dpo_step_flops(

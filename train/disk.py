@@ -8,15 +8,9 @@ from typing import Any
 
 from deradiff.data.pairs import CaptionedImages, Pairs
 from deradiff.files import locate
-from deradiff.models.families import Family, checkpoint_family
+from deradiff.models.base_model import BaseModel
+from deradiff.models.family import Family
 from train.config import TrainConfig
-
-TOKENS = {
-    "sd15": 77,
-    "sdxl": 77,
-    "sd3": 77 + 256,
-    "flux": 512,
-}  # of a prompt, as diffusers' pipelines encode it
 
 
 def in_units(count: float) -> str:
@@ -41,7 +35,7 @@ def described(config: TrainConfig) -> tuple[Family, dict[str, Any], int]:
     import diffusers
 
     base, revision = locate(str(config.model.base)), config.model.revision
-    family = checkpoint_family(str(config.model.base), revision)
+    family = BaseModel(str(config.model.base), revision).family
     denoiser = dict(
         getattr(diffusers, family.denoiser_class).load_config(
             base, subfolder=family.denoiser, revision=revision
@@ -63,7 +57,7 @@ def cache_need(config: TrainConfig, rows: CaptionedImages) -> tuple[float, float
     family, denoiser, side = described(config)
     pictures = len(rows) * (2 if isinstance(rows, Pairs) else 1) * (2 if config.data.flip else 1)
     half = cache_bytes(
-        denoiser, side, side, pictures, len({*rows.captions, ""}), TOKENS[family.name]
+        denoiser, side, side, pictures, len({*rows.captions, ""}), family.prompt_tokens
     )
     encodings = half * (2 if config.precision == "no" or config.objective == "pretrain" else 1)
     pairs = config.steps * config.optim.batch_size * config.optim.accumulation  # of one rank

@@ -14,14 +14,13 @@ from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
 from train.config import OBJECTIVES, TrainConfig
 from train.data import counted
-from train.disk import TOKENS, cache_need, check_disk, described, in_units, is_cached
+from train.disk import cache_need, check_disk, described, in_units, is_cached
 
 SHOWN, SIDE, LINE = (
     3,
     256,
     20,
 )  # examples in the picture, pixels of one of their pictures, and of their caption
-TFLOPS = 312  # of an A100 in half precision, which the published costs are told in
 
 
 def dry_run(config: TrainConfig) -> Path:
@@ -105,22 +104,23 @@ def _needs(config: TrainConfig, rows: CaptionedImages) -> list[str]:
 
 
 def _memory(config: TrainConfig) -> str:
-    from deradiff.models.requirements import dpo_needs
+    from deradiff.models.published import GPUS, PAPER_GPU
+    from deradiff.models.requirements import dpo_requirements
 
     family, denoiser, side = described(config)
     optim, lora = config.optim, _lora(config, family.lora_targets)
-    needs = dpo_needs(
+    needs = dpo_requirements(
         denoiser,
         side,
         side,
         config.steps,
         optim.batch_size * optim.accumulation,
-        TFLOPS,
+        GPUS[PAPER_GPU].tflops,
         method=config.finetune.method,
         optimizer="adamw8bit" if optim.name.startswith("adamw8bit") else optim.name,
         checkpointing=config.model.gradient_checkpointing,
         batch=optim.batch_size,
-        tokens=TOKENS[family.name],
+        tokens=family.prompt_tokens,
         lora=lora,
     )
     parts = {"weights": needs.weights, "gradients": needs.gradients, "optimiser": needs.optimizer}

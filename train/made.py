@@ -79,10 +79,10 @@ def _pipeline(
     from diffusers import AutoencoderKL
 
     from deradiff.files import locate
-    from deradiff.models.families import load_pipeline
+    from deradiff.models.base_model import BaseModel
     from train.pipelines import DTYPES
 
-    pipe = load_pipeline(source, revision, DTYPES[config.precision])
+    pipe = BaseModel(source, revision).load_pipeline(DTYPES[config.precision])
     if vae:
         pipe.vae = AutoencoderKL.from_pretrained(locate(vae), dtype=DTYPES[config.precision])
     return pipe.to(accelerator.device)

@@ -8,7 +8,7 @@ import torch
 
 from deradiff.data.encoders import described_encoders, encoders_key, source_key
 from deradiff.files import locate
-from deradiff.models.families import checkpoint_family, load_pipeline
+from deradiff.models.base_model import BaseModel
 from train.config import TrainConfig
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,7 +33,7 @@ def encoding_pipeline(config: TrainConfig, device: torch.device) -> Any:
     """What encodes pictures and captions, on the device, without the denoiser."""
     if config.model.base is None:
         return _new_pipeline(config).to(device)
-    denoiser = checkpoint_family(config.model.base, config.model.revision).denoiser
+    denoiser = BaseModel(config.model.base, config.model.revision).family.denoiser
     return frozen_pipeline(config, **{denoiser: None}).to(device)
 
 
@@ -52,7 +52,7 @@ def base_pipeline(config: TrainConfig, encoders: bool = True) -> Any:
     if not encoders and config.objective != "pretrain":
         parts = described_encoders(model.base, model.revision, model.vae, dtype)
     if config.finetune.method == "full" and dtype != torch.float32:
-        family = checkpoint_family(base, model.revision)
+        family = BaseModel(base, model.revision).family
         kind = getattr(diffusers, family.denoiser_class)
         exact = kind.from_pretrained(
             base, subfolder=family.denoiser, revision=model.revision, dtype=torch.float32
@@ -68,7 +68,7 @@ def frozen_pipeline(config: TrainConfig, **parts: Any) -> Any:
     model, dtype = config.model, precision(config)
     if model.vae and "vae" not in parts:
         parts["vae"] = AutoencoderKL.from_pretrained(locate(model.vae), dtype=dtype)
-    return load_pipeline(str(model.base), model.revision, dtype, **parts)
+    return BaseModel(str(model.base), model.revision).load_pipeline(dtype, parts)
 
 
 def _new_pipeline(config: TrainConfig) -> Any:

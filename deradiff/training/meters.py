@@ -14,27 +14,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deradiff.files import write_atomic
+from deradiff.models.published import peak_tflops
 from deradiff.training.objectives import Batch
 from deradiff.training.optimizers import TrainingOptions
 
 Metrics = dict[str, float]
 BANDS = 4  # of time, told in timesteps: 0 data, 1000 noise
-PEAK_FLOPS = {  # dense half precision a second, from the makers' data sheets; by a part of the name that CUDA reports
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "V100": 125e12,
-    "4090": 165e12,
-}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOPs a second of one device at half precision, or None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    """FLOPs a second of one device in half precision, or None where that is not known."""
+    if device.type != "cuda":
+        return None
+    tflops = peak_tflops(torch.cuda.get_device_name(device))
+    return None if tflops is None else tflops * 1e12
 
 
 def peak_memory(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.data.prompts import prompt_id
 from deradiff.models.families import FAMILIES
-from sample.config import DEFAULTS, SAMPLERS, SampleConfig
+from sample.config import SAMPLERS, SAMPLING_DEFAULTS, SampleConfig
 from sample.manifest import image_path
 from sample.sampling import generator_seed, load_sampler
 from sample.stage import resolve, run
@@ -234,7 +234,7 @@ def test_the_user_reads_once_and_before_the_first_image_what_realign_would_warn_
 
 
 def test_the_defaults_name_samplers_that_exist():
-    for name, defaults in DEFAULTS.items():
+    for name, defaults in SAMPLING_DEFAULTS.items():
         assert SAMPLERS[defaults.sampler].flow == (
             FAMILIES[name].flow if name in FAMILIES else False
         )

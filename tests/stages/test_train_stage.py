@@ -237,7 +237,8 @@ def test_from_captioned_images_to_an_anchor(config, tmp_path):
 def test_mistakes_are_refused_in_one_sentence(typed, said, base, tmp_path, monkeypatch, capsys):
     typed, said = [t.format(base=base) for t in typed], said.format(base=base)
     monkeypatch.setattr(
-        "train.pipelines.load_pipeline", lambda *_, **__: pytest.fail("a weight was loaded")
+        "deradiff.models.base_model.BaseModel.load_pipeline",
+        lambda *_, **__: pytest.fail("a weight was loaded"),
     )
     with pytest.raises(SystemExit) as stop:
         type_here(["train", "tracking=none", f"runs={tmp_path}", "cpu=true", *typed], monkeypatch)

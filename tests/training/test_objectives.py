@@ -11,7 +11,7 @@ from PIL import Image
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import CaptionedImages, Examples, Pairs
-from deradiff.models.families import encode_prompts, family_of
+from deradiff.models.families import family_of
 from deradiff.training.objectives.autoencoder import POSTERIOR_STD, Autoencoder
 from deradiff.training.objectives.clip import Contrastive, Preference
 from deradiff.training.objectives.diffusion import DPO, Pretrain, _Diffusion
@@ -205,7 +205,7 @@ def test_a_flow_is_pretrained_on_its_velocity(images):
     batch = objective.collate(items(images))
     loss, _ = objective.loss(objective.network, batch)
     latents, t = objective.encoded(batch)[0][0], batch["time"].reshape(-1, 1, 1, 1)
-    texts = encode_prompts(pipe, batch["captions"])
+    texts = family_of(pipe).encode_prompts(pipe, batch["captions"])
     out = pipe.transformer(
         (1 - t) * latents + t * batch["noise"],
         timestep=1000 * batch["time"],

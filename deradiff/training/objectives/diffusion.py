@@ -15,7 +15,7 @@ from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.data.cache import Cache, encode_images
 from deradiff.data.pairs import Item, pixels
 from deradiff.data.reference_errors import ReferenceErrors
-from deradiff.models.families import denoise, encode_prompts, family_of, latent_shape
+from deradiff.models.families import family_of
 from deradiff.training.dpo import dpo_terms, pair_error
 from deradiff.training.noising import noising_of
 from deradiff.training.objectives import Batch
@@ -45,7 +45,7 @@ class _Diffusion:
                 if isinstance(m, nn.Module) and m is not self.network
             ]
         )
-        self.latent_shape = latent_shape(pipe, resolution)
+        self.latent_shape = family_of(pipe).latent_shape(pipe, resolution)
 
     def collate(self, items: list[Item]) -> Batch:
         """timesteps and their time in [0, 1] (B,), noise (B, C, H, W), one for all P pictures of an example, captions, some dropped,
@@ -88,7 +88,9 @@ class _Diffusion:
         latents = encode_images(self.pipe.vae, batch["images"].flatten(0, 1)).unflatten(
             0, batch["images"].shape[:2]
         )
-        return latents.transpose(0, 1).float(), encode_prompts(self.pipe, batch["captions"])
+        return latents.transpose(0, 1).float(), family_of(self.pipe).encode_prompts(
+            self.pipe, batch["captions"]
+        )
 
     def predict(
         self, network: nn.Module, noisy: Tensor, timesteps: Tensor, texts: dict[str, Tensor]
@@ -96,7 +98,7 @@ class _Diffusion:
         """The network's output for (P, B, C, H, W) noisy latents, same shape; each of P pictures has its example's timestep and text."""
         pictures = len(noisy)
         rows = {k: v.repeat(pictures, *[1] * (v.dim() - 1)) for k, v in texts.items()}
-        out = denoise(
+        out = family_of(self.pipe).denoise(
             network, noisy.flatten(0, 1), timesteps.repeat(pictures), rows, self.resolution
         )
         return out.unflatten(0, (pictures, -1))
