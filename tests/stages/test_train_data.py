@@ -11,16 +11,18 @@ from PIL import Image
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import Pairs
 from deradiff.worlds import shapes
-from tests.stages.test_train_stage import base, config, go  # noqa: F401  (fixtures)
 from tests.support.tiny_pipelines import save_tiny, tiny_pipeline
+from tests.support.train_runs import go
 from train import disk
 from train.config import DataConfig, ModelConfig
 
 
 @pytest.fixture
-def table(config, tmp_path):  # noqa: F811
+def table(train_config, tmp_path):
     shapes.write_pairs(tmp_path / "pairs.parquet", 6, seed=0)
-    return replace(config, data=DataConfig(source="table", path=str(tmp_path / "pairs.parquet")))
+    return replace(
+        train_config, data=DataConfig(source="table", path=str(tmp_path / "pairs.parquet"))
+    )
 
 
 def test_a_dry_run_counts_shows_and_estimates_and_loads_nothing(table, capsys, monkeypatch):
@@ -82,7 +84,7 @@ def test_a_cache_that_is_there_needs_no_more_disk(table, monkeypatch):
     assert go(replace(table, name="again")).is_dir()
 
 
-def test_from_prompts_to_an_anchor(config, tmp_path):  # noqa: F811
+def test_from_prompts_to_an_anchor(train_config, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a large red circle on a white background\na small blue ring on a black background\n"
     )
@@ -94,10 +96,10 @@ def test_from_prompts_to_an_anchor(config, tmp_path):  # noqa: F811
         steps=2,
         temperature=0.1,
     )
-    assert (go(replace(config, data=data)) / "anchor.json").is_file()
+    assert (go(replace(train_config, data=data)) / "anchor.json").is_file()
     made = sorted(p.name.rsplit("-", 1)[0] for p in (tmp_path / "data").iterdir())
     assert len(made) == 2 and made[0].startswith("sampled-") and made[1].endswith("-pairs-vivid-4")
-    go(replace(config, name="hard", data=replace(data, temperature=0.0)))
+    go(replace(train_config, name="hard", data=replace(data, temperature=0.0)))
     sampled = [folder for folder in (tmp_path / "data").iterdir() if "pairs" not in folder.name]
     assert len(sampled) == 1, "another label does not sample again"
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from deradiff.anchors.anchor import AnchorCard
 from deradiff.data.cache import Cache
-from deradiff.data.pairs import CaptionedImages, Examples, Pairs
+from deradiff.data.pairs import CaptionedImages, Pairs
 from deradiff.models.families import encode_prompts, family_of
 from deradiff.training.objectives.autoencoder import POSTERIOR_STD, Autoencoder
 from deradiff.training.objectives.clip import Contrastive, Preference
-from deradiff.training.objectives.diffusion import DPO, Pretrain, _Diffusion
+from deradiff.training.objectives.diffusion import Pretrain, _Diffusion
 from deradiff.worlds import networks, shapes
+from tests.support.objectives import disturb, dpo, items, make
 from tests.support.tiny_pipelines import tiny_lora, tiny_pipeline
 
 
@@ -33,43 +33,7 @@ def images(tmp_path_factory):
     return CaptionedImages(str(path))
 
 
-def items(data, count=4, epoch=0):
-    return [Examples(data, seed=0).item(epoch, i) for i in range(count)]
-
-
-def dpo(pipe, method, cache=None, dropout=0.0, flip=False, **more):
-    return DPO(
-        pipe,
-        64,
-        cache,
-        dropout,
-        flip,
-        **more,
-        beta=500.0,
-        card=AnchorCard(base_model="x", family="sd15", method=method, beta=500.0),
-    )
-
-
 FAMILIES = ["sd15", "sdxl", "sd3", "flux"]
-
-
-def make(family, method, lora_scale=0.0, **options):
-    """A tiny pipeline with what `method` trains in it, and the objective around it."""
-    pipe = tiny_pipeline(family)
-    name = family_of(pipe).denoiser
-    if method == "lora":
-        setattr(pipe, name, tiny_lora(getattr(pipe, name), scale=lora_scale))
-    return pipe, dpo(pipe, method, **options)
-
-
-def disturb(objective, method):
-    """As an optimiser step would: the trained weights move."""
-    with torch.no_grad():
-        for name, parameter in objective.network.named_parameters():
-            if method == "full" or "lora_" in name:
-                parameter += 0.05 * torch.randn(
-                    parameter.shape, generator=torch.Generator().manual_seed(len(name))
-                )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
