@@ -1,0 +1,76 @@
+"""`deradiff train | sample | eval`: the stages' commands, wherever deradiff is installed.
+
+`deradiff train key=value` is `python -m train key=value` of a checkout. In a wheel the stages lie
+in `deradiff/commands/`; this module puts that folder on the path of its own process and of the
+processes that it starts, and of no other.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import deradiff
+
+STAGES = {
+    "train": "align a model at one beta: an anchor",
+    "sample": "sample an anchor, realigned over a list of lambdas",
+    "eval": "score samples, and write tables, figures and a report",
+}
+PACKAGE = Path(__file__).parent
+
+
+def commands_folder() -> Path:
+    """The folder that holds the stages: `deradiff/commands` in a wheel, the checkout otherwise."""
+    installed = PACKAGE / "commands"
+    return installed if installed.is_dir() else PACKAGE.parent
+
+
+def usage() -> str:
+    """What `deradiff --help` prints."""
+    lines = ["deradiff <command> key=value ...", "", "commands:"]
+    for stage, meaning in STAGES.items():
+        lines.append(f"  {stage:<8}{meaning}")
+    lines += ["", "deradiff <command> --help lists the keys of one; deradiff --version"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the stage that the first argument names, with the arguments that follow it.
+
+    An unknown command ends the process with a sentence and status 2.
+    """
+    arguments = sys.argv[1:]
+    command = arguments[0] if arguments else "--help"
+    if command in ("--help", "-h"):
+        print(usage())
+        return
+    if command == "--version":
+        print(f"deradiff {deradiff.__version__}")
+        return
+    if command not in STAGES:
+        known = ", ".join(STAGES)
+        sentence = f"deradiff: there is no command {command!r}; the commands are {known}"
+        print(sentence, file=sys.stderr)
+        sys.exit(2)
+    run_stage(command, arguments[1:])
+
+
+def run_stage(stage: str, arguments: list[str]) -> None:
+    """Run a stage in this process, as `python -m <stage> <arguments>` does.
+
+    Args:
+        stage: a key of `STAGES`.
+        arguments: what follows the stage's name on the command line.
+    """
+    folder = str(commands_folder())
+    inherited = os.environ.get("PYTHONPATH")
+    paths = [folder, inherited] if inherited else [folder]
+
+    # Launchers start `python -m <stage>` in processes of their own: these look there as well.
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    sys.path.insert(0, folder)
+    sys.argv = [f"deradiff {stage}", *arguments]
+    runpy.run_module(stage, run_name="__main__", alter_sys=False)
