@@ -133,7 +133,7 @@ class Worker:
         errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in wanted else None
         known = errors is not None and errors.covers(*Examples(data, 0).span(0, PAIRS))
         self.objective = DPO(
-            pipe, resolution, cache, 0.0, beta=2000.0, card=card, errors=errors, complete=known
+            pipe, resolution, cache, 0.0, card=card, errors=errors, complete=known
         )
         if self.second is not None:
             self.objective.copy = self.second

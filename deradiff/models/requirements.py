@@ -162,3 +162,6 @@ def cache_bytes(
     )
     text = inputs["encoder_hidden_states"].numel() + (0 if pooled is None else pooled.numel())
     return HALF * (float(images) * latents + float(captions) * text)
+
+
+PROMPT_TOKENS = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "flux": 512}  # as the pipelines encode

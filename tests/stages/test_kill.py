@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from deradiff.training.checkpoints import Checkpoints
 from deradiff.training.loop import train
+from tests.support.regression import Regression, examples, options
 from tests.support.train_runs import go
-from tests.training.test_training import Regression, examples, options
 
 
 def killed_run(work, kills: int, run_dir: Path, seed: int = 0) -> tuple[int, int]:

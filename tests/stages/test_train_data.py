@@ -13,7 +13,8 @@ from deradiff.data.pairs import Pairs
 from deradiff.worlds import shapes
 from tests.support.tiny_pipelines import save_tiny, tiny_pipeline
 from tests.support.train_runs import go
-from train import disk
+from train.build import base_model
+from train.data import cache_need
 from train.config import DataConfig, ModelConfig
 
 
@@ -55,7 +56,8 @@ def test_the_estimate_of_the_cache_is_its_size(table, family, precision, tmp_pat
         Pairs(table.data.path),
         tiny_pipeline(family).to(torch.bfloat16 if precision == "bf16" else torch.float32),
     )
-    estimate, _ = disk.cache_need(replace(table, model=model, precision=precision), pairs)
+    config = replace(table, model=model, precision=precision)
+    estimate, _ = cache_need(config, base_model(config), pairs)
     cache = Cache(tmp_path / "cache", "base", pairs, 64)
     cache.build(lambda: pipe)
     size = sum(f.stat().st_size for f in cache.folder.glob("*.safetensors"))
@@ -67,7 +69,7 @@ def test_too_little_disk_is_refused_before_a_weight_is_loaded(table, monkeypatch
 
     monkeypatch.setattr(build, "make_objective", None)
     monkeypatch.setattr(
-        "train.disk.shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})
+        "train.data.shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})
     )
     with pytest.raises(
         ValueError,
@@ -79,7 +81,7 @@ def test_too_little_disk_is_refused_before_a_weight_is_loaded(table, monkeypatch
 def test_a_cache_that_is_there_needs_no_more_disk(table, monkeypatch):
     go(table)
     monkeypatch.setattr(
-        "train.disk.shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})
+        "train.data.shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})
     )
     assert go(replace(table, name="again")).is_dir()
 

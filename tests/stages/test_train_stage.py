@@ -214,7 +214,8 @@ def test_mistakes_are_refused_in_one_sentence(
 ):
     typed, said = [t.format(base=base_folder) for t in typed], said.format(base=base_folder)
     monkeypatch.setattr(
-        "train.pipelines.load_pipeline", lambda *_, **__: pytest.fail("a weight was loaded")
+        "deradiff.models.base_model.BaseModel.load_pipeline",
+        lambda *_, **__: pytest.fail("a weight was loaded"),
     )
     with pytest.raises(SystemExit) as stop:
         type_here(["train", "tracking=none", f"runs={tmp_path}", "cpu=true", *typed], monkeypatch)

@@ -25,7 +25,7 @@ def dpo(
 ) -> DPO:
     """Diffusion-DPO at beta 500 of what is trained in a tiny pipeline."""
     card = AnchorCard(base_model="x", family="sd15", method=method, beta=500.0)
-    return DPO(pipe, RESOLUTION, cache, dropout, flip, **more, beta=500.0, card=card)
+    return DPO(pipe, RESOLUTION, cache, dropout, flip, **more, card=card)
 
 
 def make(family: str, method: str, lora_scale: float = 0.0, **options: Any) -> tuple[Any, DPO]:

@@ -13,7 +13,7 @@ from deradiff.data.pairs import CaptionedImages, Pairs
 from deradiff.models.families import encode_prompts, family_of
 from deradiff.training.objectives.autoencoder import POSTERIOR_STD, Autoencoder
 from deradiff.training.objectives.clip import Contrastive, Preference
-from deradiff.training.objectives.diffusion import Pretrain, _Diffusion
+from deradiff.training.objectives.diffusion import DPO, Pretrain
 from deradiff.worlds import networks, shapes
 from tests.support.objectives import disturb, dpo, items, make
 from tests.support.tiny_pipelines import tiny_lora, tiny_pipeline
@@ -73,7 +73,7 @@ def test_loss_and_gradient_equal_an_evaluation_in_float64_of_their_own(family, p
     outputs = {}
 
     def keep(network, *arguments):
-        outputs[network is objective.network] = made = _Diffusion.predict(
+        outputs[network is objective.network] = made = DPO.predict(
             objective, network, *arguments
         ).double()
         if made.requires_grad:
@@ -135,7 +135,7 @@ def test_the_loss_is_the_same_with_and_without_the_cache(tmp_path, pairs):
             cache.build(partial(tiny_pipeline, "sdxl"))
         objective = dpo(pipe, "lora", cache, dropout=0.5)
         losses.append(objective.loss(objective.network, objective.collate(items(pairs)))[0].item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_captions_are_dropped_for_both_pictures_at_the_stated_rate(pairs):
@@ -151,10 +151,12 @@ def test_both_pictures_of_a_pair_share_flip_noise_and_time(pairs):
     still, batch = plain.collate(items(pairs, 12)), objective.collate(items(pairs, 12))
     turned = [
         [not torch.equal(a, b) for a, b in zip(*sides)]
-        for sides in zip(still["images"], batch["images"])
+        for sides in zip(still["images"].transpose(0, 1), batch["images"].transpose(0, 1))
     ]
     assert all(a == b for a, b in turned) and 0 < sum(a for a, _ in turned) < 12
-    for (flipped, _), before, after in zip(turned, still["images"], batch["images"]):
+    for (flipped, _), before, after in zip(
+        turned, still["images"].transpose(0, 1), batch["images"].transpose(0, 1)
+    ):
         assert torch.equal(before.flip(-1) if flipped else before, after)
     assert torch.equal(still["noise"], batch["noise"]) and batch["noise"].shape == (12, 4, 8, 8), (
         "one for both"
@@ -236,7 +238,8 @@ def test_preference_raises_the_winner_of_its_own_prompt(pairs):
 
 def test_scorers_are_saved_as_clip_folders(tmp_path, pairs):
     objective = Preference(*clip_parts(pairs.captions))
-    model, tokenizer, processor = networks.load_clip(str(objective.save(tmp_path)))
+    objective.save(tmp_path)
+    model, tokenizer, processor = networks.load_clip(str(tmp_path))
     batch = dict(tokenizer(pairs.captions[:1], padding="max_length", return_tensors="pt"))
     batch |= processor(pairs.pictures(0), return_tensors="pt")
     same = objective.network(**objective.collate(items(pairs, 1))).logits_per_image
@@ -262,7 +265,8 @@ def test_the_saved_autoencoder_has_white_latents_and_the_same_pictures(tmp_path,
         rel=1e-4,
     )
     before = vae.decode(vae.encode(batch["images"]).latent_dist.mean).sample.detach()
-    saved = AutoencoderKL.from_pretrained(objective.save(tmp_path))
+    objective.save(tmp_path)
+    saved = AutoencoderKL.from_pretrained(tmp_path)
     posterior = saved.encode(batch["images"]).latent_dist
     torch.testing.assert_close(
         saved.decode(posterior.mean).sample.detach(), before, atol=2e-4, rtol=1e-3
