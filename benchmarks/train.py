@@ -134,9 +134,7 @@ class Worker:
         card = AnchorCard(base_model="random", family=family.name, method=method, beta=2000.0)
         errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in wanted else None
         known = errors is not None and errors.covers(*Examples(data, 0).span(0, PAIRS))
-        self.objective = DPO(
-            pipe, resolution, cache, 0.0, beta=2000.0, card=card, errors=errors, complete=known
-        )
+        self.objective = DPO(pipe, resolution, cache, 0.0, card=card, errors=errors, complete=known)
         if self.second is not None:
             self.objective.copy = self.second
         if variant == "split":

@@ -97,7 +97,7 @@ def _in_cluster_job(task: Callable[[], None]) -> None:
     try:
         task()
     except Preempted as stop:  # the checkpoint is written: submitit's own handler, in its place again, puts the job back into the queue
-        os.kill(os.getpid(), stop.number)
+        os.kill(os.getpid(), stop.signal_number)
 
 
 def _sentence(error: BaseException, schema: type, configs: Path) -> str:

@@ -19,7 +19,8 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         if is_dataclass(types[field.name]):
             yield from keys_of(types[field.name], f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}", _default(field), meanings.get(field.name, "")
+            meaning = field.metadata.get("help") or meanings.get(field.name, "")
+            yield f"{prefix}{field.name}", _default(field), meaning
 
 
 def _meanings(schema: type) -> dict[str, str]:

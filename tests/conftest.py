@@ -32,3 +32,19 @@ def world(request, worlds):
 def sd15(worlds):
     """The same of SD1.5 alone."""
     return worlds["sd15"].copy()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A tiny SD1.5 pipeline on disk, the base model of training runs; not to be changed."""
+    from tests.support.tiny_pipelines import save_tiny
+
+    return save_tiny("sd15", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def train_config(base_folder, tmp_path):
+    """The config of a small run of the train stage, whose runs lie below tmp_path."""
+    from tests.support.train_runs import small_run
+
+    return small_run(base_folder, tmp_path)

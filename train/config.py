@@ -1,66 +1,64 @@
-"""The train stage's config: what is trained, from what, on what, and how."""
+"""The config of the train stage: what is trained, from what data, and how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from configs.checks import choice, not_negative, positive
+from configs.settings import setting
 from configs.tracking import TrackingConfig
-from train.data_config import SOURCES, DataConfig
+from deradiff.training.objectives.registry import OBJECTIVES, ObjectiveSpec
+from deradiff.training.options import DECAYS, LEARNING_RATE_RULES, OPTIMIZERS
 
-OPTIMIZERS = (
-    "adamw",
-    "adafactor",
-    "adamw8bit_torchao",
-    "adamw8bit_bitsandbytes",
-)  # deradiff.training.optimizers'
-OBJECTIVES = {  # objective: does it learn from pairs?
-    "dpo": True,
-    "pretrain": False,
-    "contrastive": False,
-    "preference": True,
-    "autoencoder": False,
+SOURCES = {  # data.source: whether it gives pairs; None: the columns of the table decide
+    "table": None,
+    "shapes_images": False,
+    "shapes_pairs": True,
+    "scored_pairs": True,
+    "sampled_pairs": True,
 }
+SHAPES_REWARDS = ("vivid", "crisp")
 
 
 @dataclass
 class ModelConfig:
-    """name: what the run directory is called by. base: a pipeline folder, hub id or `asset:...`. vae: an autoencoder in place of its own.
+    """The base model. Without one, a new small model is made from its parts."""
 
-    base null starts a new small model from its parts: vae, a CLIP folder, the channels of the UNet's levels. resolution: pixels of a side.
-    gradient_checkpointing: less memory, a forward more. compile: torch.compile of the blocks that repeat.
-    """
-
-    name: str = "shapes"
-    base: str | None = None
-    revision: str | None = None
-    vae: str | None = None
-    resolution: int = 512
-    clip: str | None = None
-    channels: list[int] = field(default_factory=lambda: [48, 96])
-    clip_width: int = 64
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    name: str = setting("shapes", "what the model is called in the run's name")
+    base: str | None = setting(
+        None, "the base model: a pipeline folder, a hub id or asset:<name>; null: a new model"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of model.base on the hub")
+    vae: str | None = setting(
+        None, "an autoencoder (folder or hub id) in place of the base model's own"
+    )
+    resolution: int = setting(512, "pixels of an image's side, a multiple of 8")
+    clip: str | None = setting(None, "a CLIP folder that a new model or a scorer starts from")
+    channels: list[int] = setting([48, 96], "of a new UNet, one number a level, multiples of 8")
+    clip_width: int = setting(64, "width of a new CLIP")
+    gradient_checkpointing: bool = setting(False, "less memory for one more forward pass a step")
+    compile: bool = setting(False, "torch.compile the repeated blocks of the denoiser")
 
     def __post_init__(self) -> None:
         if self.resolution <= 0 or self.resolution % 8:
             raise ValueError(f"model.resolution must be a multiple of 8, not {self.resolution}")
         if not self.channels or any(c <= 0 or c % 8 for c in self.channels):
             raise ValueError(
-                f"model.channels must be multiples of 8, a level each, not {self.channels}"
+                f"model.channels must be multiples of 8, one for each level, not {self.channels}"
             )
 
 
 @dataclass
 class FinetuneConfig:
-    """method: `lora` or `full`. rank, alpha: the LoRA's; its update is scaled by alpha / rank. targets: the ends of the names of
-    the layers that a LoRA adapts; none: the family's attention layers.
-    """
+    """Which weights are trained."""
 
-    method: str = "lora"
-    rank: int = 16
-    alpha: int = 16
-    targets: list[str] = field(default_factory=list)
+    method: str = setting("lora", "lora (an adapter) or full (all weights)")
+    rank: int = setting(16, "rank of the LoRA")
+    alpha: int = setting(16, "the LoRA's update is scaled by alpha / rank")
+    targets: list[str] = setting(
+        [], "layers that the LoRA adapts, by the end of their names; []: the attention layers"
+    )
 
     def __post_init__(self) -> None:
         choice("finetune.method", self.method, ("lora", "full"))
@@ -69,14 +67,83 @@ class FinetuneConfig:
 
 
 @dataclass
+class DataConfig:
+    """Where examples come from, and how they are prepared."""
+
+    source: str = setting(
+        "table",
+        "table reads data.path; shapes_images and shapes_pairs draw the shapes world; scored_pairs "
+        "pairs and labels the images of data.path; sampled_pairs samples images and labels them",
+    )
+    path: str | None = setting(
+        None, "a parquet file, a folder of captioned images, or a data set of the hub"
+    )
+    split: str = setting("train", "of a data set of the hub")
+    revision: str | None = setting(None, "branch, tag or commit of data.path on the hub")
+    limit: int | None = setting(None, "use the first so many usable rows only; null: all")
+    count: int = setting(4000, "rows that are drawn, or pairs that are sampled or labelled")
+    scorer: str = setting(
+        "vivid", "what labels pairs: vivid or crisp for shapes_pairs, any scorer for the others"
+    )
+    scorer_checkpoint: str | None = setting(None, "the scorer's weights; null: its published ones")
+    caption_dropout: float = setting(0.1, 'share of examples whose caption is replaced by ""')
+    flip: bool = setting(False, "mirror all images of an example, every other time")
+    max_broken: float = setting(0.01, "share of rows that may hold images that cannot be decoded")
+    prompts: str | None = setting(
+        None, "of sampled_pairs: a file of prompts, or a set that python -m sample knows"
+    )
+    pipeline: str | None = setting(None, "samples sampled_pairs; null: model.base")
+    steps: int = setting(50, "of the sampler of sampled_pairs")
+    guidance_scale: float = setting(7.5, "of the sampling of sampled_pairs")
+    batch_size: int = setting(8, "images that sampled_pairs samples at once")
+    temperature: float = setting(
+        0.0, "of the labels' Bradley-Terry draw, in units of the scorer; 0: the higher score wins"
+    )
+    dry_run: bool = setting(False, "count rows, show examples, estimate the run's needs, and stop")
+    streaming: bool = setting(False, "read parquet where it lies, without a copy on the disk")
+    cache: bool = setting(True, "encode images and captions once, and keep them in runs/cache")
+    workers: int = setting(0, "processes that load data")
+
+    def __post_init__(self) -> None:
+        choice("data.source", self.source, SOURCES)
+        for key in ("count", "steps", "batch_size"):
+            positive(f"data.{key}", getattr(self, key))
+        for key in ("guidance_scale", "temperature"):
+            not_negative(f"data.{key}", getattr(self, key))
+        not_negative("data.workers", self.workers)
+        if self.limit is not None:
+            positive("data.limit", self.limit)
+        for key in ("caption_dropout", "max_broken"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"data.{key} must lie in [0, 1], not {getattr(self, key)}")
+        if self.source == "shapes_pairs" and self.scorer not in SHAPES_REWARDS:
+            raise ValueError(
+                "data.source=shapes_pairs is labelled by vivid or crisp, "
+                f"not {self.scorer!r}; other scorers take data=scored_pairs"
+            )
+        if self.source == "sampled_pairs" and not self.prompts:
+            raise ValueError(
+                "data.prompts is missing; give a file of prompts, "
+                "or a set that python -m sample knows"
+            )
+        if self.source in ("table", "scored_pairs") and not self.path:
+            raise ValueError(
+                "data.path is missing; give a parquet file, a folder of captioned images, "
+                "or a hub data set such as org/name"
+            )
+
+
+@dataclass
 class DPOConfig:
-    """beta: the KL strength in the convention `mean-half` (deradiff.training.dpo): diffusers' SD1.5 example calls half of it beta.
+    """The objective `dpo`."""
 
-    reference_errors: keep what the reference makes of each pair below runs/cache, and read what a run of another beta kept there.
-    """
-
-    beta: float = 2000.0
-    reference_errors: bool = True
+    beta: float = setting(
+        2000.0,
+        "the KL strength, in the convention mean-half: diffusers' example calls half of it beta",
+    )
+    reference_errors: bool = setting(
+        True, "keep the reference's errors in runs/cache, for runs with another beta to read"
+    )
 
     def __post_init__(self) -> None:
         positive("dpo.beta", self.beta)
@@ -84,28 +151,31 @@ class DPOConfig:
 
 @dataclass
 class OptimConfig:
-    """name: `adamw`, `adafactor`, `adamw8bit_torchao` or `adamw8bit_bitsandbytes`. lr: per pair of a step where `per_pair` is set, as the
-    published launchers scale it; the rate of a step otherwise. batch_size: pairs of one forward on one GPU. accumulation: forwards a
-    step. ema: decay of a moving average that is saved in place of the weights; 0: none. decay: `constant` or `cosine`, after `warmup`.
-    rule: `inverse_beta` multiplies it by 2000 / beta (the paper), `fixed` does not (its code). The actual rate is printed.
-    """
+    """The optimiser and its learning rate."""
 
-    name: str = "adamw"
-    lr: float = 1e-8
-    per_pair: bool = True
-    rule: str = "inverse_beta"
-    warmup: int = 0
-    decay: str = "constant"
-    weight_decay: float = 1e-2
-    clip: float = 1.0
-    ema: float = 0.0
-    batch_size: int = 1
-    accumulation: int = 128
+    name: str = setting("adamw", " | ".join(OPTIMIZERS))
+    lr: float = setting(1e-8, "learning rate: of a pair if per_pair is set, else of a step")
+    per_pair: bool = setting(
+        True, "multiply lr by the pairs of a step, as the published launchers do"
+    )
+    rule: str = setting(
+        "inverse_beta",
+        "inverse_beta: multiply lr by 2000 / beta, as the paper does; fixed: as its code",
+    )
+    warmup: int = setting(0, "steps of linear warm-up")
+    decay: str = setting("constant", "after the warm-up: constant, or cosine to 0 at the last step")
+    weight_decay: float = setting(1e-2, "of the optimiser")
+    clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped")
+    ema: float = setting(
+        0.0, "decay of a moving average of the weights, saved in their place; 0: none"
+    )
+    batch_size: int = setting(1, "pairs of one forward pass on one GPU")
+    accumulation: int = setting(128, "forward passes of one optimiser step")
 
     def __post_init__(self) -> None:
         choice("optim.name", self.name, OPTIMIZERS)
-        choice("optim.rule", self.rule, ("inverse_beta", "fixed"))
-        choice("optim.decay", self.decay, ("constant", "cosine"))
+        choice("optim.rule", self.rule, LEARNING_RATE_RULES)
+        choice("optim.decay", self.decay, DECAYS)
         for key in ("lr", "batch_size", "accumulation"):
             positive(f"optim.{key}", getattr(self, key))
         for key in ("warmup", "weight_decay", "clip"):
@@ -116,16 +186,13 @@ class OptimConfig:
 
 @dataclass
 class PanelConfig:
-    """every: steps between pictures of what is being trained, and one at the end; 0: none. prompts: of the pictures; none: of the data.
+    """Images of the anchor while it is trained."""
 
-    lambdas: across. steps: of the sampler. guidance_scale: null: the pipeline's own.
-    """
-
-    every: int = 500
-    prompts: list[str] = field(default_factory=list)
-    lambdas: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0])
-    steps: int = 25
-    guidance_scale: float | None = None
+    every: int = setting(500, "steps between two panels; the last step has one too; 0: no panels")
+    prompts: list[str] = setting([], "one a row; []: the first captions of the data")
+    lambdas: list[float] = setting([0.0, 1.0, 2.0], "one a column")
+    steps: int = setting(25, "of the sampler")
+    guidance_scale: float | None = setting(None, "null: the pipeline's own")
 
     def __post_init__(self) -> None:
         not_negative("panel.every", self.every)
@@ -138,20 +205,16 @@ class PanelConfig:
 
 @dataclass
 class HubConfig:
-    """push_to: the hub repository (`user/name`) that a finished anchor is uploaded to; null: none."""
+    """The upload of a finished anchor."""
 
-    push_to: str | None = None
+    push_to: str | None = setting(None, "the hub repository, user/name; null: no upload")
 
 
 @dataclass
 class TrainConfig:
-    """One run. name: its folder below runs/train; null composes it from model, objective, method, beta and seed. runs: of all runs.
+    """One run of the train stage."""
 
-    objective: `dpo`, `pretrain`, `contrastive`, `preference` or `autoencoder`. steps: optimiser steps. precision: `no`, `fp16` or `bf16`.
-    cpu: leaves GPUs alone. keep_last, keep_best: checkpoints that stay, the newest and those of the lowest loss.
-    """
-
-    objective: str = "dpo"
+    objective: str = setting("dpo", " | ".join(OBJECTIVES))
     model: ModelConfig = field(default_factory=ModelConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(source="shapes_pairs"))
@@ -160,16 +223,18 @@ class TrainConfig:
     panel: PanelConfig = field(default_factory=PanelConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    steps: int = 2000
-    seed: int = 0
-    precision: str = "no"
-    cpu: bool = False
-    log_every: int = 10
-    checkpoint_every: int = 200
-    keep_last: int = 2
-    keep_best: int = 0
-    name: str | None = None
-    runs: str = "runs"
+    steps: int = setting(2000, "optimiser steps")
+    seed: int = setting(0, "of the order of the data, of all noise, and of new weights")
+    precision: str = setting("no", "no (float32), fp16 or bf16")
+    cpu: bool = setting(False, "leave GPUs alone")
+    log_every: int = setting(10, "steps between two lines of metrics.jsonl")
+    checkpoint_every: int = setting(200, "steps between two checkpoints")
+    keep_last: int = setting(2, "how many of the newest checkpoints stay")
+    keep_best: int = setting(0, "how many checkpoints of the lowest loss stay")
+    name: str | None = setting(
+        None, "folder of the run below runs/train; null: model, objective, method, beta and seed"
+    )
+    runs: str = setting("runs", "folder of all runs")
 
     def __post_init__(self) -> None:
         choice("objective", self.objective, OBJECTIVES)
@@ -178,36 +243,74 @@ class TrainConfig:
             positive(key, getattr(self, key))
         not_negative("seed", self.seed)
         not_negative("keep_best", self.keep_best)
-        if self.hub.push_to and self.objective != "dpo":
+        if self.hub.push_to and not self.spec.makes_anchor:
             raise ValueError(
-                f"hub.push_to uploads anchors, and objective={self.objective} makes none: leave it out"
+                f"hub.push_to uploads anchors, and objective={self.objective} makes none: "
+                "remove hub.push_to"
             )
-        pairs, given = OBJECTIVES[self.objective], SOURCES[self.data.source]
-        if given is not None and pairs != given:
-            wanted = "pairs" if pairs else "captioned images"
+        self._check_data()
+        self._check_model()
+
+    def _check_data(self) -> None:
+        gives_pairs = SOURCES[self.data.source]
+        if gives_pairs is not None and gives_pairs != self.spec.needs_pairs:
+            wanted = "pairs" if self.spec.needs_pairs else "captioned images"
             raise ValueError(
-                f"objective={self.objective} learns from {wanted}, which data.source={self.data.source} does not give"
+                f"objective={self.objective} learns from {wanted}, "
+                f"which data.source={self.data.source} does not give"
             )
-        if self.objective == "dpo" and not self.model.base:
+
+    def _check_model(self) -> None:
+        """Refuse a config that lacks what the objective starts from."""
+        model = self.model
+        if self.spec.needs_base and not model.base:
             raise ValueError(
-                "objective=dpo needs a base model; give model=sd15, model=sdxl, model=shapes or model.base=<pipeline folder or hub id>"
+                f"objective={self.objective} needs a base model; give model=sd15, model=sdxl, "
+                "model=shapes or model.base=<pipeline folder or hub id>"
             )
-        if self.objective == "pretrain" and not (
-            self.model.base or (self.model.clip and self.model.vae)
-        ):
+        has_parts = bool(model.clip and model.vae)
+        if self.spec.needs_parts and not model.base and not has_parts:
             raise ValueError(
-                "objective=pretrain needs model.base, or both model.clip and model.vae to start a new model from"
+                f"objective={self.objective} needs model.base, "
+                "or both model.clip and model.vae to start a new model from"
             )
-        if self.objective == "pretrain" and self.finetune.method != "full":
-            raise ValueError("objective=pretrain trains the whole network: add finetune=full")
-        if self.objective == "preference" and not self.model.clip:
-            raise ValueError("objective=preference needs model.clip=<CLIP folder> to start from")
+        if self.spec.needs_full and self.finetune.method != "full":
+            raise ValueError(
+                f"objective={self.objective} trains the whole network: add finetune=full"
+            )
+        if self.spec.needs_clip and not model.clip:
+            raise ValueError(
+                f"objective={self.objective} needs model.clip=<CLIP folder> to start from"
+            )
+
+    @property
+    def spec(self) -> ObjectiveSpec:
+        """What is known of the objective."""
+        return OBJECTIVES[self.objective]
+
+    @property
+    def settings(self) -> Any:
+        """The objective's own section, such as `dpo`; None where it has none."""
+        return getattr(self, self.spec.section) if self.spec.section else None
+
+    @property
+    def beta(self) -> float | None:
+        """The objective's beta; None where it has none."""
+        return self.settings.beta if self.spec.uses_beta else None
+
+    @property
+    def stores_reference_errors(self) -> bool:
+        """Whether the reference's errors are kept in runs/cache."""
+        return self.spec.has_reference and self.settings.reference_errors
 
     def run_name(self) -> str:
+        """The run's folder below runs/train."""
         if self.name:
             return self.name
         parts = [self.model.name, self.objective]
-        if self.objective == "dpo":
+        if self.spec.makes_anchor:
+            parts.append(self.finetune.method)
+        if self.beta is not None:
             rule = "" if self.optim.rule == "inverse_beta" else f"-{self.optim.rule}"
-            parts += [self.finetune.method, f"beta{self.dpo.beta:g}{rule}"]
+            parts.append(f"beta{self.beta:g}{rule}")
         return "-".join([*parts, f"seed{self.seed}"])

@@ -1,54 +1,268 @@
-"""From a config to the run's data."""
+"""The run's data: read, or first drawn, sampled or labelled; and the disk that its cache takes.
+
+Generated data is written once below runs/data, in a file or folder named by what it depends on.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 from accelerate import Accelerator
 
+from deradiff.data import synthetic_pairs
 from deradiff.data.pairs import CaptionedImages, Pairs
-from train.config import OBJECTIVES, TrainConfig
-from train.data_config import DataConfig
-from train.disk import check_disk
-from train.made import made
+from deradiff.data.prompts import load_prompts
+from deradiff.data.reference_errors import RECORD
+from deradiff.files import slug
+from deradiff.models.base_model import BaseModel
+from deradiff.models.requirements import cache_bytes
+from deradiff.scorers import load_scorer
+from deradiff.worlds import shapes
+from train.build import DTYPES, frozen_dtype
+from train.config import DataConfig, TrainConfig
+
+IMAGES_SEED = 0  # of the shapes world's images, and of its pairs
+PAIRS_SEED = 1
 
 
-def make_data(config: TrainConfig, accelerator: Accelerator) -> CaptionedImages:
-    """The run's data, counted. Raises ValueError for what cannot be read, and where the cache of it would not fit on the disk."""
+def make_data(
+    config: TrainConfig, base: BaseModel | None, accelerator: Accelerator
+) -> CaptionedImages:
+    """The run's data; it is generated first, where the config says so. Collective.
+
+    Raises:
+        ValueError: where it cannot be read, and where its cache would not fit on the disk.
+    """
     data = config.data
-    reader = Pairs if OBJECTIVES[config.objective] else CaptionedImages
     if data.source == "table":
-        with accelerator.main_process_first():  # it downloads, and the others read what it did
-            rows = reader(
-                str(data.path),
-                data.split,
-                data.revision,
-                data.limit,
-                streaming=data.streaming,
-                max_broken=data.max_broken,
-            )
+        with accelerator.main_process_first():  # it downloads, and the others read the download
+            rows = open_data(config, str(data.path), data.split, data.revision, data.streaming)
     else:
-        path = str(made(config, accelerator))
+        path = generated_data(config, base, accelerator)
         with accelerator.main_process_first():
-            rows = reader(
-                path, limit=data.limit, streaming=data.streaming, max_broken=data.max_broken
-            )
-    accelerator.print(f"train: {counted(rows)}")
-    check_disk(config, rows)
+            rows = open_data(config, str(path), streaming=data.streaming)
+    accelerator.print(f"train: {row_counts(rows)}")
+    check_disk(config, base, rows)
     return rows
 
 
-def counted(rows: CaptionedImages) -> str:
-    """How many rows there are, and how many were dropped for what."""
+def open_data(
+    config: TrainConfig,
+    path: str,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    max_broken: float | None = None,
+) -> CaptionedImages:
+    """Open pairs or captioned images, whichever the objective needs.
+
+    Args:
+        config: of the run.
+        path: a parquet file, a folder, or a data set of the hub.
+        split: of a data set of the hub.
+        revision: of a data set of the hub.
+        streaming: read parquet where it lies.
+        max_broken: None: that of the config.
+    """
+    reader = Pairs if config.spec.needs_pairs else CaptionedImages
+    if max_broken is None:
+        max_broken = config.data.max_broken
+    limit = config.data.limit
+    return reader(path, split, revision, limit, streaming=streaming, max_broken=max_broken)
+
+
+def row_counts(rows: CaptionedImages) -> str:
+    """How many rows there are, and how many were dropped for which reason."""
     dropped = f"{rows.uncaptioned} rows without a caption dropped"
     if isinstance(rows, Pairs):
-        return f"{len(rows)} pairs with a winner; {rows.ties} ties, {rows.unlabelled} unlabelled rows and {dropped}"
+        return (
+            f"{len(rows)} pairs with a winner; {rows.ties} ties, "
+            f"{rows.unlabelled} unlabelled rows and {dropped}"
+        )
     return f"{len(rows)} captioned images; {dropped}"
 
 
-def told(data: DataConfig) -> str:
+def describe_data(data: DataConfig) -> str:
     """The data, as an anchor's card names it."""
     if data.source.startswith("shapes"):
         return f"{data.source}, {data.count}, {data.scorer}"
     if data.source == "sampled_pairs":
-        return f"{data.count} pairs sampled by {data.pipeline or 'the base model'} for {data.prompts}, labelled by {data.scorer}"
+        sampled_by = data.pipeline or "the base model"
+        return (
+            f"{data.count} pairs sampled by {sampled_by} for {data.prompts}, "
+            f"labelled by {data.scorer}"
+        )
     labels = f", pairs labelled by {data.scorer}" if data.source == "scored_pairs" else ""
     return f"{data.path}@{data.revision or 'main'}, {data.split}{labels}"
+
+
+# Generated data
+
+
+def generated_data(config: TrainConfig, base: BaseModel | None, accelerator: Accelerator) -> Path:
+    """The parquet file or folder of the rows that `data.source` stands for.
+
+    It is written where it is missing, by all ranks together. Collective.
+    """
+    folder = Path(config.runs) / "data"
+    if config.data.source.startswith("shapes"):
+        with accelerator.main_process_first():
+            return _draw_shapes(config.data, folder)
+    if config.data.source == "sampled_pairs":
+        images = _sample_images(config, base, folder, accelerator)
+        pairs = synthetic_pairs.consecutive_pairs(images)
+    else:
+        data = config.data
+        images = CaptionedImages(str(data.path), split=data.split, revision=data.revision)
+        pairs = synthetic_pairs.drawn_pairs(images, data.count)
+    path = _label_pairs(config.data, folder, images, pairs, accelerator)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def _draw_shapes(data: DataConfig, folder: Path) -> Path:
+    """Rows of the shapes world, named by the code that draws them too."""
+    code = _digest(Path(shapes.__file__).read_text())
+    kind = "images" if data.source == "shapes_images" else f"pairs-{data.scorer}"
+    path = folder / f"shapes-{kind}-{data.count}-{code}.parquet"
+    if path.is_file():
+        return path
+    if data.source == "shapes_images":
+        shapes.write_images(path, data.count, seed=IMAGES_SEED)
+    else:
+        shapes.write_pairs(path, data.count, seed=PAIRS_SEED, reward=data.scorer)
+    return path
+
+
+def _sample_images(
+    config: TrainConfig, base: BaseModel | None, folder: Path, accelerator: Accelerator
+) -> CaptionedImages:
+    """Two images for each of `data.count` pairs.
+
+    They do not depend on the scorer: another one, or another temperature, labels them again.
+    """
+    data = config.data
+    resolution = config.model.resolution
+    prompts = [prompt.text for prompt in load_prompts(str(data.prompts))]
+    sampler = BaseModel(data.pipeline) if data.pipeline else base
+    assert sampler is not None
+
+    key = (
+        f"{prompts}/{sampler.source}/{sampler.revision}/{sampler.vae}/{config.precision}/"
+        f"{resolution}/{data.steps}/{data.guidance_scale}/{data.count}"
+    )
+    name = slug(Path(sampler.source).name, 40)
+    path = folder / f"sampled-{name}-{data.count}-{_digest(key)}"
+    synthetic_pairs.write_sampled_images(
+        path,
+        partial(_sampling_pipeline, sampler, config, accelerator),
+        prompts,
+        data.count,
+        batch_size=data.batch_size,
+        num_inference_steps=data.steps,
+        guidance_scale=data.guidance_scale,
+        height=resolution,
+        width=resolution,
+    )
+    accelerator.wait_for_everyone()
+    return CaptionedImages(str(path), streaming=True)
+
+
+def _sampling_pipeline(sampler: BaseModel, config: TrainConfig, accelerator: Accelerator) -> Any:
+    return sampler.load_pipeline(DTYPES[config.precision]).to(accelerator.device)
+
+
+def _label_pairs(
+    data: DataConfig,
+    folder: Path,
+    images: CaptionedImages,
+    pairs: Any,
+    accelerator: Accelerator,
+) -> Path:
+    """Pairs of images, the winner chosen by the scorer."""
+    device = str(accelerator.device)
+    load = partial(load_scorer, data.scorer, data.scorer_checkpoint, device=device)
+    version = load().version
+    key = f"{images.fingerprint}/{version}/{data.temperature}/{synthetic_pairs.PART}"
+    name = slug(Path(images.source).stem, 60)
+    path = folder / f"{name}-pairs-{data.scorer}-{len(pairs)}-{_digest(key)}"
+    synthetic_pairs.write_scored_pairs(path, images, pairs, load, data.temperature)
+    return path
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+# The disk that the caches take
+
+
+def in_units(count: float) -> str:
+    """A number of bytes as people read it, in powers of ten."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def is_cached(config: TrainConfig) -> bool:
+    """Whether the size of the run's cache is known beforehand: it has one, and a base model."""
+    return config.data.cache and config.spec.trains_denoiser and config.model.base is not None
+
+
+def latent_side(config: TrainConfig, base: BaseModel) -> int:
+    """Rows, and columns, of the latents."""
+    levels = len(base.vae_config["block_out_channels"])
+    return config.model.resolution // 2 ** (levels - 1)
+
+
+def cache_need(config: TrainConfig, base: BaseModel, rows: CaptionedImages) -> tuple[float, float]:
+    """The size of the run's caches when they are complete; no weight is read.
+
+    Returns:
+        Bytes of the latents and text embeddings, and bytes of the reference errors.
+    """
+    side = latent_side(config, base)
+    images = len(rows)
+    if isinstance(rows, Pairs):
+        images *= 2
+    if config.data.flip:
+        images *= 2
+    captions = len({*rows.captions, ""})
+    tokens = base.family.prompt_tokens
+    half = cache_bytes(base.denoiser_config, side, side, images, captions, tokens)
+    encodings = half * frozen_dtype(config).itemsize / 2
+
+    errors = 0.0
+    if config.stores_reference_errors:
+        micro_steps = config.steps * config.optim.accumulation
+        errors = float(micro_steps * config.optim.batch_size * RECORD.itemsize)  # of one rank
+    return encodings, errors
+
+
+def check_disk(config: TrainConfig, base: BaseModel | None, rows: CaptionedImages) -> None:
+    """Check that the run's caches fit on the disk; what is there already counts as free.
+
+    Raises:
+        ValueError: where they do not.
+    """
+    if base is None or not is_cached(config):
+        return
+    folder = Path(config.runs) / "cache"
+    present = 0
+    if folder.is_dir():
+        present = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    available = shutil.disk_usage(nearest).free + present
+    need = sum(cache_need(config, base, rows))
+    if need > available:
+        raise ValueError(
+            f"the cache of {len(rows)} rows needs {in_units(need)} "
+            f"and {folder} has {in_units(available)}: give runs=<a folder on a larger disk>, "
+            "data.limit=<fewer rows>, or data.cache=false"
+        )

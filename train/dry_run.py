@@ -1,142 +1,145 @@
-"""`data.dry_run=true`: what a run would read, and what it would need, before anything is downloaded or a weight is loaded."""
+"""`data.dry_run=true`: what a run would read and need. Nothing is downloaded and no weight loaded."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
-from deradiff.data.pairs import CaptionedImages, Examples, Pairs
+from deradiff.data.pairs import Examples, Pairs
 from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
-from train.config import OBJECTIVES, TrainConfig
-from train.data import counted
-from train.disk import cache_need, check_disk, described, in_units, is_cached
+from deradiff.models.base_model import BaseModel
+from deradiff.models.published import GPUS
+from deradiff.models.requirements import dpo_requirements
+from train.build import lora_config
+from train.config import TrainConfig
+from train.data import (
+    cache_need,
+    check_disk,
+    in_units,
+    is_cached,
+    latent_side,
+    open_data,
+    row_counts,
+)
 
-SHOWN, SIDE, LINE = (
-    3,
-    256,
-    20,
-)  # examples in the picture, pixels of one of their pictures, and of their caption
+EXAMPLES = 3  # in the sheet
+SIDE = 256  # pixels of an image in the sheet
+LINE = 20  # pixels of a line of text
+COLUMNS_OF_TEXT = 6  # pixels of a letter
+GPU = "A100-80GB"  # on which the published costs are stated
 
 
-def dry_run(config: TrainConfig) -> Path:
-    """Print the counts and the needs of a run, write three of its examples as a picture, and return that file.
+def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
+    """Print the counts and the needs of a run, and write a sheet with three of its examples.
 
-    Parquet is read where it lies: of a data set of the hub only the small columns, and the row groups of the examples that are shown.
+    Parquet is read where it lies: of a data set of the hub only the small columns, and the row
+    groups of the examples in the sheet.
+
+    Returns:
+        The file of the sheet.
+
+    Raises:
+        ValueError: for data that would have to be generated first.
     """
     data = config.data
     if data.source != "table":
         raise ValueError(
-            f"data.dry_run=true shows rows that exist, and data.source={data.source} makes them first: run it without"
+            f"data.dry_run=true shows rows that exist, and data.source={data.source} makes them "
+            "first: run it without"
         )
-    files = parquet_files(str(data.path), data.split, data.revision)
-    reader = Pairs if OBJECTIVES[config.objective] else CaptionedImages
-    rows = reader(
-        str(data.path),
-        data.split,
-        data.revision,
-        data.limit,
-        streaming=files is not None,
-        max_broken=1.0,
-    )
-    print(
-        f"train: {data.path}, {data.split}: {counted(rows)}; {len(set(rows.captions))} distinct captions"
-    )
-    file = Path(config.runs) / "data" / f"{slug(f'{data.path}-{data.split}')}-dry-run.png"
-    write_atomic(file, _png(Examples(rows, config.seed)))
-    print(
-        f"train: {SHOWN} of them, {'winner' if isinstance(rows, Pairs) else 'image'} first, are in {file}"
-    )
-    for line in _needs(config, rows):
-        print(f"train: {line}")
-    check_disk(config, rows)
+
+    # The rows; those with broken images are not counted out.
+    is_parquet = parquet_files(str(data.path), data.split, data.revision) is not None
+    rows = open_data(config, str(data.path), data.split, data.revision, is_parquet, max_broken=1.0)
+    captions = len(set(rows.captions))
+    print(f"train: {data.path}, {data.split}: {row_counts(rows)}; {captions} distinct captions")
+
+    # Three examples.
+    name = slug(f"{data.path}-{data.split}")
+    file = Path(config.runs) / "data" / f"{name}-dry-run.png"
+    write_atomic(file, _example_sheet(Examples(rows, config.seed)))
+    first = "winner" if isinstance(rows, Pairs) else "image"
+    print(f"train: {EXAMPLES} of them, {first} first, are in {file}")
+
+    # Disk and memory.
+    if isinstance(rows.table, ParquetStream):
+        print(f"train: {_data_need(config, rows.table)}")
+    if base is not None and is_cached(config):
+        encodings, errors = cache_need(config, base, rows)
+        print(
+            f"train: disk below {config.runs}/cache: {in_units(encodings)} of latents and text "
+            f"embeddings, {in_units(errors)} of reference errors"
+        )
+    if base is not None and config.spec.has_reference:
+        print(f"train: {_memory_need(config, base)}")
+    check_disk(config, base, rows)
     return file
 
 
-def _png(examples: Examples) -> bytes:
-    shown = [
-        examples.batch(lambda items: (items[0].images, items[0].caption), [p])
-        for p in examples.places(0, min(SHOWN, len(examples.data)))
-    ]
-    sheet = Image.new("RGB", (SIDE * len(shown[0][0]), (SIDE + LINE) * len(shown)), "white")
+def _example_sheet(examples: Examples) -> bytes:
+    """The first examples as a PNG: an example a row, its images side by side, its caption below."""
+    shown = []
+    for place in examples.places(0, min(EXAMPLES, len(examples.data))):
+        shown.append(examples.batch(lambda items: (items[0].images, items[0].caption), [place]))
+
+    height = SIDE + LINE
+    sheet = Image.new("RGB", (SIDE * len(shown[0][0]), height * len(shown)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (pictures, caption) in enumerate(shown):
-        for column, picture in enumerate(pictures):
-            sheet.paste(
-                ImageOps.contain(picture, (SIDE, SIDE)), (column * SIDE, row * (SIDE + LINE))
-            )
-        text = caption.encode("latin-1", "replace").decode(
-            "latin-1"
-        )  # what PIL's own font can draw
-        draw.text((4, row * (SIDE + LINE) + SIDE + 4), text[: sheet.width // 6], fill="black")
+    for row, (images, caption) in enumerate(shown):
+        for column, image in enumerate(images):
+            sheet.paste(ImageOps.contain(image, (SIDE, SIDE)), (column * SIDE, row * height))
+        text = caption.encode("latin-1", "replace").decode("latin-1")  # PIL's font has no more
+        text = text[: sheet.width // COLUMNS_OF_TEXT]
+        draw.text((4, row * height + SIDE + 4), text, fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _needs(config: TrainConfig, rows: CaptionedImages) -> list[str]:
-    lines, data = [], config.data
-    if isinstance(rows.table, ParquetStream):
-        size, hub = rows.table.size, rows.table.shards[0].address.startswith("hf://")
-        copied = (
-            f"{in_units(2 * size)} of disk for its download and copy"
-            if hub
-            else f"{in_units(size)} of disk for its copy"
-        )
-        read = (
-            "read where it lies"
-            if data.streaming
-            else f"{copied}, or none with data.streaming=true"
-        )
-        lines.append(f"data: {in_units(size)} of parquet, {read}")
-    if is_cached(config):
-        encodings, errors = (in_units(need) for need in cache_need(config, rows))
-        lines.append(
-            f"disk below {config.runs}/cache: {encodings} of latents and text embeddings, {errors} of reference errors"
-        )
-    if config.objective == "dpo":
-        lines.append(_memory(config))
-    return lines
+def _data_need(config: TrainConfig, table: ParquetStream) -> str:
+    """The disk that the data takes."""
+    size = in_units(table.size)
+    if config.data.streaming:
+        return f"data: {size} of parquet, read where it lies"
+    if table.shards[0].address.startswith("hf://"):
+        copied = f"{in_units(2 * table.size)} of disk for its download and copy"
+    else:
+        copied = f"{size} of disk for its copy"
+    return f"data: {size} of parquet, {copied}, or none with data.streaming=true"
 
 
-def _memory(config: TrainConfig) -> str:
-    from deradiff.models.published import GPUS, PAPER_GPU
-    from deradiff.models.requirements import dpo_requirements
-
-    family, denoiser, side = described(config)
-    optim, lora = config.optim, _lora(config, family.lora_targets)
+def _memory_need(config: TrainConfig, base: BaseModel) -> str:
+    """The memory, FLOPs and hours of the run on one device."""
+    optim = config.optim
+    side = latent_side(config, base)
+    is_lora = config.finetune.method == "lora"
     needs = dpo_requirements(
-        denoiser,
+        base.denoiser_config,
         side,
         side,
         config.steps,
         optim.batch_size * optim.accumulation,
-        GPUS[PAPER_GPU].tflops,
+        GPUS[GPU].tflops,
         method=config.finetune.method,
         optimizer="adamw8bit" if optim.name.startswith("adamw8bit") else optim.name,
         checkpointing=config.model.gradient_checkpointing,
         batch=optim.batch_size,
-        tokens=family.prompt_tokens,
-        lora=lora,
+        tokens=base.family.prompt_tokens,
+        lora=lora_config(config, base.family) if is_lora else None,
     )
-    parts = {"weights": needs.weights, "gradients": needs.gradients, "optimiser": needs.optimizer}
-    parts[f"activations of {optim.batch_size} pairs, at the least"] = needs.activations
+    parts = {
+        "weights": needs.weights,
+        "gradients": needs.gradients,
+        "optimiser": needs.optimizer,
+        f"activations of {optim.batch_size} pairs, at the least": needs.activations,
+    }
+    listed = ", ".join(f"{in_units(size)} {name}" for name, size in parts.items())
     return (
-        f"memory of one device in half precision: {in_units(needs.memory)} ({', '.join(f'{in_units(v)} {k}' for k, v in parts.items())}); "
-        f"{needs.flops / 1e18:.3g} EFLOPs, {needs.hours:.3g} A100-hours at 40 % of its peak, on one device"
-    )
-
-
-def _lora(config: TrainConfig, targets: tuple[str, ...]) -> Any:
-    from peft import LoraConfig
-
-    tune = config.finetune
-    return (
-        LoraConfig(r=tune.rank, lora_alpha=tune.alpha, target_modules=list(tune.targets or targets))
-        if tune.method == "lora"
-        else None
+        f"memory of one device in half precision: {in_units(needs.memory)} ({listed}); "
+        f"{needs.flops / 1e18:.3g} EFLOPs, {needs.hours:.3g} A100-hours at 40 % of its peak, "
+        "on one device"
     )

@@ -1,105 +1,213 @@
-"""What a run leaves for others: pictures on the way, the trained folder, its README, its upload."""
+"""What a run leaves: panels on the way, the trained model, an anchor's card and README, uploads."""
 
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import accelerate
+import diffusers
+import peft
 import torch
+import transformers
 from torch import nn
 
 from configs.tracking import Tracker
-from deradiff.anchors.anchor import load_anchor, save_anchor
+from deradiff.anchors.anchor import AnchorCard, load_anchor, save_anchor
 from deradiff.anchors.model_card import GRID, write_model_card
 from deradiff.files import write_atomic
 from deradiff.hub import push
+from deradiff.models.base_model import BaseModel
+from deradiff.training.checkpoints import Progress
+from deradiff.training.dpo import BETA_CONVENTION
 from deradiff.training.panel import sample_panel
+from train.build import frozen_dtype
 from train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from deradiff.anchors.anchor import AnchorCard
+from train.data import describe_data
 
 FINISHED = "finished.json"
-PROMPTS = 4  # of the data's captions, where the config gives none
+PROMPTS = 4  # of a panel, from the captions of the data, where the config gives none
+LIBRARIES = (torch, diffusers, transformers, peft, accelerate)
+
+
+def make_card(config: TrainConfig, base: BaseModel, pairs_per_step: int, device: str) -> AnchorCard:
+    """The anchor's card, without the cost of the run, which is not known yet.
+
+    Args:
+        config: of the run.
+        base: its base model.
+        pairs_per_step: examples of one optimiser step on all devices.
+        device: number and name of the devices.
+    """
+    versions = {library.__name__: library.__version__ for library in LIBRARIES}
+    versions["python"] = platform.python_version()
+    return AnchorCard(
+        base_model=base.source,
+        base_revision=base.revision,
+        vae=base.vae,
+        family=base.family.name,
+        method=config.finetune.method,
+        beta=config.beta,
+        beta_convention=BETA_CONVENTION,
+        objective=config.objective,
+        steps=config.steps,
+        pairs_seen=config.steps * pairs_per_step,
+        dataset=describe_data(config.data),
+        seed=config.seed,
+        git_commit=git_commit(),
+        versions=versions,
+        device=device,
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that runs, or None outside one."""
+    root = Path(__file__).parents[1]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        answer = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    top, _, commit = answer.stdout.strip().partition("\n")
+    return commit if commit and Path(top) == root else None
+
+
+def training_summary(
+    config: TrainConfig, pairs_per_step: int, learning_rate: float
+) -> dict[str, object]:
+    """What the README of an anchor says of its training, besides the card."""
+    optim = config.optim
+    rate = f"{learning_rate:.4g} ({optim.rule}), {optim.decay} after {optim.warmup} steps"
+    summary: dict[str, object] = {
+        "pairs per step": pairs_per_step,
+        "learning rate": rate,
+        "optimiser": f"{optim.name}, weight decay {optim.weight_decay:g}, clip {optim.clip:g}",
+        "precision": config.precision,
+        "resolution": config.model.resolution,
+        "caption dropout": config.data.caption_dropout,
+    }
+    if config.finetune.method == "lora":
+        summary["LoRA"] = f"rank {config.finetune.rank}, alpha {config.finetune.alpha}"
+    return summary
+
+
+def add_cost(
+    objective: Any, config: TrainConfig, pairs_per_step: int, progress: Progress, devices: int
+) -> None:
+    """Write the cost of a finished run into the card of its objective."""
+    checkpointing = config.model.gradient_checkpointing
+    objective.card = replace(
+        objective.card,
+        gpu_hours=progress.seconds / 3600 * devices,
+        flops=config.steps * objective.step_flops(pairs_per_step, checkpointing),
+    )
 
 
 def finished(run_dir: Path) -> Path | None:
-    """The folder of a run that trained to its end and saved what it trained; None for any other."""
+    """The folder of the trained model if the run is finished; else None."""
     file = run_dir / FINISHED
-    folder = run_dir / json.loads(file.read_text())["folder"] if file.is_file() else None
-    return folder if folder and folder.is_dir() else None
+    if not file.is_file():
+        return None
+    folder = run_dir / json.loads(file.read_text())["folder"]
+    return folder if folder.is_dir() else None
 
 
 def finish(
-    objective: Any, config: TrainConfig, run_dir: Path, track: Tracker, recipe: dict[str, object]
+    objective: Any,
+    config: TrainConfig,
+    run_dir: Path,
+    track: Tracker,
+    summary: dict[str, object],
 ) -> Path:
-    """Save what was trained, with its README and last picture where it is an anchor, and mark the run as finished."""
-    folder = objective.save(run_dir)
-    if config.objective == "dpo":
-        pictures = sorted((run_dir / "panel").glob("step-*.png"))
-        if pictures:
-            shutil.copyfile(pictures[-1], folder / GRID)
-        write_model_card(folder, objective.card, recipe, config.hub.push_to)
-    track.artifact(
-        f"anchor-{run_dir.name}" if config.objective == "dpo" else run_dir.name, "model", folder
-    )
+    """Save the trained model, and mark the run as finished.
+
+    An anchor also gets a README, and the last panel.
+
+    Returns:
+        The folder of the trained model.
+    """
+    folder = run_dir / config.spec.folder
+    objective.save(folder)
+    name = run_dir.name
+    if config.spec.makes_anchor:
+        panels = sorted((run_dir / "panel").glob("step-*.png"))
+        if panels:
+            shutil.copyfile(panels[-1], folder / GRID)
+        write_model_card(folder, objective.card, summary, config.hub.push_to)
+        name = f"anchor-{name}"
+    track.artifact(name, "model", folder)
     write_atomic(run_dir / FINISHED, json.dumps({"folder": folder.name}))
     return folder
 
 
 def upload(config: TrainConfig, folder: Path) -> None:
+    """Upload the anchor, where `hub.push_to` asks for it."""
     if config.hub.push_to:
         print(f"train: uploaded to {push(folder, config.hub.push_to)}", flush=True)
 
 
 class Panels:
-    """Every so many steps, fixed prompts at several lambdas: run_dir/panel/step-000500.png.
+    """Draws the panels of a run: fixed prompts at several lambdas, `panel/step-000500.png`.
 
-    Sampled by a pipeline of its own with the anchor as it is saved, so that nothing of it touches training. A picture that fails does
-    not stop the run.
+    They are sampled by a pipeline of their own, with the anchor as it would be saved, so that they
+    do not touch training. A panel that fails does not stop the run.
+
+    Args:
+        config: of the run.
+        base: its base model.
+        run_dir: its directory.
+        card: of the anchor; None: the run makes none, and has no panels.
+        captions: of the data; the first ones are the prompts if the config gives none.
+        track: gets every panel.
+        device: on which they are sampled.
     """
 
     def __init__(
         self,
         config: TrainConfig,
+        base: BaseModel | None,
         run_dir: Path,
         card: AnchorCard | None,
         captions: Sequence[str],
         track: Tracker,
-        device: Any,
-    ):
-        self.config, self.folder, self.card, self.track, self.device = (
-            config,
-            run_dir / "panel",
-            card,
-            track,
-            device,
-        )
-        self.prompts = list(config.panel.prompts) or list(dict.fromkeys(captions))[:PROMPTS]
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.base = base
+        self.folder = run_dir / "panel"
+        self.card = card
+        self.track = track
+        self.device = device
+        self.prompts = list(config.panel.prompts)
+        if not self.prompts:
+            distinct = list(dict.fromkeys(captions))
+            self.prompts = distinct[:PROMPTS]
 
     def __call__(self, network: nn.Module, step: int) -> None:
+        """Draw the panel of a step, unless it is there."""
         file = self.folder / f"step-{step:06d}.png"
         if self.card is None or file.is_file():
             return
         try:
-            self._draw(network, file)
+            self._draw(network, self.card, file)
             self.track.image("panel", file, f"step {step}")
-        except Exception as error:  # a picture: not worth a week's run
-            print(f"train: no picture at step {step}: {error}", file=sys.stderr, flush=True)
+        except Exception as error:  # an image is not worth a week's run
+            print(f"train: no panel at step {step}: {error}", file=sys.stderr, flush=True)
 
-    def _draw(self, network: nn.Module, file: Path) -> None:
-        from train.pipelines import frozen_pipeline
-
-        assert self.card
-        anchor, panel = self.folder / "anchor", self.config.panel
-        save_anchor(anchor, network, replace(self.card))
-        pipe = frozen_pipeline(self.config).to(self.device)
-        image = sample_panel(
+    def _draw(self, network: nn.Module, card: AnchorCard, file: Path) -> None:
+        assert self.base is not None
+        panel = self.config.panel
+        anchor = self.folder / "anchor"
+        save_anchor(anchor, network, replace(card))
+        pipe = self.base.load_pipeline(frozen_dtype(self.config)).to(self.device)
+        sheet = sample_panel(
             pipe,
             load_anchor(anchor),
             self.prompts,
@@ -108,7 +216,8 @@ class Panels:
             steps=panel.steps,
             guidance_scale=panel.guidance_scale,
         )
-        image.save(file)
+        sheet.save(file)
         shutil.rmtree(anchor)
+        # Training needs the memory.
         del pipe
         torch.cuda.empty_cache()

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import platform
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
 from configs.entry import entry
 from configs.tracking import tracker
+from deradiff.data.pairs import Examples
+from deradiff.files import claim, slug
+from deradiff.training.dpo import learning_rate
+from deradiff.training.loop import train
+from deradiff.training.options import TrainingOptions
+from train import build, results
 from train.config import TrainConfig
+from train.data import make_data
+from train.dry_run import dry_run
 
-COSMETIC = (  # what a resumed run may change
+COSMETIC = (  # keys that a resumed run may change
     "runs",
     "name",
     "tracking",
@@ -26,90 +39,75 @@ COSMETIC = (  # what a resumed run may change
     "data.max_broken",
     "dpo.reference_errors",
 )
+PATIENCE = timedelta(hours=24)  # ranks wait while one labels pairs or writes the last of a cache
 
 
 def run(config: TrainConfig, run_dir: Path) -> Path:
-    """Train, save and describe; returns the folder of what was trained (`anchor/`, `pipeline/`, `clip/` or `vae/`)."""
-    from train import build, card, results
+    """Train, save and describe.
 
-    family = build.check(config, run_dir)
+    Returns:
+        The folder of what was trained: `anchor/`, `pipeline/`, `clip/` or `vae/`.
+    """
+    # Everything that can be refused is refused before a weight is loaded.
+    base = build.base_model(config)
+    build.check(config, base, run_dir)
     if config.data.dry_run:
-        from train.dry_run import dry_run
+        return dry_run(config, base)
+    accelerator = _accelerator(config)
+    per_step = config.optim.batch_size * config.optim.accumulation * accelerator.num_processes
+    data = make_data(config, base, accelerator)
 
-        return dry_run(config)
-
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    from deradiff.data.pairs import Examples
-    from deradiff.files import claim, slug
-    from deradiff.training.loop import train
-    from train.data import make_data
-
-    optim = config.optim
-    patience = InitProcessGroupKwargs(
-        timeout=timedelta(hours=24)
-    )  # ranks wait while one labels pairs or writes the last of a cache
-    accelerator = Accelerator(
-        cpu=config.cpu,
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=optim.accumulation,
-        kwargs_handlers=[patience],
-    )
-    per_step = optim.batch_size * optim.accumulation * accelerator.num_processes
-    options = _options(config, per_step)
-    data = make_data(config, accelerator)
-    if (
-        accelerator.is_main_process
-    ):  # other ranks than these would change the order of the data, and are another run
+    # The run directory is this config's. Another number of ranks changes the order of the data,
+    # which makes it another run.
+    if accelerator.is_main_process:
         claim(run_dir, asdict(config) | {"pairs_per_step": per_step}, COSMETIC)
-    if folder := results.finished(run_dir):
+    folder = results.finished(run_dir)
+    if folder is not None:
         accelerator.print(
-            f"train: {run_dir} is finished: see {folder}; another name=... or seed=... starts another run"
+            f"train: {run_dir} is finished: see {folder}; "
+            "another name=... or seed=... starts another run"
         )
         if accelerator.is_main_process:
             results.upload(config, folder)
         accelerator.end_training()
         return folder
-    about = (
-        card.make_card(config, family, per_step, _device(accelerator))
-        if family and config.objective == "dpo"
-        else None
-    )
-    objective: Any = build.make_objective(config, data, accelerator, about)
+
+    # The objective, with its networks.
+    card = None
+    if config.spec.makes_anchor and base is not None:
+        card = results.make_card(config, base, per_step, _device_name(accelerator))
+    objective: Any = build.make_objective(build.RunParts(config, base, data, accelerator, card))
+    options = _options(config, per_step)
     accelerator.print(
-        f"train: {run_dir}: {config.steps} steps of {per_step} examples, learning rate {options.learning_rate:.4g}"
+        f"train: {run_dir}: {config.steps} steps of {per_step} examples, "
+        f"learning rate {options.learning_rate:.4g}"
     )
-    if about:
-        options.flops_per_step = card.flops_per_step(objective, config, per_step, recomputed=False)
-        strength = card.kl_strength_of(objective, config)
+    if card is not None:
+        options.flops_per_step = objective.step_flops(per_step, checkpointing=False)
+    if card is not None and config.beta is not None:
         accelerator.print(
-            f"train: beta {config.dpo.beta:g} ({about.beta_convention}), a KL strength of {strength:.2g}"
+            f"train: beta {config.beta:g} ({card.beta_convention}), "
+            f"a KL strength of {objective.kl_strength():.2g}"
         )
+
+    # Training, and what it leaves.
+    is_main = accelerator.is_main_process
     group = slug(config.model.base or config.model.name)
-    with tracker(
-        config.tracking, "train", run_dir, asdict(config), accelerator.is_main_process, group
-    ) as track:
+    folder = run_dir
+    with tracker(config.tracking, "train", run_dir, asdict(config), is_main, group) as track:
         examples = Examples(data, config.seed, in_blocks=not config.data.cache)
-        panels = results.Panels(config, run_dir, about, data.captions, track, accelerator.device)
+        panels = results.Panels(
+            config, base, run_dir, card, data.captions, track, accelerator.device
+        )
         progress = train(objective, examples, options, run_dir, accelerator, track.log, panels)
-        folder = run_dir
-        if accelerator.is_main_process:
-            if about:
-                gpu_hours = progress.seconds / 3600 * accelerator.num_processes
-                flops = config.steps * card.flops_per_step(
-                    objective, config, per_step, recomputed=True
-                )
-                objective.card = replace(about, gpu_hours=gpu_hours, flops=flops)
+        if is_main:
+            if card is not None:
+                devices = accelerator.num_processes
+                results.add_cost(objective, config, per_step, progress, devices)
                 if config.panel.every:
                     panels(objective.network, config.steps)
-            folder = results.finish(
-                objective,
-                config,
-                run_dir,
-                track,
-                card.recipe(config, per_step, options.learning_rate),
-            )
+            summary = results.training_summary(config, per_step, options.learning_rate)
+            folder = results.finish(objective, config, run_dir, track, summary)
             print(
                 f"train: {folder} ({progress.step} steps, {progress.seconds:.0f} s of training)",
                 flush=True,
@@ -120,13 +118,23 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     return folder
 
 
-def _options(config: TrainConfig, per_step: int) -> Any:
-    from deradiff.training.dpo import learning_rate
-    from deradiff.training.optimizers import TrainingOptions
+def _accelerator(config: TrainConfig) -> Accelerator:
+    return Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.optim.accumulation,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
 
+
+def _options(config: TrainConfig, per_step: int) -> TrainingOptions:
+    """The options of the loop; the learning rate is scaled by beta where there is one."""
     optim = config.optim
-    rule = optim.rule if config.objective == "dpo" else "fixed"
-    rate = learning_rate(optim.lr, rule, config.dpo.beta, per_step if optim.per_pair else 1)
+    pairs = per_step if optim.per_pair else 1
+    if config.beta is None:
+        rate = optim.lr * pairs
+    else:
+        rate = learning_rate(optim.lr, optim.rule, config.beta, pairs)
     return TrainingOptions(
         steps=config.steps,
         batch_size=optim.batch_size,
@@ -138,26 +146,21 @@ def _options(config: TrainConfig, per_step: int) -> Any:
         weight_decay=optim.weight_decay,
         clip=optim.clip,
         ema=optim.ema,
-        seed=config.seed,
         workers=config.data.workers,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         keep_last=config.keep_last,
         keep_best=config.keep_best,
-        show_every=config.panel.every if config.objective == "dpo" else 0,
+        show_every=config.panel.every if config.spec.makes_anchor else 0,
     )
 
 
-def _device(accelerator: Any) -> str:
-    import platform
-
-    import torch
-
-    name = (
-        torch.cuda.get_device_name()
-        if accelerator.device.type == "cuda"
-        else f"cpu ({platform.machine()})"
-    )
+def _device_name(accelerator: Accelerator) -> str:
+    """Number and name of the devices, as the card has them."""
+    if accelerator.device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"cpu ({platform.machine()})"
     return f"{accelerator.num_processes} x {name}"
 
 

@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it: batches, optimisers, checkpoints, meters, shards of a sharded run, signals."""
+"""The training loop and what surrounds it; `objectives` holds what can be trained."""

@@ -1,4 +1,4 @@
-"""Micro-batches in the order that a run's seed fixes, from any step on."""
+"""The micro-batches of a run, from any step on: their order is fixed by the seed."""
 
 from __future__ import annotations
 
@@ -10,61 +10,74 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deradiff.data.pairs import Examples
-from deradiff.training.objectives import Batch, Objective
-from deradiff.training.optimizers import TrainingOptions
+from deradiff.training.objectives.base import Batch, Objective
+from deradiff.training.options import TrainingOptions
 
 
 class MicroBatches(Dataset):
-    """Micro-batch i of this process, from step `first` on; collated by the objective."""
+    """The micro-batches of this process, collated by the objective.
+
+    Args:
+        objective: collates examples.
+        examples: gives them in the order of the run.
+        options: `steps`, `accumulation` and `batch_size` are read.
+        first_step: the step that micro-batch 0 belongs to.
+        accelerator: tells the rank of this process and the number of processes.
+    """
 
     def __init__(
         self,
         objective: Objective,
         examples: Examples,
         options: TrainingOptions,
-        first: int,
+        first_step: int,
         accelerator: Accelerator,
     ) -> None:
-        self.objective, self.examples, self.options, self.first = (
-            objective,
-            examples,
-            options,
-            first,
-        )
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.objective = objective
+        self.examples = examples
+        self.options = options
+        self.first_step = first_step
+        self.rank = accelerator.process_index
+        self.processes = accelerator.num_processes
 
     def __len__(self) -> int:
-        return (self.options.steps - self.first) * self.options.accumulation
+        return (self.options.steps - self.first_step) * self.options.accumulation
 
-    def __getitem__(self, i: int) -> Batch:
-        o = self.options
-        start = ((self.first * o.accumulation + i) * self.world + self.rank) * o.batch_size
-        return self.examples.batch(
-            self.objective.collate, self.examples.places(start, start + o.batch_size)
-        )
+    def __getitem__(self, number: int) -> Batch:
+        # Ranks take turns: micro-batch 0 of all ranks, then micro-batch 1 of all ranks, ...
+        size = self.options.batch_size
+        micro_step = self.first_step * self.options.accumulation + number
+        start = (micro_step * self.processes + self.rank) * size
+        places = self.examples.places(start, start + size)
+        # `Examples.batch` collates, because it must be able to replace a broken image.
+        return self.examples.batch(self.objective.collate, places)
 
 
 def loader(
     objective: Objective,
     examples: Examples,
     options: TrainingOptions,
-    step: int,
+    first_step: int,
     accelerator: Accelerator,
 ) -> DataLoader:
-    batches = MicroBatches(objective, examples, options, step, accelerator)
-    # Workers inherit the objective by fork: accelerate's wrapped networks cannot be sent to a fresh process.
-    workers = options.workers if "fork" in multiprocessing.get_all_start_methods() else 0
-    context = "fork" if workers else None
+    """A loader of the micro-batches of this process from a step on; see `MicroBatches`."""
+    batches = MicroBatches(objective, examples, options, first_step, accelerator)
+    # Workers inherit the objective by fork: accelerate's wrapped networks cannot be sent to a
+    # process that starts afresh.
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    workers = options.workers if can_fork else 0
     return DataLoader(
         batches,
         batch_size=None,
         num_workers=workers,
-        multiprocessing_context=context,
+        multiprocessing_context="fork" if workers else None,
         persistent_workers=workers > 0,
     )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
-    }
+    """The batch with its tensors on a device. Tensors inside its other values are not moved."""
+    moved: Batch = {}
+    for name, value in batch.items():
+        moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return moved

@@ -1,24 +1,33 @@
-"""The Diffusion-DPO loss and the conventions of its beta (Wallace et al. 2023)."""
+"""The Diffusion-DPO loss (Wallace et al. 2023), and the conventions of its beta.
+
+Shapes: B pairs; the first axis, of 2, is the winner and the loser, in this order.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from deradiff.training.noising import Noising
+from deradiff.training.noising import Noising
+from deradiff.training.options import LEARNING_RATE_RULES
 
-BETA_CONVENTION = "mean-half"  # beta scales half the difference of errors, each a mean over C, H, W (the published code's)
+# Beta scales half the difference of the errors, and an error is a mean over C, H and W, as in the
+# published code.
+BETA_CONVENTION = "mean-half"
+BETA_OF_RATE = 2000  # at which the rule `inverse_beta` leaves a learning rate as it is
 
 
 @dataclass
 class DPOTerms:
-    """losses: (B,) with gradient. margin: (B,), implicit reward of the winner over the loser.
+    """The loss of a batch of pairs and what it is made of.
 
-    error, reference_error: (2, B) mean squared errors of the trained network and the reference, winner first.
+    Attributes:
+        losses: (B,) the loss of each pair, with gradient.
+        margin: (B,) the implicit reward of the winner less that of the loser.
+        error: (2, B) mean squared errors of the trained network.
+        reference_error: (2, B) mean squared errors of the reference.
     """
 
     losses: Tensor
@@ -28,48 +37,86 @@ class DPOTerms:
 
     @property
     def loss(self) -> Tensor:
-        """Scalar with gradient: the mean of the logarithms, never the logarithm of a mean."""
+        """The scalar loss, with gradient: a mean of logarithms, not the logarithm of a mean."""
         return self.losses.mean()
 
     @property
     def accuracies(self) -> Tensor:
-        """(B,) 1 where the winner is preferred, 0 where the loser is, 1/2 where neither."""
+        """(B,) 1 where the winner is preferred, 0 where the loser is, 1/2 where neither is."""
         return (self.margin.sign() + 1) / 2
 
     @property
     def accuracy(self) -> Tensor:
+        """The mean of `accuracies`."""
         return self.accuracies.mean()
 
 
 def pair_error(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over C, H, W in float32: (2, B, C, H, W) to (2, B)."""
+    """The mean squared error over C, H and W in float32.
+
+    Args:
+        pred: outputs of a network, (2, B, C, H, W).
+        target: what they should be, (2, B, C, H, W).
+
+    Returns:
+        (2, B).
+    """
     return (pred.float() - target.float()).square().mean(dim=(2, 3, 4))
 
 
 def dpo_terms(error: Tensor, reference_error: Tensor, beta: float) -> DPOTerms:
-    """Diffusion-DPO (Wallace et al. 2023, Eq. 14) of `pair_error`s, each (2, B), winner first; for flow models of velocity errors."""
-    winner, loser = (
-        error - reference_error
-    )  # (B,) each: how much worse than the reference we denoise it
+    """The loss of Diffusion-DPO from errors (Wallace et al. 2023, Eq. 14).
+
+    Args:
+        error: `pair_error` of the trained network, (2, B); for flow models, of velocities.
+        reference_error: `pair_error` of the reference, (2, B).
+        beta: in the convention BETA_CONVENTION.
+    """
+    # How much worse than the reference the trained network denoises each image, (B,).
+    winner, loser = error - reference_error
     margin = -0.5 * beta * (winner - loser)
     return DPOTerms(-F.logsigmoid(margin), margin.detach(), error.detach(), reference_error)
 
 
 def dpo_loss(pred: Tensor, reference_pred: Tensor, target: Tensor, beta: float) -> DPOTerms:
-    """The same of the networks' outputs: pred, reference_pred, target all (2, B, C, H, W), winner first."""
+    """The loss of Diffusion-DPO from the networks' outputs.
+
+    Args:
+        pred: outputs of the trained network, (2, B, C, H, W).
+        reference_pred: outputs of the reference, (2, B, C, H, W).
+        target: (2, B, C, H, W).
+        beta: in the convention BETA_CONVENTION.
+    """
     return dpo_terms(pair_error(pred, target), pair_error(reference_pred, target), beta)
 
 
 def kl_strength(beta: float, elements: int, noising: Noising) -> float:
-    """The KL strength that a code beta stands for: beta / (D sum_t w_t) (method.md section 7); elements: D, the latent's size."""
+    """The KL strength that a beta of the code stands for: beta / (D sum_t w_t).
+
+    See docs/method.md, section 7.
+
+    Args:
+        beta: in the convention BETA_CONVENTION.
+        elements: D, the number of elements of a latent.
+        noising: the forward process, whose `kl_weight` is the sum.
+    """
     return beta / (elements * noising.kl_weight)
 
 
-def learning_rate(base: float, rule: str, beta: float, per_step: int = 1) -> float:
-    """The actual learning rate. base: per pair of a step; per_step: pairs of a step, or 1 where base is not to be scaled by them.
+def learning_rate(base: float, rule: str, beta: float, pairs_per_step: int = 1) -> float:
+    """The learning rate of a step.
 
-    `inverse_beta`: base * per_step * 2000 / beta, the form that the DiffusionDPO paper states. `fixed`: without beta, as its code.
+    Args:
+        base: the rate that the config gives.
+        rule: `inverse_beta`: base * pairs_per_step * 2000 / beta, as the DiffusionDPO paper
+            states it; `fixed`: base * pairs_per_step, as its code has it.
+        beta: in the convention BETA_CONVENTION.
+        pairs_per_step: pairs of one optimiser step; 1 where base is a rate per step.
+
+    Raises:
+        ValueError: for an unknown rule.
     """
-    if rule not in ("inverse_beta", "fixed"):
+    if rule not in LEARNING_RATE_RULES:
         raise ValueError(f"the learning-rate rule must be inverse_beta or fixed, not {rule!r}")
-    return base * per_step * (2000 / beta if rule == "inverse_beta" else 1.0)
+    scale = BETA_OF_RATE / beta if rule == "inverse_beta" else 1.0
+    return base * pairs_per_step * scale

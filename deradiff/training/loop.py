@@ -1,4 +1,4 @@
-"""The training loop, and nothing else: examples in a fixed order, an optimiser step, a line of metrics, a checkpoint, and on."""
+"""The training loop: examples in a fixed order, optimiser steps, metrics, checkpoints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from deradiff.data.pairs import Examples
 from deradiff.training.batches import loader, to_device
 from deradiff.training.checkpoints import Checkpoints, Progress
 from deradiff.training.meters import Metrics, MetricsFile, Window
-from deradiff.training.objectives import Objective
-from deradiff.training.optimizers import TrainingOptions, learning_rate_at, set_learning_rate
+from deradiff.training.objectives.base import Batch, Objective
+from deradiff.training.optimizers import learning_rate_at, set_learning_rate
+from deradiff.training.options import TrainingOptions
 from deradiff.training.preemption import Listening, Preempted
-from deradiff.training.sharding import Trained
+from deradiff.training.sharding import TrainedNetwork
 
-SHOWN = ("loss", "implicit_accuracy", "accuracy", "psnr")  # beside the progress bar
+IN_PROGRESS_BAR = ("loss", "implicit_accuracy", "accuracy", "psnr")
+
+
+def _ignore_metrics(metrics: Metrics, step: int) -> None:
+    """Metrics go to metrics.jsonl only."""
+
+
+def _show_nothing(network: torch.nn.Module, step: int) -> None:
+    """Nothing is shown during training."""
 
 
 def train(
@@ -28,116 +37,187 @@ def train(
     options: TrainingOptions,
     run_dir: Path,
     accelerator: Accelerator,
-    log: Callable[[Metrics, int], None] = lambda metrics, step: None,
-    show: Callable[[torch.nn.Module, int], None] = lambda network, step: None,
+    log: Callable[[Metrics, int], None] = _ignore_metrics,
+    show: Callable[[torch.nn.Module, int], None] = _show_nothing,
 ) -> Progress:
-    """Train `objective.network` to `options.steps`, from the newest whole checkpoint if there is one, and leave the trained weights there.
+    """Train `objective.network`, and leave the trained weights there.
 
-    Every logged step is a line of run_dir/metrics.jsonl and a call of `log`; every `options.show_every`-th step the main process calls
-    `show` with the network. The result does not depend on where a run was interrupted.
-    Raises FloatingPointError where a loss or gradient stops being finite (the last checkpoint holds good weights), and
-    Preempted after a checkpoint that a signal asked for.
+    Training starts from the newest checkpoint of the run directory, if there is one. The result
+    does not depend on where a run was interrupted.
+
+    Args:
+        objective: what is trained.
+        examples: the training data, in the order of the run.
+        options: how it is trained.
+        run_dir: the folder of `metrics.jsonl` and `checkpoints/`.
+        accelerator: made with `options.accumulation` as its gradient accumulation.
+        log: called by the main process with the metrics of every logged step.
+        show: called by the main process with the network, every `options.show_every` steps.
+
+    Returns:
+        How far the run is: all its steps, and the time that they took.
+
+    Raises:
+        FloatingPointError: where a loss or a gradient is not finite. The last checkpoint holds
+            good weights.
+        Preempted: after the checkpoint that a signal asked for.
     """
+    # Networks to the device, and the state of the newest checkpoint into them.
     for module in objective.frozen:
         module.to(accelerator.device).eval()
     objective.network.to(accelerator.device).train()
-    trained, checkpoints = (
-        Trained(objective, options, accelerator),
-        Checkpoints(run_dir, options.keep_last, options.keep_best),
-    )
-    network, optimizer, norm = trained.network, trained.optimizer, torch.tensor(0.0)
+    trained = TrainedNetwork(objective, options, accelerator)
+    checkpoints = Checkpoints(run_dir, options.keep_last, options.keep_best)
     progress = checkpoints.resume(trained.load)
     batches = iter(loader(objective, examples, options, progress.step, accelerator))
-    metrics = (
-        MetricsFile(run_dir / "metrics.jsonl", progress.step)
-        if accelerator.is_main_process
-        else None
-    )
-    bar = tqdm(
-        total=options.steps,
-        initial=progress.step,
-        unit="step",
-        disable=metrics is None,
-        mininterval=2,
-    )
-    started, window, recent = (
-        time.perf_counter() - progress.seconds,
-        Window(options, accelerator),
-        _Mean(),
-    )
+
+    report = _Report(run_dir, options, progress, accelerator, log)
+    window = Window(options, accelerator)
+    checkpoint_loss = _MeanLoss()
+    start = time.perf_counter() - progress.seconds
 
     with Listening() as signals:
         while progress.step < options.steps:
+            # One optimiser step.
             rate = learning_rate_at(progress.step, options)
-            set_learning_rate(optimizer, rate)
+            set_learning_rate(trained.optimizer, rate)
             for _ in range(options.accumulation):
-                with accelerator.accumulate(network):
-                    batch = to_device(next(batches), accelerator.device)
-                    with accelerator.autocast():  # the frozen networks too, so that the reference rounds as the trained network does
-                        loss, terms = objective.loss(network, batch)
-                    accelerator.backward(loss)
-                    window.add(loss, terms, batch)
-                    recent.add(loss)
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(
-                            trained.weights.values(), options.max_norm
-                        )
-                    optimizer.step()
-                    optimizer.zero_grad()
-            stop = window.check(norm, signals.number, progress.step, checkpoints.newest())
+                loss, terms, batch = _micro_step(objective, trained, next(batches), options)
+                window.add(loss, terms, batch)
+                checkpoint_loss.add(loss)
+
+            # All ranks agree whether a number is bad, and whether a signal asked for a stop.
+            problem = window.end_step(trained.norm)
+            failed, stop_signal = _over_all_ranks(problem, signals.signal_number, accelerator)
+            if failed:
+                raise FloatingPointError(_failure(progress.step, problem, checkpoints.newest()))
             progress.step += 1
-            progress.seconds = time.perf_counter() - started
-            bar.update()
-            if trained.average:
-                trained.average.update(trained.weights, progress.step)
-            last = progress.step == options.steps
-            if progress.step % options.log_every == 0 or last:
-                row = window.close(lr=rate, grad_norm=float(norm if norm is not None else 0))
-                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k in SHOWN})
-                if metrics:
-                    metrics.append({"step": progress.step, **row})
-                    log(row, progress.step)
-            if progress.step % options.checkpoint_every == 0 or last or stop:
-                progress.loss = recent.close(accelerator)
+            progress.seconds = time.perf_counter() - start
+            is_last = progress.step == options.steps
+            report.advance()
+            trained.update_average(progress.step)
+
+            # Metrics.
+            if progress.step % options.log_every == 0 or is_last:
+                row = window.close(lr=rate, grad_norm=trained.norm_value())
+                report.write(row, progress.step)
+
+            # A checkpoint; if a signal asked for a stop, this is the moment.
+            if progress.step % options.checkpoint_every == 0 or is_last or stop_signal:
+                progress.loss = checkpoint_loss.close(accelerator)
                 checkpoints.write(progress, trained.save, accelerator)
-            if stop and not last:
-                raise Preempted(stop, progress.step)
+            if stop_signal and not is_last:
+                raise Preempted(stop_signal, progress.step)
+
             if options.show_every and progress.step % options.show_every == 0:
                 _show(trained, show, progress.step, accelerator)
 
-    bar.close()
+    # The result: the average, if there is one, as a plain network.
+    report.close()
     accelerator.wait_for_everyone()
-    if trained.average:
-        trained.take_average()
-    if trained.sharded:
-        objective.network = trained.snapshot()  # type: ignore[misc]
+    trained.finish()
     return progress
 
 
+def _micro_step(
+    objective: Objective, trained: TrainedNetwork, batch: Batch, options: TrainingOptions
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Batch]:
+    """Forward and backward of one micro-batch; the last one of a step changes the weights.
+
+    Returns:
+        The loss, the other metrics, and the batch on the device.
+    """
+    accelerator = trained.accelerator
+    with accelerator.accumulate(trained.network):
+        batch = to_device(batch, accelerator.device)
+        # Under autocast the frozen networks round as the trained one does.
+        with accelerator.autocast():
+            loss, terms = objective.loss(trained.network, batch)
+        accelerator.backward(loss)
+        trained.step(options.max_norm)
+    return loss, terms, batch
+
+
+def _over_all_ranks(problem: str, signal_number: int, accelerator: Accelerator) -> tuple[bool, int]:
+    """Whether any rank has a problem, and the largest signal number of all ranks; collective."""
+    if accelerator.num_processes == 1:
+        return bool(problem), signal_number
+    own = torch.tensor([[float(bool(problem)), float(signal_number)]], device=accelerator.device)
+    flags = accelerator.gather(own)
+    return bool(flags[:, 0].any()), int(flags[:, 1].max())
+
+
+def _failure(step: int, problem: str, newest: Path | None) -> str:
+    what = problem or "another rank has a loss or gradient that is not finite"
+    if newest is None:
+        return f"step {step}: {what}; there is no checkpoint yet"
+    return f"step {step}: {what}; {newest} holds the last good weights"
+
+
 def _show(
-    trained: Trained,
+    trained: TrainedNetwork,
     show: Callable[[torch.nn.Module, int], None],
     step: int,
     accelerator: Accelerator,
 ) -> None:
-    """The main process shows, on random numbers that training does not draw from; the others wait."""
-    plain = trained.snapshot()
+    """Call `show` on the main process while the others wait; training's random numbers stay."""
+    network = trained.snapshot()
     if accelerator.is_main_process:
         with torch.random.fork_rng():
-            show(plain, step)
+            show(network, step)
     accelerator.wait_for_everyone()
 
 
-class _Mean:
-    """Of the losses since the last checkpoint, over all ranks."""
+class _Report:
+    """What the main process tells of a run: progress bar, metrics.jsonl, and a function `log`."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        options: TrainingOptions,
+        progress: Progress,
+        accelerator: Accelerator,
+        log: Callable[[Metrics, int], None],
+    ) -> None:
+        self.log = log
+        self.file = None
+        if accelerator.is_main_process:
+            self.file = MetricsFile(run_dir / "metrics.jsonl", progress.step)
+        self.bar = tqdm(
+            total=options.steps,
+            initial=progress.step,
+            unit="step",
+            disable=self.file is None,
+            mininterval=2,
+        )
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def write(self, row: Metrics, step: int) -> None:
+        shown = {name: f"{row[name]:.4g}" for name in IN_PROGRESS_BAR if name in row}
+        self.bar.set_postfix(shown)
+        if self.file is not None:
+            self.file.append({"step": step, **row})
+            self.log(row, step)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _MeanLoss:
+    """The mean loss since the last checkpoint, over all ranks."""
 
     def __init__(self) -> None:
-        self.sum, self.count = torch.tensor(0.0), 0
+        self.sum = torch.tensor(0.0)
+        self.count = 0
 
     def add(self, loss: torch.Tensor) -> None:
-        self.sum, self.count = self.sum.to(loss.device) + loss.detach().float(), self.count + 1
+        self.sum = self.sum.to(loss.device) + loss.detach().float()
+        self.count += 1
 
     def close(self, accelerator: Accelerator) -> float:
         mean = float(accelerator.reduce(self.sum / self.count, "mean"))
-        self.sum, self.count = torch.zeros_like(self.sum), 0
+        self.sum = torch.zeros_like(self.sum)
+        self.count = 0
         return mean

@@ -1,4 +1,4 @@
-"""What a run says about itself: means over a window of steps, its pace, and whether its numbers still are numbers."""
+"""The numbers of a run: means over a window of steps, pace, memory, and whether all are finite."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from torch import Tensor
 
 from deradiff.files import write_atomic
 from deradiff.models.published import peak_tflops
-from deradiff.training.objectives import Batch
-from deradiff.training.optimizers import TrainingOptions
+from deradiff.training.objectives.base import Batch
+from deradiff.training.options import TrainingOptions
 
 Metrics = dict[str, float]
-BANDS = 4  # of time, told in timesteps: 0 data, 1000 noise
+BANDS = 4  # of time; their names count timesteps, from 0 (data) to 1000 (noise)
+BLAMED = 4  # pairs that an error names at most
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOPs a second of one device in half precision, or None where that is not known."""
+    """FLOPs a second of one device in half precision, or None where that is unknown."""
     if device.type != "cuda":
         return None
     tflops = peak_tflops(torch.cuda.get_device_name(device))
@@ -31,118 +32,144 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB that this process held at most: of the GPU's memory where it has one, else of the machine's."""
+    """The most memory that this process has held, in GB: of the GPU if it uses one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return largest * unit / 1e9
 
 
 class Window:
-    """Means of the metrics since the last logged step, over all ranks and pairs.
+    """Means of the metrics since the last logged step, over all ranks and examples.
 
-    Terms are scalars, or (B,) with a value per pair; `implicit_accuracy` per pair is told by band of time too.
+    Metrics are scalars, or (B,) with a value per example. `implicit_accuracy` (B,) is also
+    averaged per band of time.
+
+    Args:
+        options: of the run.
+        accelerator: of the run.
     """
 
     def __init__(self, options: TrainingOptions, accelerator: Accelerator) -> None:
-        self.options, self.accelerator, self.peak = (
-            options,
-            accelerator,
-            peak_flops(accelerator.device),
-        )
-        self.sums: dict[str, Tensor] = {}  # (2,): sum and count
-        self.step: list[
-            tuple[Tensor, Batch]
-        ] = []  # losses of the running optimiser step, a value per pair where there is one
-        self.since, self.steps = time.perf_counter(), 0
+        self.options = options
+        self.accelerator = accelerator
+        self.peak = peak_flops(accelerator.device)
+        self._sums: dict[str, Tensor] = {}  # (2,): sum and count of each metric
+        # The losses of the running optimiser step, one per example where the objective gives them.
+        self._losses: list[tuple[Tensor, Batch]] = []
+        self._steps = 0
+        self._start = time.perf_counter()
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], batch: Batch) -> None:
-        terms = {k: v.detach().float() for k, v in terms.items()}
-        for key, value in ({"loss": loss.detach().float()} | terms).items():
-            self._sum(key, value)
-        accuracy = terms.get("implicit_accuracy", loss)
-        if accuracy.dim() == 1 and "time" in batch:
-            band = (batch["time"] * BANDS).long().clamp(0, BANDS - 1)
-            for i in range(BANDS):
-                self._sum(
-                    f"implicit_accuracy/t{i * 1000 // BANDS}-{(i + 1) * 1000 // BANDS}",
-                    accuracy[band == i],
-                )
-        self.step.append((terms.get("loss", loss.detach()), batch))
+        """Add one micro-batch.
 
-    def _sum(self, key: str, value: Tensor) -> None:
-        self.sums[key] = self.sums.get(key, 0.0) + torch.stack(
-            [value.sum(), torch.tensor(float(value.numel()), device=value.device)]
-        )
+        Args:
+            loss: the scalar loss.
+            terms: other metrics; `loss` among them replaces the scalar.
+            batch: what they were computed on.
+        """
+        values = {"loss": loss.detach().float()}
+        for name, value in terms.items():
+            values[name] = value.detach().float()
+        for name, value in values.items():
+            self._sum(name, value)
 
-    def check(self, norm: Tensor | float | None, number: int, step: int, kept: Path | None) -> int:
-        """End of an optimiser step: the largest signal number that any rank heard. All ranks raise FloatingPointError where the loss or the
-        gradient of one is not finite; with fp16 the gradient may overflow, and the scaler skips that step."""
-        losses = torch.cat([rows.flatten() for rows, _ in self.step])
-        gradient = torch.tensor(
-            1.0 if norm is None or self.accelerator.mixed_precision == "fp16" else float(norm)
-        )
-        bad = not (losses.isfinite().all() and gradient.isfinite())
-        told = self._blame() if bad else ""
-        self.step, self.steps = [], self.steps + 1
-        if self.accelerator.num_processes > 1:
-            flags = self.accelerator.gather(
-                torch.tensor([[float(bad), float(number)]], device=self.accelerator.device)
-            )
-            bad, number = bool(flags[:, 0].any()), int(flags[:, 1].max())
-        if bad:
-            good = f"{kept} holds the last good weights" if kept else "there is no checkpoint yet"
-            raise FloatingPointError(
-                f"step {step}: {told or 'another rank has a loss or gradient that is not finite'}; {good}"
-            )
-        return number
+        accuracy = values.get("implicit_accuracy")
+        if accuracy is not None and accuracy.dim() == 1 and "time" in batch:
+            self._sum_bands("implicit_accuracy", accuracy, batch["time"])
+        self._losses.append((values["loss"], batch))
+
+    def _sum(self, name: str, values: Tensor) -> None:
+        count = torch.tensor(float(values.numel()), device=values.device)
+        self._sums[name] = self._sums.get(name, 0.0) + torch.stack([values.sum(), count])
+
+    def _sum_bands(self, name: str, values: Tensor, time: Tensor) -> None:
+        """Sum values (B,) by the band of their time (B,) in [0, 1]."""
+        bands = (time * BANDS).long().clamp(0, BANDS - 1)
+        for band in range(BANDS):
+            start = band * 1000 // BANDS
+            stop = (band + 1) * 1000 // BANDS
+            self._sum(f"{name}/t{start}-{stop}", values[bands == band])
+
+    def end_step(self, norm: Tensor | float | None) -> str:
+        """End an optimiser step.
+
+        Args:
+            norm: of the gradient; None: unknown.
+
+        Returns:
+            What was not finite on this rank, or "". With fp16 the gradient may overflow: the
+            scaler then skips the step.
+        """
+        losses = torch.cat([rows.flatten() for rows, _ in self._losses])
+        unscaled = norm is not None and self.accelerator.mixed_precision != "fp16"
+        gradient = torch.tensor(float(norm) if unscaled else 1.0)  # type: ignore[arg-type]
+        finite = bool(losses.isfinite().all() and gradient.isfinite())
+        problem = "" if finite else self._blame()
+        self._losses = []
+        self._steps += 1
+        return problem
 
     def _blame(self) -> str:
-        """The pair and the time of a loss that is not finite."""
-        for rows, batch in self.step:
+        """Name the pairs and the times of a loss that is not finite."""
+        for rows, batch in self._losses:
             wrong = (~rows.flatten().isfinite()).nonzero().flatten().tolist()
             if not wrong:
                 continue
             if not {"index", "time"} <= set(batch):
                 return "the loss is not finite"
-            places = (
-                wrong if rows.dim() else range(len(batch["index"]))
-            )  # a mean does not tell which of them
-            pairs = [
-                f"{int(batch['index'][i])} at t {1000 * float(batch['time'][i]):.0f}"
-                for i in places
-            ]
-            return f"the loss is not finite, from pair {', '.join(pairs[:4])} (row of those used)"
+            # A scalar loss does not tell which example it was: all are named.
+            positions = wrong if rows.dim() else range(len(batch["index"]))
+            pairs = []
+            for i in positions:
+                timestep = 1000 * float(batch["time"][i])
+                pairs.append(f"{int(batch['index'][i])} at t {timestep:.0f}")
+            named = ", ".join(pairs[:BLAMED])
+            return f"the loss is not finite, from pair {named} (row of those used)"
         return "the gradient is not finite"
 
     def close(self, **more: float) -> Metrics:
-        keys = list(self.sums)
-        sums = self.accelerator.reduce(torch.stack([self.sums[k] for k in keys]), "sum").tolist()
-        means = {key: total / count for key, (total, count) in zip(keys, sums) if count}
+        """The means since the last call, over all ranks; collective. more: metrics to add."""
+        # Means.
+        names = list(self._sums)
+        sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
+        means = {}
+        for name, (total, count) in zip(names, sums.tolist()):
+            if count:
+                means[name] = total / count
+
+        # Pace, memory and, where the GPU's peak is known, the share of it that is used.
         now = time.perf_counter()
-        pace, o = self.steps / (now - self.since), self.options
-        per_step = o.batch_size * o.accumulation * self.accelerator.num_processes
-        means |= {
-            **more,
-            "pairs_per_second": pace * per_step,
-            "memory_gb": peak_memory(self.accelerator.device),
-        }
-        if self.peak and o.flops_per_step:
-            means["mfu"] = pace * o.flops_per_step / (self.peak * self.accelerator.num_processes)
-        self.sums, self.steps, self.since = {}, 0, now
+        steps_per_second = self._steps / (now - self._start)
+        devices = self.accelerator.num_processes
+        per_step = self.options.batch_size * self.options.accumulation * devices
+        means |= more
+        means["pairs_per_second"] = steps_per_second * per_step
+        means["memory_gb"] = peak_memory(self.accelerator.device)
+        if self.peak and self.options.flops_per_step:
+            means["mfu"] = steps_per_second * self.options.flops_per_step / (self.peak * devices)
+
+        self._sums = {}
+        self._steps = 0
+        self._start = now
         return means
 
 
 class MetricsFile:
-    """`metrics.jsonl`, a line a logged step. Opened at a step, it forgets what a killed run logged after that, and a torn last line."""
+    """`metrics.jsonl`: one line for each logged step.
+
+    Args:
+        path: of the file.
+        step: the step that the run resumes at. Later lines, of a run that was killed, are removed,
+            and so is a torn last line.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         kept = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        lines = path.read_text().splitlines() if path.is_file() else []
+        for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
@@ -151,5 +178,6 @@ class MetricsFile:
         write_atomic(path, "".join(kept))
 
     def append(self, row: dict[str, Any]) -> None:
+        """Add a line."""
         with open(self.path, "a") as handle:
             handle.write(json.dumps(row) + "\n")

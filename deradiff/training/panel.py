@@ -1,4 +1,4 @@
-"""What is being trained, as a picture: prompts down, lambdas across."""
+"""The panel: images of the anchor in training, prompts down and lambdas across."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from PIL import Image, ImageDraw
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.realignment.context import realign
 
 LINE = 14  # pixels of a line of text
-LARGEST = 256  # pixels of a cell's side
+SMALLEST = 96  # pixels of a cell's side, at least
+LARGEST = 256  # and at most
 
 
 def sample_panel(
@@ -27,12 +29,21 @@ def sample_panel(
     guidance_scale: float | None = None,
     seed: int = 0,
 ) -> Image.Image:
-    """One image for each prompt and lambda, all lambdas of a prompt on the same noise, drawn from generators of its own.
+    """One image for each prompt and lambda, as one sheet.
 
-    pipe: the reference's pipeline. Epsilon models are sampled with Euler ancestral, flow models with the pipeline's own sampler.
+    All lambdas of a prompt start from the same noise, which is drawn from generators of its own.
+    Epsilon models are sampled with Euler ancestral, flow models with the pipeline's own sampler.
+
+    Args:
+        pipe: the reference's pipeline; its scheduler is replaced.
+        anchor: of the same base model.
+        prompts: one a row.
+        lambdas: one a column; those above 1 go beyond the anchor.
+        resolution: pixels of an image's side.
+        steps: of the sampler.
+        guidance_scale: None: the pipeline's own.
+        seed: of the first prompt; the others count up from it.
     """
-    from diffusers import EulerAncestralDiscreteScheduler
-
     if "beta_schedule" in pipe.scheduler.config:
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     options: dict[str, Any] = {
@@ -42,34 +53,39 @@ def sample_panel(
     }
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
+
     rows: list[list[Image.Image]] = []
     with warnings.catch_warnings(), realign(pipe, anchor, lambdas[0]) as dial:
-        warnings.simplefilter("ignore")  # beyond the anchor on purpose
-        for i, prompt in enumerate(prompts):
-            rows.append([])
+        warnings.simplefilter("ignore")  # a lambda above 1 is meant
+        for row, prompt in enumerate(prompts):
+            images = []
             for lam in lambdas:
                 dial.lam = lam
-                rows[-1] += pipe(
-                    prompt, generator=torch.Generator().manual_seed(seed + i), **options
-                ).images
+                generator = torch.Generator().manual_seed(seed + row)
+                images += pipe(prompt, generator=generator, **options).images
+            rows.append(images)
     return tile(rows, prompts, [f"lambda {lam:g}" for lam in lambdas])
 
 
 def tile(
     rows: Sequence[Sequence[Image.Image]], left: Sequence[str], top: Sequence[str]
 ) -> Image.Image:
-    """Images in rows, a line of text above each row and above each column."""
-    side = min(LARGEST, max(96, rows[0][0].width))
+    """Images in rows, with a line of text above each row and above each column.
+
+    Args:
+        rows: images, as many in each row.
+        left: a text for each row.
+        top: a text for each column.
+    """
+    side = min(LARGEST, max(SMALLEST, rows[0][0].width))
     sheet = Image.new("RGB", (side * len(top), LINE + (side + LINE) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for j, text in enumerate(top):
-        draw.text((j * side + 3, 1), text, fill="black")
-    for i, row in enumerate(rows):
-        y = LINE + i * (side + LINE)
-        draw.text((3, y + 1), left[i], fill="black")
-        for j, image in enumerate(row):
-            sheet.paste(
-                image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS),
-                (j * side, y + LINE),
-            )
+    for column, text in enumerate(top):
+        draw.text((column * side + 3, 1), text, fill="black")
+    for row, images in enumerate(rows):
+        y = LINE + row * (side + LINE)
+        draw.text((3, y + 1), left[row], fill="black")
+        for column, image in enumerate(images):
+            cell = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (column * side, y + LINE))
     return sheet

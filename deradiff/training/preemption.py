@@ -1,4 +1,4 @@
-"""A signal that asks a run to stop soon: heard at once, acted on between two optimiser steps."""
+"""A signal that asks a run to stop soon: noted at once, acted on between two optimiser steps."""
 
 from __future__ import annotations
 
@@ -8,38 +8,49 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # kill and Slurm's scancel; Slurm's --signal=USR1; submitit's
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+    signal.SIGTERM,  # kill, and Slurm's scancel
+    signal.SIGUSR1,  # Slurm's --signal=USR1
+    signal.SIGUSR2,  # submitit
+)
+REQUEUE = 75  # the exit status EX_TEMPFAIL of sysexits.h: "try again later"
 
 
 class Preempted(Exception):
-    """Training stopped on a signal after writing a checkpoint: the same command goes on where it was."""
+    """Training stopped on a signal, after it wrote a checkpoint; the same command resumes.
 
-    def __init__(self, number: int, step: int) -> None:
+    Attributes:
+        signal_number: the signal that asked for the stop.
+    """
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        name = signal.Signals(signal_number).name
         super().__init__(
-            f"stopped by {signal.Signals(number).name} at step {step}; checkpoint written, the same command resumes"
+            f"stopped by {name} at step {step}; checkpoint written, the same command resumes"
         )
-        self.number = number
+        self.signal_number = signal_number
 
 
 class Listening:
-    """While the block runs, a signal of SIGNALS only sets `number`; afterwards whoever handled it before handles it again."""
+    """A block in which the signals of SIGNALS are only noted.
 
-    number: int = 0
+    After the block, whatever handled them before handles them again.
+
+    Attributes:
+        signal_number: the last signal that arrived; 0: none did.
+    """
+
+    signal_number: int = 0
 
     def __enter__(self) -> Listening:
-        self.before: dict[int, Any] = {}
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python lets no other thread handle signals
-            self.before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        self._handlers_before: dict[int, Any] = {}
+        # Python lets no other thread handle signals.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._handlers_before[number] = signal.signal(number, self._note)
         return self
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+    def _note(self, signal_number: int, frame: FrameType | None) -> None:
+        self.signal_number = signal_number
 
     def __exit__(
         self,
@@ -47,5 +58,5 @@ class Listening:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self._handlers_before.items():
+            signal.signal(signal_number, handler)

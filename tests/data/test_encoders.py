@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from deradiff.data.encoders import described_encoders, encoders_key
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
-from tests.stages.test_train_stage import base, config, go  # noqa: F401  (fixtures)
 from tests.support.tiny_pipelines import save_tiny
+from tests.support.train_runs import go
 from train.config import FinetuneConfig
 
 FAMILIES = ["sd15", "sdxl", "sd3", "flux"]
@@ -32,8 +32,10 @@ def edit(file, **keys):
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
-def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_else(base, tmp_path):  # noqa: F811
-    before = encoders_key(str(base))
+def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_else(
+    base_folder, tmp_path
+):
+    before = encoders_key(str(base_folder))
     for name, change in {
         "vae": lambda b: rewrite(
             b / "vae/diffusion_pytorch_model.safetensors", lambda t: add(t, "quant_conv.bias")
@@ -44,30 +46,30 @@ def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_el
         ),
         "tokenizer": lambda b: edit(b / "tokenizer/tokenizer_config.json", model_max_length=7),
     }.items():
-        changed = shutil.copytree(base, tmp_path / name)
+        changed = shutil.copytree(base_folder, tmp_path / name)
         assert encoders_key(str(changed)) == before, "a copy is no other model"
         change(changed)
         assert encoders_key(str(changed)) != before, name
-    other = shutil.copytree(base, tmp_path / "other")
+    other = shutil.copytree(base_folder, tmp_path / "other")
     rewrite(other / "unet/diffusion_pytorch_model.safetensors", lambda t: add(t, "conv_in.bias"))
     (other / "vae/.DS_Store").write_text("x")
     assert encoders_key(str(other)) == before, "the denoiser encodes nothing"
 
 
-def test_another_autoencoder_takes_the_place_of_the_bases_own(base, tmp_path):  # noqa: F811
+def test_another_autoencoder_takes_the_place_of_the_bases_own(base_folder, tmp_path):
     own, same, other = (
-        encoders_key(str(base)),
-        encoders_key(str(base), vae=str(base / "vae")),
+        encoders_key(str(base_folder)),
+        encoders_key(str(base_folder), vae=str(base_folder / "vae")),
         save_tiny("sd15", tmp_path, seed=1) / "vae",
     )
-    keys = {own, same, encoders_key(str(base), vae=str(other))}
+    keys = {own, same, encoders_key(str(base_folder), vae=str(other))}
     assert len(keys) == 3
-    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(base_folder, tmp_path / "base")
     rewrite(
         tmp_path / "base/vae/diffusion_pytorch_model.safetensors",
         lambda t: add(t, "quant_conv.bias"),
     )
-    assert encoders_key(str(tmp_path / "base"), vae=str(base / "vae")) == same, (
+    assert encoders_key(str(tmp_path / "base"), vae=str(base_folder / "vae")) == same, (
         "its own is not asked for"
     )
 
@@ -117,11 +119,11 @@ def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(fam
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_whose_data_is_encoded_loads_no_encoder(config, method, monkeypatch, tmp_path):  # noqa: F811
+def test_a_run_whose_data_is_encoded_loads_no_encoder(train_config, method, monkeypatch, tmp_path):
     import diffusers
     import transformers
 
-    tuned = replace(config, finetune=FinetuneConfig(method=method))
+    tuned = replace(train_config, finetune=FinetuneConfig(method=method))
     first = go(replace(tuned, name="first"))
 
     def refused(*_, **__):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from deradiff.data.pairs import Pairs
 from deradiff.data.reference_errors import RECORD, ReferenceErrors, reference_key
 from deradiff.worlds import shapes
-from tests.stages.test_train_stage import base, config, go  # noqa: F401  (fixtures)
-from tests.training.test_objectives import disturb, items, make
+from tests.support.objectives import disturb, items, make
+from tests.support.train_runs import go
 from train.config import DPOConfig, FinetuneConfig
 
 
@@ -136,9 +136,9 @@ def weights(folder):
 
 @pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_another_beta_ends_with_the_weights_that_it_would_have_without_the_store(
-    config, method, capsys
-):  # noqa: F811
-    tuned = replace(config, finetune=FinetuneConfig(method=method))
+    train_config, method, capsys
+):
+    tuned = replace(train_config, finetune=FinetuneConfig(method=method))
     plain, first = (
         go(replace(tuned, name="off", dpo=DPOConfig(beta=900.0, reference_errors=False))),
         go(tuned),

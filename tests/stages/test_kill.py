@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from deradiff.training.checkpoints import Checkpoints
 from deradiff.training.loop import train
-from tests.stages.test_train_stage import base, config, go  # noqa: F401  (fixtures)
-from tests.training.test_training import Regression, examples, options
+from tests.support.regression import Regression, examples, options
+from tests.support.train_runs import go
 
 
 def killed_run(work, kills: int, run_dir: Path, seed: int = 0) -> tuple[int, int]:
@@ -80,14 +80,20 @@ def test_five_kills(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_twenty_kills_of_the_stage(config, method):  # noqa: F811
+def test_twenty_kills_of_the_stage(train_config, method):
     from dataclasses import replace
 
-    config = replace(
-        config, steps=120, checkpoint_every=1, finetune=replace(config.finetune, method=method)
+    train_config = replace(
+        train_config,
+        steps=120,
+        checkpoint_every=1,
+        finetune=replace(train_config.finetune, method=method),
     )
-    killed = replace(config, name="killed")
-    whole, run_dir = go(replace(config, name="whole")), Path(config.runs) / "train/killed"
+    killed = replace(train_config, name="killed")
+    whole, run_dir = (
+        go(replace(train_config, name="whole")),
+        Path(train_config.runs) / "train/killed",
+    )
     torn, begun = killed_run(lambda: go(killed), 20, run_dir, seed=1)
     assert torn >= 5 and begun == 21
     file = (

@@ -11,16 +11,19 @@ from PIL import Image
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import Pairs
 from deradiff.worlds import shapes
-from tests.stages.test_train_stage import base, config, go  # noqa: F401  (fixtures)
 from tests.support.tiny_pipelines import save_tiny, tiny_pipeline
-from train import disk
+from tests.support.train_runs import go
+from train.build import base_model
 from train.config import DataConfig, ModelConfig
+from train.data import cache_need
 
 
 @pytest.fixture
-def table(config, tmp_path):  # noqa: F811
+def table(train_config, tmp_path):
     shapes.write_pairs(tmp_path / "pairs.parquet", 6, seed=0)
-    return replace(config, data=DataConfig(source="table", path=str(tmp_path / "pairs.parquet")))
+    return replace(
+        train_config, data=DataConfig(source="table", path=str(tmp_path / "pairs.parquet"))
+    )
 
 
 def test_a_dry_run_counts_shows_and_estimates_and_loads_nothing(table, capsys, monkeypatch):
@@ -53,7 +56,8 @@ def test_the_estimate_of_the_cache_is_its_size(table, family, precision, tmp_pat
         Pairs(table.data.path),
         tiny_pipeline(family).to(torch.bfloat16 if precision == "bf16" else torch.float32),
     )
-    estimate, _ = disk.cache_need(replace(table, model=model, precision=precision), pairs)
+    config = replace(table, model=model, precision=precision)
+    estimate, _ = cache_need(config, base_model(config), pairs)
     cache = Cache(tmp_path / "cache", "base", pairs, 64)
     cache.build(lambda: pipe)
     size = sum(f.stat().st_size for f in cache.folder.glob("*.safetensors"))
@@ -65,7 +69,7 @@ def test_too_little_disk_is_refused_before_a_weight_is_loaded(table, monkeypatch
 
     monkeypatch.setattr(build, "make_objective", None)
     monkeypatch.setattr(
-        "train.disk.shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})
+        "train.data.shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})
     )
     with pytest.raises(
         ValueError,
@@ -77,12 +81,12 @@ def test_too_little_disk_is_refused_before_a_weight_is_loaded(table, monkeypatch
 def test_a_cache_that_is_there_needs_no_more_disk(table, monkeypatch):
     go(table)
     monkeypatch.setattr(
-        "train.disk.shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})
+        "train.data.shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})
     )
     assert go(replace(table, name="again")).is_dir()
 
 
-def test_from_prompts_to_an_anchor(config, tmp_path):  # noqa: F811
+def test_from_prompts_to_an_anchor(train_config, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a large red circle on a white background\na small blue ring on a black background\n"
     )
@@ -94,10 +98,10 @@ def test_from_prompts_to_an_anchor(config, tmp_path):  # noqa: F811
         steps=2,
         temperature=0.1,
     )
-    assert (go(replace(config, data=data)) / "anchor.json").is_file()
+    assert (go(replace(train_config, data=data)) / "anchor.json").is_file()
     made = sorted(p.name.rsplit("-", 1)[0] for p in (tmp_path / "data").iterdir())
     assert len(made) == 2 and made[0].startswith("sampled-") and made[1].endswith("-pairs-vivid-4")
-    go(replace(config, name="hard", data=replace(data, temperature=0.0)))
+    go(replace(train_config, name="hard", data=replace(data, temperature=0.0)))
     sampled = [folder for folder in (tmp_path / "data").iterdir() if "pairs" not in folder.name]
     assert len(sampled) == 1, "another label does not sample again"
 

@@ -16,7 +16,7 @@ from configs.tracking import Guarded, Tracker, TrackingConfig
 from deradiff import hub
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.anchors.model_card import write_model_card
-from tests.stages.test_train_stage import base, config, go  # noqa: F401  (fixtures)
+from tests.support.train_runs import go
 from train.config import FinetuneConfig, HubConfig, PanelConfig
 
 
@@ -35,10 +35,10 @@ def latents(pipe, **more):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_stock_diffusers_samples_what_we_sample(config, base, method):  # noqa: F811
-    folder = go(replace(config, finetune=replace(config.finetune, method=method)))
+def test_stock_diffusers_samples_what_we_sample(train_config, base_folder, method):
+    folder = go(replace(train_config, finetune=replace(train_config.finetune, method=method)))
     stock, ours = (
-        StableDiffusionPipeline.from_pretrained(base, safety_checker=None) for _ in range(2)
+        StableDiffusionPipeline.from_pretrained(base_folder, safety_checker=None) for _ in range(2)
     )
     before = latents(stock)
     if method == "lora":
@@ -50,11 +50,11 @@ def test_stock_diffusers_samples_what_we_sample(config, base, method):  # noqa: 
     assert torch.equal(latents(stock), realigned) and not torch.equal(before, realigned)
 
 
-def test_an_anchor_is_a_whole_repository_with_a_picture_and_a_readme(config):  # noqa: F811
+def test_an_anchor_is_a_whole_repository_with_a_picture_and_a_readme(train_config):
     panel = PanelConfig(
         every=2, prompts=["a red circle", "a blue square"], lambdas=[0.0, 1.0, 2.0], steps=2
     )
-    folder = go(replace(config, panel=panel))
+    folder = go(replace(train_config, panel=panel))
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
         "anchor.json",
@@ -91,7 +91,7 @@ def test_an_anchor_is_a_whole_repository_with_a_picture_and_a_readme(config):  #
         "StableDiffusionPipeline.from_pretrained",
     ):
         assert said in body, said
-    plain = go(replace(config, name="plain"))
+    plain = go(replace(train_config, name="plain"))
     weights = "pytorch_lora_weights.safetensors"
     from safetensors.torch import load_file
 
@@ -100,8 +100,8 @@ def test_an_anchor_is_a_whole_repository_with_a_picture_and_a_readme(config):  #
 
 
 def test_an_anchor_is_pushed_when_it_is_finished_and_again_by_the_same_command(
-    config, monkeypatch, capsys
-):  # noqa: F811
+    train_config, monkeypatch, capsys
+):
     calls = []
 
     class Api:
@@ -114,9 +114,9 @@ def test_an_anchor_is_pushed_when_it_is_finished_and_again_by_the_same_command(
             if len(calls) == 1:
                 raise OSError("the hub is down")
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
-    wanted = replace(config, hub=HubConfig("me/anchor-500"))
+    monkeypatch.setattr("deradiff.hub.HfApi", Api)
+    monkeypatch.setattr("deradiff.hub.get_token", lambda: "token")
+    wanted = replace(train_config, hub=HubConfig("me/anchor-500"))
     with pytest.raises(
         ValueError,
         match="is whole but was not uploaded to me/anchor-500: the hub is down; the same command tries again",
@@ -156,8 +156,8 @@ def test_the_readme_names_its_base_where_the_hub_can_link_it(tmp_path, base_mode
     )
 
 
-def test_a_full_anchor_says_how_stock_diffusers_takes_it(config):  # noqa: F811
-    folder = go(replace(config, finetune=FinetuneConfig(method="full"), steps=1))
+def test_a_full_anchor_says_how_stock_diffusers_takes_it(train_config):
+    folder = go(replace(train_config, finetune=FinetuneConfig(method="full"), steps=1))
     text = (folder / "README.md").read_text()
     assert 'from_pretrained("path/to/this/folder", subfolder="unet")' in text
 
@@ -177,7 +177,7 @@ def test_a_tracker_that_fails_is_told_once_and_does_not_stop_the_run(capsys):
     )
 
 
-def test_a_tracker_that_does_not_start_does_not_stop_the_run(config, monkeypatch, capsys):  # noqa: F811
+def test_a_tracker_that_does_not_start_does_not_stop_the_run(train_config, monkeypatch, capsys):
     def refuse(**_):
         raise RuntimeError("no such project")
 
@@ -186,20 +186,20 @@ def test_a_tracker_that_does_not_start_does_not_stop_the_run(config, monkeypatch
         "wandb",
         SimpleNamespace(login=lambda **_: False, init=refuse, Settings=lambda **_: None),
     )
-    assert go(replace(config, steps=1, tracking=TrackingConfig(kind="wandb"))).is_dir()
+    assert go(replace(train_config, steps=1, tracking=TrackingConfig(kind="wandb"))).is_dir()
     assert (
         "the tracker wandb did not start (no such project); going on without it"
         in capsys.readouterr().err
     )
 
 
-def test_tensorboard_gets_the_numbers_of_metrics_jsonl(config):  # noqa: F811
+def test_tensorboard_gets_the_numbers_of_metrics_jsonl(train_config):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = go(
         replace(
-            config,
+            train_config,
             tracking=TrackingConfig(kind="tensorboard"),
             panel=PanelConfig(every=2, steps=1, lambdas=[0.0, 1.0]),
         )

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,55 +15,21 @@ from safetensors.torch import load_file
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import read_card
 from deradiff.worlds import shapes
-from tests.support.tiny_pipelines import save_tiny
+from tests.support.train_runs import go
 from train.config import (
     DataConfig,
-    DPOConfig,
     FinetuneConfig,
     ModelConfig,
-    OptimConfig,
-    PanelConfig,
-    TrainConfig,
 )
-from train.stage import main, run
+from train.stage import main
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny("sd15", tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def config(base, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(name="x", base=str(base), resolution=64),
-        data=DataConfig(source="shapes_pairs", count=12),
-        optim=OptimConfig(lr=1e-3, per_pair=False, batch_size=2, accumulation=2),
-        dpo=DPOConfig(beta=500.0),
-        finetune=FinetuneConfig(rank=4, alpha=8),
-        panel=PanelConfig(every=0),
-        tracking=TrackingConfig(kind="none"),
-        steps=3,
-        log_every=1,
-        checkpoint_every=2,
-        runs=str(tmp_path),
-        cpu=True,
-    )
-
-
-def go(config):
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # a run is a process of its own; here several share one
-    return run(config, Path(config.runs) / "train" / config.run_name())
-
-
-def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(config, base):
-    folder = go(config)
+def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(train_config, base_folder):
+    folder = go(train_config)
     assert folder.parent.name == "x-dpo-lora-beta500-seed0"
     card = json.loads((folder / "anchor.json").read_text())
     wanted = {
-        "base_model": str(base),
+        "base_model": str(base_folder),
         "family": "sd15",
         "method": "lora",
         "beta": 500.0,
@@ -72,7 +37,7 @@ def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(config, base):
     }
     wanted |= {"steps": 3, "pairs_seen": 12, "seed": 0}
     assert {k: card[k] for k in wanted} == wanted and card["flops"] > 0 and card["gpu_hours"] > 0
-    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe = StableDiffusionPipeline.from_pretrained(base_folder)
     pipe.load_lora_weights(folder)
     layer = next(m for m in pipe.unet.modules() if hasattr(m, "lora_alpha"))
     assert next(iter(layer.lora_alpha.values())) == 8 and next(iter(layer.r.values())) == 4
@@ -96,28 +61,32 @@ def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(config, base):
     )
 
 
-def test_a_full_anchor_is_a_unet_folder_and_the_base_is_untouched(config, base):
-    folder = go(replace(config, finetune=FinetuneConfig(method="full")))
+def test_a_full_anchor_is_a_unet_folder_and_the_base_is_untouched(train_config, base_folder):
+    folder = go(replace(train_config, finetune=FinetuneConfig(method="full")))
     trained, stock = (
         UNet2DConditionModel.from_pretrained(folder / "unet"),
-        UNet2DConditionModel.from_pretrained(base / "unet"),
+        UNet2DConditionModel.from_pretrained(base_folder / "unet"),
     )
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), stock.parameters()))
     assert read_card(str(folder)).method == "full"
 
 
-def test_a_mistake_in_the_data_does_not_claim_the_run_directory(config, tmp_path):
-    wrong = replace(config, data=DataConfig(source="table", path=str(tmp_path / "nowhere.parquet")))
+def test_a_mistake_in_the_data_does_not_claim_the_run_directory(train_config, tmp_path):
+    wrong = replace(
+        train_config, data=DataConfig(source="table", path=str(tmp_path / "nowhere.parquet"))
+    )
     with pytest.raises(ValueError, match="does not exist"):
         go(wrong)
-    assert go(config).is_dir()
+    assert go(train_config).is_dir()
 
 
-def test_the_same_command_resumes_and_another_config_is_refused(config, capsys):
-    folder = go(config)
+def test_the_same_command_resumes_and_another_config_is_refused(train_config, capsys):
+    folder = go(train_config)
     before = load_file(folder / "pytorch_lora_weights.safetensors")
     stamp = (folder / "anchor.json").stat().st_mtime_ns
-    assert go(replace(config, tracking=TrackingConfig(kind="none", project="other"))) == folder
+    assert (
+        go(replace(train_config, tracking=TrackingConfig(kind="none", project="other"))) == folder
+    )
     assert (
         f"is finished: see {folder}" in capsys.readouterr().out
         and (folder / "anchor.json").stat().st_mtime_ns == stamp
@@ -129,12 +98,16 @@ def test_the_same_command_resumes_and_another_config_is_refused(config, capsys):
     with pytest.raises(
         ValueError, match=r"holds a run of another config: steps \(3 there, 5 here\)"
     ):
-        go(replace(config, steps=5))
+        go(replace(train_config, steps=5))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_half_precision_starts_at_the_reference_too(config, method):
-    folder = go(replace(config, precision="bf16", finetune=replace(config.finetune, method=method)))
+def test_half_precision_starts_at_the_reference_too(train_config, method):
+    folder = go(
+        replace(
+            train_config, precision="bf16", finetune=replace(train_config.finetune, method=method)
+        )
+    )
     rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
     assert (
         rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
@@ -143,24 +116,24 @@ def test_half_precision_starts_at_the_reference_too(config, method):
     )
 
 
-def test_training_does_not_depend_on_the_cache(config):
-    cached = go(config)
-    plain = go(replace(config, name="plain", data=replace(config.data, cache=False)))
+def test_training_does_not_depend_on_the_cache(train_config):
+    cached = go(train_config)
+    plain = go(replace(train_config, name="plain", data=replace(train_config.data, cache=False)))
     a, b = (load_file(f / "pytorch_lora_weights.safetensors") for f in (cached, plain))
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
-def test_from_captioned_images_to_an_anchor(config, tmp_path):
+def test_from_captioned_images_to_an_anchor(train_config, tmp_path):
     """The whole road of the docs page: CLIP, autoencoder, base model, scored pairs, anchor."""
     shapes.write_images(tmp_path / "pictures.parquet", 24, seed=0)
     images = DataConfig(source="table", path=str(tmp_path / "pictures.parquet"))
     fresh = ModelConfig(name="tiny", base=None, resolution=32, channels=[16, 32], clip_width=32)
-    small = replace(config, objective="contrastive", model=fresh, data=images, steps=2)
+    small = replace(train_config, objective="contrastive", model=fresh, data=images, steps=2)
     clip = go(small)
-    vae = go(replace(small, objective="autoencoder", optim=replace(config.optim, ema=0.9)))
-    whole = replace(config.finetune, method="full")
+    vae = go(replace(small, objective="autoencoder", optim=replace(train_config.optim, ema=0.9)))
+    whole = replace(train_config.finetune, method="full")
     pipeline = go(
         replace(
             small,
@@ -174,7 +147,9 @@ def test_from_captioned_images_to_an_anchor(config, tmp_path):
     )
     anchor = go(
         replace(
-            config, model=ModelConfig(name="mine", base=str(pipeline), resolution=32), data=scored
+            train_config,
+            model=ModelConfig(name="mine", base=str(pipeline), resolution=32),
+            data=scored,
         )
     )
     scorer = go(
@@ -234,8 +209,10 @@ def test_from_captioned_images_to_an_anchor(config, tmp_path):
         (["steps=0"], "steps must be above 0"),
     ],
 )
-def test_mistakes_are_refused_in_one_sentence(typed, said, base, tmp_path, monkeypatch, capsys):
-    typed, said = [t.format(base=base) for t in typed], said.format(base=base)
+def test_mistakes_are_refused_in_one_sentence(
+    typed, said, base_folder, tmp_path, monkeypatch, capsys
+):
+    typed, said = [t.format(base=base_folder) for t in typed], said.format(base=base_folder)
     monkeypatch.setattr(
         "deradiff.models.base_model.BaseModel.load_pipeline",
         lambda *_, **__: pytest.fail("a weight was loaded"),
@@ -276,9 +253,9 @@ def test_the_help_lists_every_key_with_its_meaning_and_the_groups_with_their_cho
     } <= lines.keys()
 
 
-def command(config_overrides, base, tmp_path, *prefix):
+def command(config_overrides, base_folder, tmp_path, *prefix):
     typed = [
-        f"model.base={base}",
+        f"model.base={base_folder}",
         "model.resolution=64",
         "data.count=16",
         "tracking=none",
@@ -302,11 +279,13 @@ def type_here(command, monkeypatch):
     main()
 
 
-def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(base, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(
+    base_folder, tmp_path, monkeypatch
+):
     typed = ["steps=30", "checkpoint_every=3", "log_every=3", "optim.batch_size=2"]
-    type_here(command([*typed, "name=whole"], base, tmp_path), monkeypatch)
+    type_here(command([*typed, "name=whole"], base_folder, tmp_path), monkeypatch)
     process = subprocess.Popen(
-        command([*typed, "name=killed"], base, tmp_path),
+        command([*typed, "name=killed"], base_folder, tmp_path),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -316,7 +295,7 @@ def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(base, tmp
     process.kill()
     process.wait()
     assert not (tmp_path / "train/killed/anchor").exists(), "it ended before it was killed"
-    type_here(command([*typed, "name=killed"], base, tmp_path), monkeypatch)
+    type_here(command([*typed, "name=killed"], base_folder, tmp_path), monkeypatch)
     whole, killed = lora(tmp_path, "whole"), lora(tmp_path, "killed")
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
     rows = [
@@ -327,7 +306,7 @@ def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(base, tmp
 
 
 @pytest.mark.slow
-def test_two_ranks_of_the_command_end_as_one(base, tmp_path):
+def test_two_ranks_of_the_command_end_as_one(base_folder, tmp_path):
     typed = ["steps=6", "log_every=1"]
     ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     two, one = (
@@ -335,9 +314,11 @@ def test_two_ranks_of_the_command_end_as_one(base, tmp_path):
         [*typed, "name=one", "optim.batch_size=4"],
     )
     subprocess.run(
-        command(two, base, tmp_path, *ranks), check=True, capture_output=True, timeout=300
+        command(two, base_folder, tmp_path, *ranks), check=True, capture_output=True, timeout=300
     )
-    subprocess.run(command(one, base, tmp_path), check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        command(one, base_folder, tmp_path), check=True, capture_output=True, timeout=300
+    )
     two, one = lora(tmp_path, "two"), lora(tmp_path, "one")
     for key in one:
         # AdamW divides by the gradient's own size: where that is nearly 0, the order of a sum shows

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from deradiff.anchors.anchor import AnchorCard
 from deradiff.data.cache import Cache
-from deradiff.data.pairs import CaptionedImages, Examples, Pairs
+from deradiff.data.pairs import CaptionedImages, Pairs
 from deradiff.models.families import family_of
 from deradiff.training.objectives.autoencoder import POSTERIOR_STD, Autoencoder
 from deradiff.training.objectives.clip import Contrastive, Preference
-from deradiff.training.objectives.diffusion import DPO, Pretrain, _Diffusion
+from deradiff.training.objectives.diffusion import DPO, Pretrain
 from deradiff.worlds import networks, shapes
+from tests.support.objectives import disturb, dpo, items, make
 from tests.support.tiny_pipelines import tiny_lora, tiny_pipeline
 
 
@@ -33,43 +33,7 @@ def images(tmp_path_factory):
     return CaptionedImages(str(path))
 
 
-def items(data, count=4, epoch=0):
-    return [Examples(data, seed=0).item(epoch, i) for i in range(count)]
-
-
-def dpo(pipe, method, cache=None, dropout=0.0, flip=False, **more):
-    return DPO(
-        pipe,
-        64,
-        cache,
-        dropout,
-        flip,
-        **more,
-        beta=500.0,
-        card=AnchorCard(base_model="x", family="sd15", method=method, beta=500.0),
-    )
-
-
 FAMILIES = ["sd15", "sdxl", "sd3", "flux"]
-
-
-def make(family, method, lora_scale=0.0, **options):
-    """A tiny pipeline with what `method` trains in it, and the objective around it."""
-    pipe = tiny_pipeline(family)
-    name = family_of(pipe).denoiser
-    if method == "lora":
-        setattr(pipe, name, tiny_lora(getattr(pipe, name), scale=lora_scale))
-    return pipe, dpo(pipe, method, **options)
-
-
-def disturb(objective, method):
-    """As an optimiser step would: the trained weights move."""
-    with torch.no_grad():
-        for name, parameter in objective.network.named_parameters():
-            if method == "full" or "lora_" in name:
-                parameter += 0.05 * torch.randn(
-                    parameter.shape, generator=torch.Generator().manual_seed(len(name))
-                )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +73,7 @@ def test_loss_and_gradient_equal_an_evaluation_in_float64_of_their_own(family, p
     outputs = {}
 
     def keep(network, *arguments):
-        outputs[network is objective.network] = made = _Diffusion.predict(
+        outputs[network is objective.network] = made = DPO.predict(
             objective, network, *arguments
         ).double()
         if made.requires_grad:
@@ -189,10 +153,12 @@ def test_both_pictures_of_a_pair_share_flip_noise_and_time(pairs):
     still, batch = plain.collate(items(pairs, 12)), objective.collate(items(pairs, 12))
     turned = [
         [not torch.equal(a, b) for a, b in zip(*sides)]
-        for sides in zip(still["images"], batch["images"])
+        for sides in zip(still["images"].transpose(0, 1), batch["images"].transpose(0, 1))
     ]
     assert all(a == b for a, b in turned) and 0 < sum(a for a, _ in turned) < 12
-    for (flipped, _), before, after in zip(turned, still["images"], batch["images"]):
+    for (flipped, _), before, after in zip(
+        turned, still["images"].transpose(0, 1), batch["images"].transpose(0, 1)
+    ):
         assert torch.equal(before.flip(-1) if flipped else before, after)
     assert torch.equal(still["noise"], batch["noise"]) and batch["noise"].shape == (12, 4, 8, 8), (
         "one for both"
@@ -274,7 +240,8 @@ def test_preference_raises_the_winner_of_its_own_prompt(pairs):
 
 def test_scorers_are_saved_as_clip_folders(tmp_path, pairs):
     objective = Preference(*clip_parts(pairs.captions))
-    model, tokenizer, processor = networks.load_clip(str(objective.save(tmp_path)))
+    objective.save(tmp_path)
+    model, tokenizer, processor = networks.load_clip(str(tmp_path))
     batch = dict(tokenizer(pairs.captions[:1], padding="max_length", return_tensors="pt"))
     batch |= processor(pairs.pictures(0), return_tensors="pt")
     same = objective.network(**objective.collate(items(pairs, 1))).logits_per_image
@@ -300,7 +267,8 @@ def test_the_saved_autoencoder_has_white_latents_and_the_same_pictures(tmp_path,
         rel=1e-4,
     )
     before = vae.decode(vae.encode(batch["images"]).latent_dist.mean).sample.detach()
-    saved = AutoencoderKL.from_pretrained(objective.save(tmp_path))
+    objective.save(tmp_path)
+    saved = AutoencoderKL.from_pretrained(tmp_path)
     posterior = saved.encode(batch["images"]).latent_dist
     torch.testing.assert_close(
         saved.decode(posterior.mean).sample.detach(), before, atol=2e-4, rtol=1e-3

@@ -1,4 +1,7 @@
-"""The autoencoder of a latent diffusion model, for those who start from a folder of images."""
+"""The autoencoder of a latent diffusion model, for those who start from a folder of images.
+
+Shapes: B images of 3 x R x R pixels; latents of C channels, H rows and W columns.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from deradiff.data.pairs import CaptionedImages, Item, pixels
-from deradiff.training.objectives import Batch
-from deradiff.worlds.networks import standardise_latents
+from deradiff.training.objectives.base import Batch, Parts
+from deradiff.worlds import networks
 
-POSTERIOR_STD = 0.06  # of a latent's own standard deviation. A learned variance, from scratch and at this size, loses the hues.
+# Of the saved posterior, in standard deviations of the latents. A variance learned from scratch at
+# this size loses the hues.
+POSTERIOR_STD = 0.06
+MOMENTS_FROM = 1024  # images that the mean and covariance of the latents are taken from
+SLICE = 64  # images of one forward pass of that
 
 
 class _NoisyAutoencoder(nn.Module):
-    """Encode, disturb by a fixed share of each channel's spread, decode; the loss cannot be lowered by scaling the latents."""
+    """Encode, add noise of a fixed share of each channel's standard deviation, decode.
+
+    The noise scales with the latents, so scaling them up does not lower the loss.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -25,49 +35,69 @@ class _NoisyAutoencoder(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         mean = self.vae.encode(images).latent_dist.mean
-        spread = mean.std(dim=(0, 2, 3), keepdim=True)
-        return self.vae.decode(mean + POSTERIOR_STD * spread * noise).sample
+        std = mean.std(dim=(0, 2, 3), keepdim=True)
+        return self.vae.decode(mean + POSTERIOR_STD * std * noise).sample
 
 
 class Autoencoder:
-    """Reconstruction of images (L1 plus mean squared error). `save` makes the latents white and the scaling factor 1."""
+    """Reconstruction of images: the mean absolute plus the mean squared error.
+
+    What is saved has latents of mean 0 and covariance 1, so that its scaling factor is 1.
+
+    Args:
+        vae: an AutoencoderKL.
+        resolution: pixels of an image's side.
+        data: the images, from which `save` takes the moments of the latents.
+
+    Attributes:
+        latent_shape: (C, H, W) of one image.
+    """
 
     def __init__(self, vae: Any, resolution: int, data: CaptionedImages) -> None:
-        self.network, self.resolution, self.data = _NoisyAutoencoder(vae), resolution, data
+        self.network: Any = _NoisyAutoencoder(vae)
+        self.resolution = resolution
+        self.data = data
         self.frozen: list[nn.Module] = []
-        config = vae.config
-        side = resolution // 2 ** (len(config.block_out_channels) - 1)
-        self.latent_shape = (config.latent_channels, side, side)
+        side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_shape = (vae.config.latent_channels, side, side)
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> Autoencoder:
+        """A new autoencoder."""
+        return cls(networks.make_vae(), parts.resolution, parts.data)
 
     def collate(self, items: list[Item]) -> Batch:
-        images = torch.stack([pixels(i.images[0], self.resolution) for i in items])
-        return {
-            "images": images,
-            "noise": torch.stack(
-                [torch.randn(self.latent_shape, generator=i.generator) for i in items]
-            ),
-        }
+        """images (B, 3, R, R) and noise (B, C, H, W)."""
+        images = [pixels(item.images[0], self.resolution) for item in items]
+        noise = [torch.randn(self.latent_shape, generator=item.generator) for item in items]
+        return {"images": torch.stack(images), "noise": torch.stack(noise)}
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The error of the reconstruction; logs the PSNR."""
         images = batch["images"]
         error = network(images, batch["noise"]).float() - images
         mse = error.square().mean()
-        return error.abs().mean() + mse, {"psnr": -10 * (mse.detach() / 4).log10()}  # images span 2
+        psnr = -10 * (mse.detach() / 4).log10()  # images span 2, from -1 to 1
+        return error.abs().mean() + mse, {"psnr": psnr}
 
     @torch.no_grad()
-    def save(self, run_dir: Path) -> Path:
+    def save(self, folder: Path) -> None:
+        """Make the latents white, fix the posterior's variance, and write the autoencoder."""
         vae = self.network.vae
+
+        # The latents of the first images; training has met, and marked, the broken ones.
         rows = [
-            i for i in range(min(1024, len(self.data))) if i not in self.data.broken
-        ]  # training has met, and marked, them all
-        images = torch.stack([pixels(self.data.pictures(i)[0], self.resolution) for i in rows])
-        latents = torch.cat(
-            [vae.encode(part.to(vae.device)).latent_dist.mean for part in images.split(64)]
-        )
-        standardise_latents(vae, latents.transpose(0, 1).flatten(1).T)
+            row for row in range(min(MOMENTS_FROM, len(self.data))) if row not in self.data.broken
+        ]
+        images = torch.stack([pixels(self.data.pictures(row)[0], self.resolution) for row in rows])
+        means = []
+        for part in images.split(SLICE):
+            means.append(vae.encode(part.to(vae.device)).latent_dist.mean)
+        latents = torch.cat(means)
+        networks.standardise_latents(vae, latents.transpose(0, 1).flatten(1).T)
+
+        # The second half of the output channels is the posterior's log-variance.
         channels = self.latent_shape[0]
         vae.quant_conv.weight[channels:] = 0
         vae.quant_conv.bias[channels:] = 2 * math.log(POSTERIOR_STD)
-        folder = run_dir / "vae"
         vae.save_pretrained(folder)
-        return folder

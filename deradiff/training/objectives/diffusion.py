@@ -1,8 +1,14 @@
-"""The two diffusion objectives: the denoising loss (pretraining, and SFT), and Diffusion-DPO against a frozen reference."""
+"""The objectives that train a denoiser: the denoising loss, and Diffusion-DPO.
+
+Shapes: B examples, P images of an example (DPO: 2, the winner first; pretraining: 1), and latents
+of C channels, H rows and W columns. Tensors of several images are (P, B, C, H, W). R: pixels of an
+image's side.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,205 +21,330 @@ from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.data.cache import Cache, encode_images
 from deradiff.data.pairs import Item, pixels
 from deradiff.data.reference_errors import ReferenceErrors
-from deradiff.models.families import family_of
-from deradiff.training.dpo import dpo_terms, pair_error
+from deradiff.models.families import FAMILIES, family_of
+from deradiff.models.flops import denoiser_flops, dpo_step_flops
+from deradiff.training.dpo import dpo_terms, kl_strength, pair_error
 from deradiff.training.noising import noising_of
-from deradiff.training.objectives import Batch
+from deradiff.training.objectives.base import Batch, Parts
 
 
-class _Diffusion:
-    """What both share: examples become latents, a timestep, noise and the text's embedding."""
+class DenoiserObjective:
+    """What both objectives share: an example becomes latents, a timestep, noise and a caption.
 
-    def __init__(
-        self,
-        pipe: Any,
-        resolution: int,
-        cache: Cache | None,
-        caption_dropout: float,
-        flip: bool = False,
-    ) -> None:
-        self.pipe, self.resolution, self.cache = pipe, resolution, cache
-        self.caption_dropout, self.flip = caption_dropout, flip
-        self.network: nn.Module = getattr(pipe, family_of(pipe).denoiser)
-        self.noising = noising_of(pipe.scheduler)
-        self.frozen = (
-            []
-            if cache
-            else [
-                m
-                for m in pipe.components.values()
-                if isinstance(m, nn.Module) and m is not self.network
-            ]
-        )
-        self.latent_shape = family_of(pipe).latent_shape(pipe, resolution)
+    Args:
+        pipe: a text-to-image pipeline, whose denoiser is trained.
+        resolution: pixels of an image's side.
+        cache: latents and text embeddings of the data; None: they are encoded at every step.
+        caption_dropout: the share of examples whose caption is replaced by "".
+        flip: mirror all images of an example, every other time.
 
-    def collate(self, items: list[Item]) -> Batch:
-        """timesteps and their time in [0, 1] (B,), noise (B, C, H, W), one for all P pictures of an example, captions, some dropped,
-        index (B,) and places, which example this is; and either the cached latents (B, P, C, H, W) and text embeddings, or the images
-        (B, P, 3, R, R) and captions that `encoded` makes them from. A flip turns all pictures of an example, or none."""
-        timesteps = torch.cat([self.noising.draw(i.generator) for i in items])
-        noise = torch.stack([torch.randn(self.latent_shape, generator=i.generator) for i in items])
-        captions = [
-            "" if torch.rand(1, generator=i.generator) < self.caption_dropout else i.caption
-            for i in items
-        ]
-        flipped = [self.flip and bool(torch.rand(1, generator=i.generator) < 0.5) for i in items]
-        batch = {
-            "timesteps": timesteps,
-            "time": self.noising.time(timesteps),
-            "noise": noise,
-            "captions": captions,
-            "index": torch.tensor([i.index for i in items]),
-            "places": [i.place for i in items],
-        }
-        if self.cache:
-            latents = torch.stack(
-                [self.cache.latents(i.index, flip) for i, flip in zip(items, flipped)]
-            )
-            return batch | {"latents": latents, "texts": self.cache.texts(captions)}
-        pictures = [
-            torch.stack([pixels(p, self.resolution, flip) for p in i.images])
-            for i, flip in zip(items, flipped)
-        ]
-        return batch | {"images": torch.stack(pictures)}
-
-    @torch.no_grad()
-    def encoded(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents (P, B, C, H, W) and the text rows of a batch, on its device."""
-        device = batch["noise"].device
-        if self.cache:
-            return batch["latents"].transpose(0, 1).float(), {
-                k: v.to(device) for k, v in batch["texts"].items()
-            }
-        latents = encode_images(self.pipe.vae, batch["images"].flatten(0, 1)).unflatten(
-            0, batch["images"].shape[:2]
-        )
-        return latents.transpose(0, 1).float(), family_of(self.pipe).encode_prompts(
-            self.pipe, batch["captions"]
-        )
-
-    def predict(
-        self, network: nn.Module, noisy: Tensor, timesteps: Tensor, texts: dict[str, Tensor]
-    ) -> Tensor:
-        """The network's output for (P, B, C, H, W) noisy latents, same shape; each of P pictures has its example's timestep and text."""
-        pictures = len(noisy)
-        rows = {k: v.repeat(pictures, *[1] * (v.dim() - 1)) for k, v in texts.items()}
-        out = family_of(self.pipe).denoise(
-            network, noisy.flatten(0, 1), timesteps.repeat(pictures), rows, self.resolution
-        )
-        return out.unflatten(0, (pictures, -1))
-
-
-class Pretrain(_Diffusion):
-    """The denoising loss (Ho et al. 2020, Eq. 14; of velocities for a flow, Esser et al. 2024) on captioned images. Saves a whole
-    pipeline, ready to be a base model."""
-
-    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        latents, texts = self.encoded(batch)
-        noisy, target = self.noising(latents, batch["noise"], batch["timesteps"])
-        return (
-            self.predict(network, noisy, batch["timesteps"], texts).float() - target.float()
-        ).square().mean(), {}
-
-    def save(self, run_dir: Path) -> Path:
-        folder = run_dir / "pipeline"
-        self.pipe.save_pretrained(folder)
-        return folder
-
-
-class DPO(_Diffusion):
-    """Diffusion-DPO. With a LoRA the reference is the same network with its adapter off; a full fine-tune keeps a frozen copy.
-
-    errors: the reference's errors that are known, and where new ones go. complete: they cover the whole run, so that no copy is kept.
+    Attributes:
+        network: the denoiser.
+        frozen: the other networks of the pipeline that a step needs.
+        noising: the forward process.
+        latent_shape: (C, H, W) of one image.
     """
 
     def __init__(
         self,
         pipe: Any,
         resolution: int,
-        cache: Cache | None,
-        caption_dropout: float,
+        cache: Cache | None = None,
+        caption_dropout: float = 0.0,
+        flip: bool = False,
+    ) -> None:
+        self.pipe = pipe
+        self.resolution = resolution
+        self.cache = cache
+        self.caption_dropout = caption_dropout
+        self.flip = flip
+        self.network: Any = getattr(pipe, family_of(pipe).denoiser)
+        self.noising = noising_of(pipe.scheduler)
+        self.family = family_of(pipe)
+        self.latent_shape = self.family.latent_shape(pipe, resolution)
+        self.frozen: list[nn.Module] = []
+        if cache is None:
+            for part in pipe.components.values():
+                if isinstance(part, nn.Module) and part is not self.network:
+                    self.frozen.append(part)
+
+    def collate(self, items: list[Item]) -> Batch:
+        """Draw all random choices of a batch, and prepare its images.
+
+        Returns:
+            timesteps (B,); time (B,), the same in [0, 1]; noise (B, C, H, W), one for all images
+            of an example; captions, some of them dropped; index (B,) and places, which tell what
+            the examples are; and either latents (P, B, C, H, W) and conditioning from the cache,
+            or images (P, B, 3, R, R), which `encoded` encodes.
+        """
+        # An example draws from its own generator, in this order: a change would change every run.
+        timesteps = torch.cat([self.noising.draw(item.generator) for item in items])
+        noise = torch.stack(
+            [torch.randn(self.latent_shape, generator=item.generator) for item in items]
+        )
+        captions = [self._caption(item) for item in items]
+        flips = [self._flips(item) for item in items]
+        batch: Batch = {
+            "timesteps": timesteps,
+            "time": self.noising.time(timesteps),
+            "noise": noise,
+            "captions": captions,
+            "index": torch.tensor([item.index for item in items]),
+            "places": [item.place for item in items],
+        }
+
+        if self.cache is not None:
+            latents = [self.cache.latents(item.index, flip) for item, flip in zip(items, flips)]
+            batch["latents"] = torch.stack(latents, dim=1)
+            batch["conditioning"] = self.cache.texts(captions)
+        else:
+            images = [self._pixels(item, flip) for item, flip in zip(items, flips)]
+            batch["images"] = torch.stack(images, dim=1)
+        return batch
+
+    def _caption(self, item: Item) -> str:
+        dropped = torch.rand(1, generator=item.generator) < self.caption_dropout
+        return "" if dropped else item.caption
+
+    def _flips(self, item: Item) -> bool:
+        return self.flip and bool(torch.rand(1, generator=item.generator) < 0.5)
+
+    def _pixels(self, item: Item, flip: bool) -> Tensor:
+        """(P, 3, R, R)."""
+        return torch.stack([pixels(image, self.resolution, flip) for image in item.images])
+
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The latents (P, B, C, H, W) and the conditioning rows of a batch, on its device."""
+        if self.cache is not None:
+            device = batch["noise"].device
+            rows = {name: row.to(device) for name, row in batch["conditioning"].items()}
+            return batch["latents"].float(), rows
+        images = batch["images"]
+        latents = encode_images(self.pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return latents.float(), self.family.encode_prompts(self.pipe, batch["captions"])
+
+    def predict(
+        self,
+        network: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: dict[str, Tensor],
+    ) -> Tensor:
+        """A network's output for all images of a batch.
+
+        Args:
+            network: a denoiser.
+            noisy: noisy latents (P, B, C, H, W).
+            timesteps: (B,), the same for all images of an example.
+            conditioning: rows of `encode_prompts`, (B, ...) each.
+
+        Returns:
+            (P, B, C, H, W).
+        """
+        images = len(noisy)
+        rows = {}
+        for name, row in conditioning.items():
+            rows[name] = row.repeat(images, *[1] * (row.dim() - 1))
+        output = self.family.denoise(
+            network, noisy.flatten(0, 1), timesteps.repeat(images), rows, self.resolution
+        )
+        return output.unflatten(0, (images, -1))
+
+
+class Pretrain(DenoiserObjective):
+    """The denoising loss on captioned images: a new base model, or a fine-tuned one.
+
+    Ho et al. 2020, Eq. 14, with the network's own target; for a flow, the error of the velocity
+    (Esser et al. 2024). It saves a whole pipeline, ready to be a base model.
+    """
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> Pretrain:
+        """The objective of a run of the train stage."""
+        cache = parts.cache
+        return cls(parts.pipe, parts.resolution, cache, parts.caption_dropout, parts.flip)
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean squared error of the network's output; nothing else is logged."""
+        latents, conditioning = self.encoded(batch)
+        noisy, target = self.noising(latents, batch["noise"], batch["timesteps"])
+        output = self.predict(network, noisy, batch["timesteps"], conditioning)
+        return (output.float() - target.float()).square().mean(), {}
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline."""
+        self.pipe.save_pretrained(folder)
+
+
+class DPO(DenoiserObjective):
+    """Diffusion-DPO (Wallace et al. 2023) against the frozen base model, the reference.
+
+    With a LoRA the reference is the same network with its adapter switched off; a full fine-tune
+    keeps a frozen copy of the network.
+
+    Args:
+        pipe: a text-to-image pipeline, whose denoiser has the trained weights: an adapter for
+            method `lora`, all weights for method `full`.
+        resolution: pixels of an image's side.
+        cache: latents and text embeddings of the data; None: they are encoded at every step.
+        caption_dropout: the share of examples whose caption is replaced by "".
+        flip: mirror both images of a pair, every other time.
+        card: the card of the anchor that training makes; its `beta` is the beta of the loss, its
+            `method` says what is trained.
+        errors: a store of the reference's errors: known ones are read, new ones are added; None:
+            the reference is always evaluated.
+        complete: the store holds all errors of the run, so that no copy of the network is kept.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        resolution: int,
+        cache: Cache | None = None,
+        caption_dropout: float = 0.0,
         flip: bool = False,
         *,
-        beta: float,
         card: AnchorCard,
         errors: ReferenceErrors | None = None,
         complete: bool = False,
     ) -> None:
         super().__init__(pipe, resolution, cache, caption_dropout, flip)
-        self.beta, self.card, self.errors, self.stored_reference = beta, card, errors, complete
+        if card.beta is None:
+            raise ValueError("Diffusion-DPO needs a beta: give the card one")
+        self.card = card
+        self.errors = errors
+        self.stored_reference = complete
         self.copy: nn.Module | None = None
         if card.method == "full" and not complete:
-            self.copy = copy.deepcopy(self.network).requires_grad_(False).eval()
-            for layer in (
-                self.copy.modules()
-            ):  # what autocast would cast at every step anyway: the same outputs, half the memory
-                if isinstance(layer, nn.Linear | nn.Conv2d):
-                    layer.to(pipe.vae.dtype)
+            self.copy = self._frozen_copy()
             self.frozen.append(self.copy)
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> DPO:
+        """The objective of a run of the train stage."""
+        assert parts.card is not None
+        cache = parts.cache
+        pipe = parts.pipe
+        errors, complete = parts.reference_errors
+        return cls(
+            pipe,
+            parts.resolution,
+            cache,
+            parts.caption_dropout,
+            parts.flip,
+            card=parts.card,
+            errors=errors,
+            complete=complete,
+        )
+
+    @property
+    def beta(self) -> float:
+        """The beta of the loss, in the convention of `deradiff.training.dpo`."""
+        assert self.card.beta is not None
+        return self.card.beta
+
+    def _frozen_copy(self) -> nn.Module:
+        frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
+        # Autocast would cast these layers at every step: the outputs are equal, the memory is half.
+        for layer in frozen.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.to(self.pipe.vae.dtype)
+        return frozen
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The reference network, without gradients."""
+        """The reference network, without gradients, for the length of a `with` block."""
         with torch.no_grad():
             if self.copy is not None:
                 yield self.copy
                 return
-            assert self.card.method == "lora", "the errors that were said to be complete are not"
-            self.network.disable_adapters()  # type: ignore[operator]
+            assert self.card.method == "lora", "the stored reference errors are not complete"
+            self.network.disable_adapters()
             try:
                 yield self.network
             finally:
-                self.network.enable_adapters()  # type: ignore[operator]
+                self.network.enable_adapters()
 
     def collate(self, items: list[Item]) -> Batch:
-        """As above, and where errors are kept: reference_error (2, B), and whether that is all of them."""
+        """As `DenoiserObjective.collate`, with the reference's errors where they are stored.
+
+        Returns:
+            The batch; with a store also reference_error (2, B), NaN where one is unknown, and
+            known, whether none is.
+        """
         batch = super().collate(items)
-        if self.errors is None:
-            return batch
-        known = self.errors.get(batch["places"])
-        return batch | {"reference_error": known, "known": not bool(known.isnan().any())}
+        if self.errors is not None:
+            stored = self.errors.get(batch["places"])
+            batch["reference_error"] = stored
+            batch["known"] = not bool(stored.isnan().any())
+        return batch
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        latents, texts = self.encoded(batch)
+        """The loss of Diffusion-DPO, and per pair what `docs/training.md` explains."""
+        latents, conditioning = self.encoded(batch)
         noisy, target = self.noising(latents, batch["noise"], batch["timesteps"])
-        reference_error = self.reference_error(batch, noisy, target, texts)
-        error = pair_error(self.predict(network, noisy, batch["timesteps"], texts), target)
-        terms = dpo_terms(error, reference_error, self.beta)
-        worse = terms.error - reference_error
+        reference_error = self.reference_error(batch, noisy, target, conditioning)
+        output = self.predict(network, noisy, batch["timesteps"], conditioning)
+        terms = dpo_terms(pair_error(output, target), reference_error, self.beta)
+        worse_than_reference = terms.error - reference_error
         return terms.loss, {
             "loss": terms.losses.detach(),
             "implicit_accuracy": terms.accuracies,
             "margin": terms.margin,
             "model_mse": terms.error.mean(0),
             "reference_mse": reference_error.mean(0),
-            "winner_vs_reference": worse[0],
-            "loser_vs_reference": worse[1],
+            "winner_vs_reference": worse_than_reference[0],
+            "loser_vs_reference": worse_than_reference[1],
         }
 
     def reference_error(
-        self, batch: Batch, noisy: Tensor, target: Tensor, texts: dict[str, Tensor]
+        self, batch: Batch, noisy: Tensor, target: Tensor, conditioning: dict[str, Tensor]
     ) -> Tensor:
-        """(2, B), read where they are known. Ranks agree on who evaluates the reference: a sharded network answers to all or none."""
-        if self.errors is not None and _on_every_rank(batch["known"], noisy.device):
+        """The reference's errors (2, B) on a batch, read from the store where they are known."""
+        # Ranks agree whether to evaluate: a sharded network must be called by all of them.
+        if self.errors is not None and _true_on_every_rank(batch["known"], noisy.device):
             return batch["reference_error"]
         with self.reference() as reference:
-            errors = pair_error(self.predict(reference, noisy, batch["timesteps"], texts), target)
+            output = self.predict(reference, noisy, batch["timesteps"], conditioning)
+            errors = pair_error(output, target)
         if self.errors is None:
             return errors
         if not batch["known"]:
             self.errors.add(batch["places"], errors)
         return torch.where(batch["reference_error"].isnan(), errors, batch["reference_error"])
 
-    def save(self, run_dir: Path) -> Path:
+    def save(self, folder: Path) -> None:
+        """Write the anchor."""
         if self.errors is not None:
             self.errors.flush()
-        folder = run_dir / "anchor"
         save_anchor(folder, self.network, self.card)
-        return folder
+
+    def step_flops(self, examples: int, checkpointing: bool) -> float:
+        """FLOPs of one optimiser step on this many pairs.
+
+        Args:
+            examples: pairs of one optimiser step.
+            checkpointing: count the forward pass that gradient checkpointing repeats.
+        """
+        _, height, width = self.latent_shape
+        family = FAMILIES[self.card.family]
+        # The tokenizer of a flow model's T5 names no length; its pipeline does.
+        if family.flow:
+            tokens = family.prompt_tokens
+        else:
+            tokens = self.pipe.tokenizer.model_max_length
+        forward = denoiser_flops(self.network.config, height, width, tokens)
+        return dpo_step_flops(
+            forward, examples, self.card.method, checkpointing, self.stored_reference
+        )
+
+    def kl_strength(self) -> float:
+        """The KL strength of the run's beta, on its latents and noise schedule."""
+        return kl_strength(self.beta, math.prod(self.latent_shape), self.noising)
 
 
-def _on_every_rank(flag: bool, device: torch.device) -> bool:
+def _true_on_every_rank(flag: bool, device: torch.device) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return flag
     agreed = torch.tensor(int(flag), device=device)

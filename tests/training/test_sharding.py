@@ -1,0 +1,99 @@
+"""Two ranks, each a process: they share the data, and shards are saved as whole tensors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from deradiff.training.loop import train
+from tests.support.regression import Regression, examples, options, weights
+
+ROOT = Path(__file__).parents[2]
+IMPORTS = """
+import json, sys, torch
+from pathlib import Path
+from accelerate import Accelerator
+from deradiff.training.loop import train
+from deradiff.training.optimizers import make_optimizer
+from tests.support.regression import Regression, examples, options, weights
+"""
+
+
+def run_on_two_ranks(script, tmp_path, *arguments):
+    """Run a script, after IMPORTS, as two processes of one group."""
+    file = tmp_path / "ranks.py"
+    file.write_text(IMPORTS + script)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(file), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_share_the_data_and_end_with_the_weights_of_one(tmp_path):
+    script = """
+run_dir = Path(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+objective = Regression()
+train(objective, examples(), options(batch_size=2), run_dir, accelerator)
+result = json.dumps([objective.seen, weights(objective).tolist()])
+(run_dir / f"rank{accelerator.process_index}.json").write_text(result)
+"""
+    run_on_two_ranks(script, tmp_path, str(tmp_path / "two"))
+    one = Regression()
+    train(one, examples(), options(batch_size=4), tmp_path / "one", Accelerator(cpu=True))
+    seen0, weights0 = json.loads((tmp_path / "two/rank0.json").read_text())
+    seen1, weights1 = json.loads((tmp_path / "two/rank1.json").read_text())
+    assert weights0 == weights1
+
+    # Ranks take turns: two examples of rank 0, two of rank 1, ...
+    seen = []
+    for start in range(0, 24, 2):
+        seen += seen0[start : start + 2] + seen1[start : start + 2]
+    assert seen == one.seen
+    torch.testing.assert_close(torch.tensor(weights0), weights(one), rtol=1e-5, atol=1e-6)
+
+
+def test_sharded_weights_are_saved_whole_and_resumed_by_shards(tmp_path):
+    """FSDP2's own `fully_shard`, which accelerate calls on GPUs.
+
+    Two CPU ranks end with the weights of one process, also when they are stopped and resumed.
+    """
+    script = """
+from torch.distributed.fsdp import fully_shard
+
+class Sharding(Accelerator):
+    def prepare(self, network, optimizer):
+        fully_shard(network)
+        optimizer = make_optimizer(list(network.parameters()), options())
+        return network, self.prepare_optimizer(optimizer)
+
+def go(name, stop_at=None):
+    objective = Regression(stop_at)
+    run_dir = Path(sys.argv[1], name)
+    try:
+        train(objective, examples(), options(batch_size=2, ema=0.5), run_dir, Sharding(cpu=True))
+    except KeyboardInterrupt:
+        return None
+    return type(objective.network).__name__, weights(objective).tolist()
+
+name, whole = go("whole")
+go("stopped", stop_at=15)
+again = go("stopped")
+assert again == (name, whole) and name == "Linear", (again, name, whole)
+Path(sys.argv[1], "sharded.json").write_text(json.dumps(whole))
+"""
+    run_on_two_ranks(script, tmp_path, str(tmp_path))
+    one = Regression()
+    train(one, examples(), options(ema=0.5), tmp_path / "one", Accelerator(cpu=True))
+    sharded = torch.tensor(json.loads((tmp_path / "sharded.json").read_text()))
+    torch.testing.assert_close(sharded, weights(one), rtol=1e-5, atol=1e-6)
