@@ -1,5 +1,6 @@
-"""The shipped recipes: each composes, is a config that training would start with, and says what recipes.md says."""
+"""Every set of settings composes with every other, and the recipes say what was published."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -7,29 +8,75 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-import deradiff.training.dpo
+from deradiff.training.dpo import learning_rate
+from sample.config import SampleConfig
 from train.config import TrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BETAS = (500, 1000, 2000, 5000, 8000, 10000)
+GPUS = 16  # of the published recipes
 
 
-def composed(*overrides):
+def choices(group):
+    """The names that a config group offers."""
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+
+
+def composed(*overrides, stage="train", schema=TrainConfig):
+    """What a stage would get from these overrides, all checks of its config passed."""
+    ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        return OmegaConf.to_object(compose(stage, [*overrides]))
+
+
+def rate(config):
+    """The learning rate of a step on the GPUs of the published recipes."""
+    optim = config.optim
+    pairs = optim.batch_size * optim.accumulation * GPUS if optim.per_pair else 1
+    return learning_rate(optim.lr, optim.rule, config.dpo.beta, pairs)
+
+
+@pytest.mark.parametrize("model, method", product(choices("model"), choices("finetune")))
+def test_every_model_composes_with_every_finetune(model, method):
+    # A new model has no base to align: it is pretrained.
+    new = ["objective=pretrain", "finetune=full", "data=shapes_images"]
+    new += ["model.clip=clip", "model.vae=vae"]
+    config = composed(f"model={model}", f"finetune={method}", *(new if model == "tiny" else []))
+    assert config.model.name == model
+    assert config.finetune.method == method or model == "tiny"
+    assert config.run_name()
+
+
+@pytest.mark.parametrize("method", choices("finetune"))
+def test_a_model_without_a_recipe_takes_the_general_settings(method):
+    config = composed(f"finetune={method}", f"optim={method}", "model.name=mine")
+    assert config.run_name() == f"mine-dpo-{method}-beta2000-seed0"
+    assert config.steps == 2000
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_experiment_composes(experiment):
+    assert composed(f"experiment={experiment}").run_name()
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+@pytest.mark.parametrize("model", choices("model"))
+def test_an_experiment_can_be_run_on_another_model(model, experiment):
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        return OmegaConf.to_object(compose("train", [*overrides]))
+        for method in choices("finetune"):
+            overrides = [f"experiment={experiment}", f"model={model}", f"finetune={method}"]
+            assert compose("train", overrides).model.name == model
 
 
-def rate(config, gpus):
-    o = config.optim
-    return deradiff.training.dpo.learning_rate(
-        o.lr, o.rule, config.dpo.beta, o.batch_size * o.accumulation * gpus if o.per_pair else 1
+@pytest.mark.parametrize("mode", ["exact", "weights", "reuse"])
+@pytest.mark.parametrize("model", choices("model"))
+def test_every_model_composes_with_every_mode_of_sampling(model, mode):
+    config = composed(
+        f"model={model}", f"mode={mode}", "anchor=a", stage="sample", schema=SampleConfig
     )
-
-
-@pytest.mark.parametrize("name", sorted(f.stem for f in (CONFIGS / "experiment").glob("*.yaml")))
-def test_every_experiment_composes(name):
-    assert composed(f"experiment={name}").run_name()
+    assert config.mode == mode
+    assert config.run_name()
 
 
 @pytest.mark.parametrize(
@@ -38,33 +85,24 @@ def test_every_experiment_composes(name):
 )
 def test_the_launchers_recipe(model, optimizer, warmup, resolution):
     config = composed(f"experiment={model}_full")
-    o = config.optim
-    assert (o.name, o.warmup, o.decay, o.weight_decay, o.clip) == (
-        optimizer,
-        warmup,
-        "constant",
-        1e-2,
-        1.0,
-    )
-    assert (config.steps, 16 * o.batch_size * o.accumulation, config.model.resolution) == (
-        2000,
-        2048,
-        resolution,
-    )
-    assert (config.dpo.beta, config.data.caption_dropout) == (5000, 0.2) and rate(
-        config, 16
-    ) == pytest.approx(2.048e-5)
+    optim = config.optim
+    assert (optim.name, optim.warmup, optim.decay) == (optimizer, warmup, "constant")
+    assert (optim.weight_decay, optim.clip) == (1e-2, 1.0)
+    assert config.steps == 2000
+    assert GPUS * optim.batch_size * optim.accumulation == 2048
+    assert config.model.resolution == resolution
+    assert config.dpo.beta == 5000
+    assert config.data.caption_dropout == 0.2
+    assert rate(config) == pytest.approx(2.048e-5)
     assert config.model.gradient_checkpointing == (model == "sdxl")
 
 
 @pytest.mark.parametrize("model, beta", [("sd15", 2000), ("sdxl", 5000)])
 def test_the_papers_recipe(model, beta):
     config = composed(f"experiment={model}_full_paper")
-    assert (
-        config.dpo.beta == beta
-        and rate(config, 16) == pytest.approx(2000 / beta * 2.048e-8)
-        and config.optim.warmup == 0.25 * config.steps
-    )
+    assert config.dpo.beta == beta
+    assert rate(config) == pytest.approx(2000 / beta * 2.048e-8)
+    assert config.optim.warmup == 0.25 * config.steps
 
 
 @pytest.mark.parametrize(
@@ -73,8 +111,7 @@ def test_the_papers_recipe(model, beta):
 )
 def test_each_beta_is_one_override_and_a_run_of_its_own(name):
     configs = [composed(f"experiment={name}", f"dpo.beta={beta}") for beta in BETAS]
-    assert [c.dpo.beta for c in configs] == list(BETAS) and len(
-        {c.run_name() for c in configs}
-    ) == 6
-    ratio = rate(configs[0], 16) / rate(configs[-1], 16)
+    assert [config.dpo.beta for config in configs] == list(BETAS)
+    assert len({config.run_name() for config in configs}) == len(BETAS)
+    ratio = rate(configs[0]) / rate(configs[-1])
     assert ratio == pytest.approx(1.0 if name in ("sd15_full", "sdxl_full") else 20.0)
