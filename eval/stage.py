@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from configs.entry import entry
 from configs.tracking import tracker
 from deradiff.files import claim, slug
 from eval.config import EvalConfig
@@ -61,6 +60,3 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
         print(f"eval: {sentence}")
     print(f"eval: report at {run_dir / 'report.html'}")
     return run_dir / "report.html"
-
-
-main = entry("eval", EvalConfig, run)

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 
-GROUP = [*BENCH, "anchor", "mode", "lam"]
+GROUP = [*SAMPLING_COLUMNS, "anchor", "mode", "lam"]
 ANCHOR = GROUP.index("anchor")
 Group = tuple[Any, ...]  # values of GROUP: one model's images, sampled in one way
 BETA_TOLERANCE = 1e-3  # relative; lam is often typed as .3333
@@ -59,7 +59,7 @@ def pair_up(samples: pd.DataFrame, cards: dict[str, AnchorCard]) -> tuple[list[C
     Raises ValueError where two anchors could be the same target, as they agree in beta and training seed.
     """
     cells, missing = [], []
-    for bench, images in samples.groupby(BENCH):
+    for bench, images in samples.groupby(SAMPLING_COLUMNS):
         models = images.drop_duplicates(GROUP).sort_values(
             ["beta", "lam", "mode"]
         )  # a model of samples and references is of the former

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import GROUP
 from deradiff.evaluation.tables.selection import select
 from eval.config import SelectConfig
 from tests.support.sampled_runs import LAMBDAS, counting, evaluate, read, write_run
 
-SAMPLED = dict(zip(BENCH, ("ddim", 0.0, 20, 7.5, 64, 64)))
+SAMPLED = dict(zip(SAMPLING_COLUMNS, ("ddim", 0.0, 20, 7.5, 64, 64)))
 
 
 def study(effects, prompts=60, noise=0.05, beta=1000.0, text="prompt {}", **columns):

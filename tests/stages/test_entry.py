@@ -55,7 +55,7 @@ def run(config, run_dir):
         Path(f"started-{config.dpo.beta:g}-{os.getpid()}").touch()
         time.sleep(600)
 
-main = entry("toy", Toy, run, configs=str(Path(__file__).parents[1] / "conf"))
+main = entry("toy", Toy, "toy.stage:run", configs=str(Path(__file__).parents[1] / "conf"))
 """
 CONFIG = """
 defaults:

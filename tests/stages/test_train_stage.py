@@ -16,12 +16,12 @@ from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import read_card
 from deradiff.worlds import shapes
 from tests.support.train_runs import go
+from train.__main__ import main
 from train.config import (
     DataConfig,
     FinetuneConfig,
     ModelConfig,
 )
-from train.stage import main
 
 
 def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(train_config, base_folder):

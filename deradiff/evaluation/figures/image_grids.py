@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from deradiff.evaluation.figures.style import INK_STYLE, STYLE, look, svg
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import GROUP, Group, per_prompt, short
 from deradiff.evaluation.statistics import paired_bootstrap
 from deradiff.evaluation.tables.table import bench
@@ -45,7 +45,7 @@ def data_uri(file: str) -> str:
 def grids(samples: pd.DataFrame) -> list[dict[str, Any]]:
     """Pictures, prompts down and lambdas across, a grid for each anchor, mode and way of sampling, that of the most lambdas first."""
     models = sorted(
-        samples.groupby(["anchor", "mode", *BENCH], sort=False),
+        samples.groupby(["anchor", "mode", *SAMPLING_COLUMNS], sort=False),
         key=lambda model: -model[1]["lam"].nunique(),
     )
     across = sum(rows["lam"].nunique() for _, rows in models)
@@ -67,7 +67,7 @@ def grids(samples: pd.DataFrame) -> list[dict[str, Any]]:
                     "files": [files.get(lam) for lam in lambdas],
                 }
             )
-        title = f"{short(key[0])}, mode {key[1]}, {bench(dict(zip(BENCH, key[2:])))}"
+        title = f"{short(key[0])}, mode {key[1]}, {bench(dict(zip(SAMPLING_COLUMNS, key[2:])))}"
         beta = rows["beta"].iloc[0]
         heads = [{"lam": f"{lam:g}", "says": _says(lam, beta)} for lam in lambdas]
         start = lambdas.index(1) if 1 in lambdas else len(lambdas) - 1
@@ -143,7 +143,9 @@ def reversal(
     models = samples[samples["realigned"] & samples["lam"].between(0, 1)].sort_values(
         "beta", kind="stable"
     )
-    for _, rows in models.groupby([*BENCH, "beta", "anchor", "mode"], sort=False, dropna=False):
+    for _, rows in models.groupby(
+        [*SAMPLING_COLUMNS, "beta", "anchor", "mode"], sort=False, dropna=False
+    ):
         lambdas = sorted(rows["lam"].unique(), reverse=True)
         if len(lambdas) > 2 and {0, 1} <= set(lambdas):
             own = {

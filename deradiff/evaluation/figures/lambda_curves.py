@@ -10,26 +10,26 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from deradiff.evaluation.figures.style import INK, dash, looks, panels
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import ANCHOR, Cell, short
 
 
 def lines_of(means: pd.DataFrame) -> dict[tuple[Any, ...], dict[str, Any]]:
     """How each line is drawn: a colour and a marker an anchor, a dash a mode; and its name, in words that tell it from the others."""
     lines = {}
-    models = means.drop_duplicates(["anchor", "mode", *BENCH]).sort_values(
+    models = means.drop_duplicates(["anchor", "mode", *SAMPLING_COLUMNS]).sort_values(
         ["beta", "anchor", "mode"]
     )
     look = looks(models)
     betas = models.drop_duplicates("anchor")["beta"]
-    told = [c for c in ("mode", *BENCH) if models[c].nunique() > 1]
+    told = [c for c in ("mode", *SAMPLING_COLUMNS) if models[c].nunique() > 1]
     for row in models.to_dict("records"):
         name = (
             f"anchor beta={row['beta']:g}"
             if not pd.isna(row["beta"]) and betas.is_unique
             else short(row["anchor"])
         )
-        lines[row["anchor"], row["mode"], *(row[c] for c in BENCH)] = {
+        lines[row["anchor"], row["mode"], *(row[c] for c in SAMPLING_COLUMNS)] = {
             **look[row["anchor"]],
             "linestyle": dash(row["mode"]),
             "label": ", ".join([name, *(str(row[c]) for c in told)]),
@@ -56,7 +56,7 @@ def score_against_lambda(means: pd.DataFrame, cells: list[Cell]) -> str:
     def draw(panel: Axes, scorer: str) -> None:
         own = means[means["scorer"] == scorer]
         mean = {
-            (*(r[c] for c in BENCH), r["anchor"], r["mode"], r["lam"]): r["mean"]
+            (*(r[c] for c in SAMPLING_COLUMNS), r["anchor"], r["mode"], r["lam"]): r["mean"]
             for r in own.to_dict("records")
         }
         for key, style in lines.items():
@@ -148,6 +148,6 @@ def _scale(means: pd.DataFrame) -> dict[str, str]:
 
 def _of(own: pd.DataFrame, key: tuple[Any, ...]) -> pd.DataFrame:
     same = np.logical_and.reduce(
-        [own[c] == value for c, value in zip(["anchor", "mode", *BENCH], key)]
+        [own[c] == value for c, value in zip(["anchor", "mode", *SAMPLING_COLUMNS], key)]
     )
     return own[same].sort_values("lam")

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from deradiff.evaluation.agreement import equivalence
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import ANCHOR, Cell, Group, per_prompt
 from deradiff.evaluation.statistics import (
     Estimate,
@@ -110,7 +110,7 @@ def _row(
     numbers.append(spread("share_of_anchor", _share_of_anchor(cell, rival, groups, scorer)))
     return (
         told
-        | dict(zip(BENCH, cell.bench))
+        | dict(zip(SAMPLING_COLUMNS, cell.bench))
         | who
         | count
         | {k: v for n in numbers for k, v in n.items()}
@@ -224,7 +224,7 @@ def _shared(
 def _summary(
     errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]
 ) -> list[dict[str, Any]]:
-    keys, rows = ["scorer", "mode", *BENCH, "what"], []
+    keys, rows = ["scorer", "mode", *SAMPLING_COLUMNS, "what"], []
     for told, found in errors.groupby(keys, sort=False) if len(errors) else []:
         for name, within in RANGES.items():
             chosen = found[found["lam"].map(within)]
@@ -282,7 +282,7 @@ def _summary_shown(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """A line a range, scorer and mode: the rivals become columns."""
     lines = []
     for own in (row for row in rows if row["what"] == "realigned"):
-        same = ("range", "scorer", "mode", *BENCH)
+        same = ("range", "scorer", "mode", *SAMPLING_COLUMNS)
         by = {row["what"]: row for row in rows if all(row[key] == own[key] for key in same)}
         rival = {what: number(row["share"]) for what, row in by.items()}
         lines.append(

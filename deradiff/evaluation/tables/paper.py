@@ -10,7 +10,7 @@ import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation.agreement import limits_of_agreement
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import Cell, Group, short
 from deradiff.evaluation.statistics import error_spread
 from deradiff.evaluation.tables.errors import RANGES, aligned
@@ -55,14 +55,14 @@ def paper_errors(
     shown, rows, beside = [], [], False
     for own in summary[summary["what"] == "realigned"].to_dict("records") if len(summary) else []:
         same = np.logical_and.reduce(
-            [errors[c] == own[c] for c in ("scorer", "mode", *BENCH)]
+            [errors[c] == own[c] for c in ("scorer", "mode", *SAMPLING_COLUMNS)]
         ) & errors["lam"].map(RANGES[own["range"]])
         chosen = errors[same & (errors["what"] == "realigned")]
         identities = own["cells"] / (own["cells"] + chosen["anchor"].nunique())
         as_is = errors[same & (errors["what"] == "reference as is")]["percent_of_mean"].mean()
         published = _published(chosen, own, cards) if own["range"] == "0 < lam < 1" else None
         beside = beside or published is not None
-        told = {key: own[key] for key in ("range", "scorer", "mode", *BENCH, "cells")}
+        told = {key: own[key] for key in ("range", "scorer", "mode", *SAMPLING_COLUMNS, "cells")}
         ours = {key: own[key] for key in own if key.startswith(("error", "percent_of_mean"))}
         more = {
             "percent_with_identities": identities * own["percent_of_mean"],
@@ -125,7 +125,7 @@ def agreement(
     errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], threshold: float
 ) -> Table:
     """Median error, share of errors under a threshold, and Bland-Altman's limits, over the realigned cells of a scorer and mode."""
-    rows, keys = [], ["scorer", "mode", *BENCH]
+    rows, keys = [], ["scorer", "mode", *SAMPLING_COLUMNS]
     for told, found in (
         errors[errors["what"] == "realigned"].groupby(keys, sort=False) if len(errors) else []
     ):
@@ -185,7 +185,7 @@ def _agreement(
 def by_target(errors: pd.DataFrame, cards: dict[str, AnchorCard]) -> Table:
     """Absolute error in % of the mean, a row per scorer, anchor and mode, a column per target beta; the paper's row below ours."""
     own = errors[errors["what"] == "realigned"] if len(errors) else errors
-    keys = ["scorer", "mode", *BENCH, "beta", "anchor"]
+    keys = ["scorer", "mode", *SAMPLING_COLUMNS, "beta", "anchor"]
     betas = sorted({*own["beta_target"], *own["beta"]}) if len(own) else []
     shown = []
     for told, found in own.groupby(keys, sort=False) if len(own) else []:
@@ -214,7 +214,7 @@ def by_target(errors: pd.DataFrame, cards: dict[str, AnchorCard]) -> Table:
         "anchor",
         "beta",
         "mode",
-        *BENCH,
+        *SAMPLING_COLUMNS,
         "lam",
         "beta_target",
         "percent_of_mean",

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import ANCHOR, GROUP, Group, per_prompt, short
 from deradiff.evaluation.selection import choose, for_choosing, reward_hacking
 from deradiff.evaluation.statistics import Estimate, paired_bootstrap
@@ -120,7 +120,7 @@ def _none(why: str) -> Answer:
 def _candidates(samples: pd.DataFrame) -> list[Group]:
     """Every model of `samples`; the reference, which all anchors share, once for each way of sampling."""
     models = samples[samples["realigned"]].drop_duplicates(GROUP)
-    twice = (models["lam"] == 0) & models.duplicated([*BENCH, "lam"])
+    twice = (models["lam"] == 0) & models.duplicated([*SAMPLING_COLUMNS, "lam"])
     return [tuple(row) for row in models[~twice][GROUP].itertuples(index=False)]
 
 

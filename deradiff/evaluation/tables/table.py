@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import ANCHOR, GROUP, Group, per_prompt, short
 from deradiff.evaluation.statistics import Estimate, paired_bootstrap
 from deradiff.files import write_atomic
@@ -77,7 +77,7 @@ def interval(row: Any, name: str, unit: str = "") -> str:
 
 
 def bench(row: Any) -> str:
-    """How images were sampled, from the columns of BENCH."""
+    """How images were sampled, from the columns of SAMPLING_COLUMNS."""
     eta = f" (eta {row['eta']:g})" if row["eta"] else ""
     pixels = f"{row['width']}x{row['height']}"
     return (
@@ -115,7 +115,7 @@ def mean_scores(
                 | spread("gain", gain if reference else Estimate(np.nan, np.nan, np.nan))
                 | {"path_kl": path_kl[group]}
             )
-    data = pd.DataFrame(rows).sort_values([*BENCH, "beta", "anchor", "mode", "lam"])
+    data = pd.DataFrame(rows).sort_values([*SAMPLING_COLUMNS, "beta", "anchor", "mode", "lam"])
     order = data["scorer"].map(list(scales).index)  # as they were typed
     data = data.iloc[order.argsort(kind="stable")].reset_index(drop=True)
     shown = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from deradiff.evaluation.agreement import win_rate
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import ANCHOR, Cell, Group, per_prompt, short
 from deradiff.evaluation.tables.table import Table, bench, interval, number, spread, table
 
@@ -25,7 +25,7 @@ def win_rates(cells: list[Cell], groups: dict[Group, pd.DataFrame], scorers: lis
                 "beta_target": cell.beta_target,
                 "mode": cell.mode,
             }
-            row |= dict(zip(BENCH, cell.bench))
+            row |= dict(zip(SAMPLING_COLUMNS, cell.bench))
             for name, other in (
                 ("target", cell.target),
                 ("reference", cell.reference),
