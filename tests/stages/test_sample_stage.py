@@ -16,8 +16,8 @@ from PIL import Image
 import sample.sweep
 from configs.tracking import Tracker, TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
-from deradiff.data.prompts import Prompt
-from deradiff.evaluation.manifest import ImageRecord, prompt_id
+from deradiff.data.prompts import Prompt, prompt_id
+from deradiff.evaluation.manifest import ImageRecord
 from deradiff.files import anchor_digest, slug
 from deradiff.method.schedulers import make_scheduler
 from sample.config import SampleConfig
