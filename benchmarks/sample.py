@@ -26,7 +26,8 @@ from torch import Tensor
 from benchmarks import published_loop
 from deradiff import realign
 from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
-from deradiff.models.families import family_of, load_pipeline
+from deradiff.models.base_model import BaseModel
+from deradiff.models.families import family_of
 from deradiff.models.flops import denoiser_flops
 
 PEAK = 790e12  # FLOP/s in bfloat16 that an H200 was measured to reach
@@ -86,7 +87,7 @@ def random_pipeline(network: str, width: int, pixels: int) -> Any:
 def make_pipeline(args: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     pipe = (
-        load_pipeline("asset:shapes/base")
+        BaseModel("asset:shapes/base").load_pipeline()
         if args.network == "shapes"
         else random_pipeline(args.network, args.width, args.pixels)
     )

@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.judge import train_judge, verdicts
 from deradiff.data.pairs import pixels
 from deradiff.files import ASSETS, write_atomic
-from deradiff.models.families import load_pipeline
+from deradiff.models.base_model import BaseModel
 from deradiff.scorers import load_scorer
 from deradiff.worlds import shapes
 
@@ -63,7 +63,7 @@ def ordered(scorer: Any, reward: Any, count: int = 1000) -> float:
 
 def sampled(base: Path, captions: list[str]) -> list[Image.Image]:
     """One picture a caption, as the sample stage makes them by default: 20 steps, guidance 2.5, but DDIM."""
-    pipe = load_pipeline(str(base))
+    pipe = BaseModel(str(base)).load_pipeline()
     images: list[Image.Image] = []
     for start in range(0, len(captions), 64):
         part = captions[start : start + 64]
@@ -85,7 +85,7 @@ def measure(folders: dict[str, Path]) -> dict[str, float]:
         name: load_scorer(name, str(folders[name])) for name in ("clip", "pickscore", "hpsv2")
     }
     images, captions = renders(300, seed=0)
-    vae = load_pipeline(str(folders["base"])).vae
+    vae = BaseModel(str(folders["base"])).load_pipeline().vae
     with torch.no_grad():
         clean = torch.stack([pixels(i, 32) for i in images])
         error = vae.decode(vae.encode(clean).latent_dist.mean).sample - clean
@@ -118,7 +118,7 @@ def measure(folders: dict[str, Path]) -> dict[str, float]:
 
 def ship(runs: Path) -> None:
     shutil.rmtree(SHIPPED, ignore_errors=True)
-    pipe = load_pipeline(str(runs / RUNS["base"]))
+    pipe = BaseModel(str(runs / RUNS["base"])).load_pipeline()
     pipe.to(torch.float16)
     pipe.text_encoder.float()  # transformers loads what is stored, diffusers float32: a plain from_pretrained must give one precision
     pipe.save_pretrained(SHIPPED / "base")

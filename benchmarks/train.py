@@ -87,7 +87,8 @@ class Worker:
         from deradiff.data.encoders import described_encoders, encoders_key
         from deradiff.data.pairs import Examples, Pairs
         from deradiff.data.reference_errors import ReferenceErrors
-        from deradiff.models.families import family_of, load_pipeline
+        from deradiff.models.base_model import BaseModel
+        from deradiff.models.families import family_of
         from deradiff.training.objectives.diffusion import DPO
 
         self.device, self.batch = torch.device("cuda" if shape == "sdxl" else "cpu"), batch
@@ -99,10 +100,11 @@ class Worker:
         if "cache" in wanted:
             cache = Cache(folder / "cache", encoders_key(base), data, resolution)
             cache.build(
-                lambda: load_pipeline(base, dtype=dtype, unet=None).to(self.device), progress=False
+                lambda: BaseModel(base).load_pipeline(dtype, {"unet": None}).to(self.device),
+                progress=False,
             )
             parts = described_encoders(base, None, None, dtype)
-        pipe = load_pipeline(base, dtype=dtype, **parts)
+        pipe = BaseModel(base).load_pipeline(dtype, parts)
         family, network = family_of(pipe), pipe.unet.to(self.device)
         self.second = (
             copy.deepcopy(network).requires_grad_(False)
@@ -132,9 +134,7 @@ class Worker:
         card = AnchorCard(base_model="random", family=family.name, method=method, beta=2000.0)
         errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in wanted else None
         known = errors is not None and errors.covers(*Examples(data, 0).span(0, PAIRS))
-        self.objective = DPO(
-            pipe, resolution, cache, 0.0, card=card, errors=errors, complete=known
-        )
+        self.objective = DPO(pipe, resolution, cache, 0.0, card=card, errors=errors, complete=known)
         if self.second is not None:
             self.objective.copy = self.second
         if variant == "split":
@@ -214,12 +214,6 @@ def _forget_peak(device: torch.device) -> None:
 
 def work(options: argparse.Namespace) -> None:
     import peft  # noqa: F401
-    from diffusers import (
-        AutoencoderKL,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     import deradiff.training.objectives.diffusion  # noqa: F401

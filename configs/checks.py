@@ -1,25 +1,40 @@
-"""Checks that the stages' configs share: each raises ValueError in one sentence that names the key."""
+"""Checks that the stages' configs share. Each raises ValueError in one sentence that names the key."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def choice(key: str, value: str | None, allowed: Iterable[str | None]) -> None:
-    """value must be one of allowed; None among them is not shown."""
+    """Raises ValueError where `value` is not among `allowed`; a None among them is not listed."""
     names = list(allowed)
     if value not in names:
-        raise ValueError(
-            f"{key} must be one of {', '.join(name for name in names if name)}, not {value!r}"
-        )
+        known = ", ".join(name for name in names if name)
+        raise ValueError(f"{key} must be one of {known}, not {value!r}")
 
 
 def positive(key: str, value: float) -> None:
+    """Raises ValueError where `value` is not a finite number above 0."""
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{key} must be above 0, not {value}")
 
 
 def not_negative(key: str, value: float) -> None:
+    """Raises ValueError where `value` is not a finite number of at least 0."""
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{key} must be at least 0, not {value}")
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """The library's errors with the config's section before them.
+
+    A message of the library names its argument (`vae=x is no folder`); the user typed the key of a
+    section (`model.vae=x is no folder`).
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error

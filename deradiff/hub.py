@@ -1,4 +1,8 @@
-"""Files of the hub, fetched and pushed. Where nobody answers, the cached copy serves; where there is none, the error comes at once."""
+"""Files of the hub, fetched and pushed.
+
+Where nobody answers, the cached copy is used; where there is none, the error comes at once.
+`hf_hub_download` alone retries for half a minute before it says that there is no network.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,47 @@ import re
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 10.0  # seconds that the hub has to answer in
+from huggingface_hub import (
+    HfApi,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    repo_info,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError
+
+TIMEOUT = 10.0
+"""Seconds that the hub has to answer in."""
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+LOCAL_STARTS = (".", "/", "~", "runs/", "asset:")
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a name that is no local folder can be `org/name` of the hub."""
-    return text.count("/") == 1 and not text.startswith((".", "/", "~", "runs/", "asset:"))
+    """Whether a name that is no local folder can be a hub id (`org/name`)."""
+    return text.count("/") == 1 and not text.startswith(LOCAL_STARTS)
 
 
 def fetch(repo: str, name: str, revision: str | None = None, repo_type: str | None = None) -> Path:
-    """One file of a hub repository, in the cache; repo_type: `dataset` for a data set's. Raises OSError where the hub does not give it
-    and the cache does not hold it."""
-    from huggingface_hub import (
-        get_hf_file_metadata,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    """One file of a hub repository, in the cache.
 
+    Args:
+        repo: the hub id.
+        name: the file's path in the repository.
+        revision: a branch, tag or commit.
+        repo_type: `dataset` for a data set's; None for a model's.
+
+    Raises:
+        OSError: where neither the hub nor the cache has it.
+    """
     where: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
     try:
         get_hf_file_metadata(hf_hub_url(repo, name, **where), timeout=TIMEOUT)
-    except Exception as error:  # no network, no such repository or file, no access: the hub's client has a class of its own for each
+    # No network, no such repository or file, no access: the hub's client has a class for each
+    except Exception as error:
         cached = try_to_load_from_cache(repo, name, **where)
         if isinstance(cached, str):
             return Path(cached)
@@ -37,15 +60,21 @@ def fetch(repo: str, name: str, revision: str | None = None, repo_type: str | No
 
 
 def fetch_json(repo: str, name: str, revision: str | None = None) -> dict[str, Any]:
+    """The content of a JSON file of a hub repository. Raises OSError as `fetch` does."""
     return json.loads(fetch(repo, name, revision).read_text())
 
 
 def listing(
     repo: str, revision: str | None = None, repo_type: str | None = None
 ) -> tuple[str, list[str]]:
-    """A hub repository's id and its files; without an answer, the cached copy's folder and its files. Raises OSError where neither is."""
-    from huggingface_hub import repo_info, snapshot_download
+    """A hub repository and the files in it.
 
+    Returns:
+        The hub id and its files; without an answer, the cached copy's folder and its files.
+
+    Raises:
+        OSError: where neither is there.
+    """
     try:
         info: Any = repo_info(repo, revision=revision, repo_type=repo_type, timeout=TIMEOUT)
         return repo, [file.rfilename for file in info.siblings or []]
@@ -56,42 +85,54 @@ def listing(
             )
         except OSError:
             raise OSError(type(error).__name__) from error
-    return root, [
-        file.relative_to(root).as_posix() for file in Path(root).rglob("*") if file.is_file()
-    ]
+    files = [file for file in Path(root).rglob("*") if file.is_file()]
+    return root, [file.relative_to(root).as_posix() for file in files]
 
 
 def commit_of(file: Path) -> str | None:
-    """The commit that a file of the hub's cache belongs to: `.../snapshots/<commit>/...`; None for any other file."""
+    """The commit that a file of the hub's cache belongs to; None for any other file.
+
+    The cache's paths are `.../snapshots/<commit>/...`.
+    """
     parts = file.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else None
+    if "snapshots" not in parts[:-2]:
+        return None
+    return parts[parts.index("snapshots") + 1]
 
 
 def check_push(repo: str) -> None:
-    """Raises ValueError, long before there is something to upload, for a name that is none and where nobody is logged in."""
-    from huggingface_hub import get_token
+    """Raises ValueError where an upload cannot work, long before there is something to upload.
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise ValueError(f"hub.push_to={repo} names no hub repository: give user/name")
+    Args:
+        repo: the hub repository to upload to, `user/name`.
+    """
+    if not REPOSITORY.fullmatch(repo):
+        raise ValueError(f"push_to={repo} names no hub repository: give user/name")
     if get_token() is None:
-        raise ValueError(
-            f"hub.push_to={repo} needs an account: type hf auth login, or set HF_TOKEN"
-        )
+        raise ValueError(f"push_to={repo} needs an account: type hf auth login, or set HF_TOKEN")
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload a folder, whose repository is made if it is not there; returns its address. Raises ValueError where the hub refuses."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    """Upload a folder; the repository is made if it is not there.
 
+    Args:
+        folder: what is uploaded.
+        repo: `user/name`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: where the hub refuses.
+    """
     api = HfApi()
     try:
         address = str(api.create_repo(repo, exist_ok=True))
-        api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message="Anchor trained with deradiff"
-        )
+        message = "Anchor trained with deradiff"
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"{folder} is whole but was not uploaded to {repo}: {error}; the same command tries again"
+            f"{folder} is whole but was not uploaded to {repo}: {error}; the same command tries "
+            "again"
         ) from error
     return address

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 
 from deradiff.anchors.anchor import Anchor
-from deradiff.models.families import checkpoint_family
+from deradiff.models.base_model import BaseModel
 from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of
 from sample.base_files import SCHEDULER, base_json
 from sample.config import SampleConfig
 from sample.manifest import Record
-
-FLUX_SIDE = 128  # latents, which FLUX's pipeline takes where no size is given; its network has none of its own
 
 
 def announcement(config: SampleConfig, anchor: Anchor, prompts: int, device: str) -> str:
@@ -69,7 +67,7 @@ def kl_unit(config: SampleConfig) -> float | None:
     """The KL strength that a code beta of 1 stands for at this run's size, from the base's config files; None where one is missing."""
     import diffusers
 
-    family = checkpoint_family(str(config.model.base), config.model.revision)
+    family = BaseModel(str(config.model.base), config.model.revision).family
     try:
         scheduler, vae, denoiser = (
             base_json(config, name)
@@ -77,7 +75,7 @@ def kl_unit(config: SampleConfig) -> float | None:
         )
         published = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        side = denoiser.get("sample_size", FLUX_SIDE)
+        side = denoiser.get("sample_size", family.latent_side)
         sides = [
             math.ceil(pixels / factor) if pixels else side
             for pixels in (config.height, config.width)
@@ -88,7 +86,7 @@ def kl_unit(config: SampleConfig) -> float | None:
 
 
 def _distilled(config: SampleConfig) -> bool:
-    return checkpoint_family(str(config.model.base), config.model.revision).name == "flux"
+    return BaseModel(str(config.model.base), config.model.revision).family.guidance_distilled
 
 
 def cost(config: SampleConfig, records: list[Record]) -> str | None:

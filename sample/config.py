@@ -12,6 +12,8 @@ from typing import Any
 from configs.checks import choice, positive
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
+from deradiff.models.families import FAMILIES
+from deradiff.models.family import SamplingDefaults
 
 MODES = ("exact", "reuse", "weights")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -48,26 +50,12 @@ SAMPLERS = {
 }
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What is meant where steps, guidance_scale, sampler or batch_size is null.
-
-    The paper's evaluation for SD1.5 and SDXL, the model cards' examples for SD3.5 and FLUX.1-dev.
-    """
-
-    steps: int
-    guidance_scale: float
-    batch_size: int
-    sampler: str = "euler_ancestral"
-
-
-DEFAULTS = {
-    "sd15": Defaults(50, 7.5, 8),
-    "sdxl": Defaults(50, 5.0, 4),
-    "shapes": Defaults(20, 2.5, 64),
-    "sd3": Defaults(40, 4.5, 4, "flow_euler"),
-    "flux": Defaults(50, 3.5, 1, "flow_euler"),
+SHAPES = "shapes"
+SAMPLING_DEFAULTS = {
+    SHAPES: SamplingDefaults(steps=20, guidance_scale=2.5, batch_size=64),
+    **{family.name: family.sampling for family in FAMILIES.values()},
 }
+"""How the shapes world and each family is sampled where the user does not say it."""
 
 
 @dataclass
@@ -92,7 +80,7 @@ class SampleConfig:
     prompts: see `deradiff.data.prompts`; null: the shapes world's held-out captions where the base is that world's.
     prompts_limit: at most so many, evenly spaced over the list.
     mode, every, particles, trust_region, batched: see `deradiff.realign`; a run with particles above 1 calls its mode `particles`.
-    sampler, steps, guidance_scale, batch_size: null takes `DEFAULTS` of the base. height, width: pixels; null takes the model's.
+    sampler, steps, guidance_scale, batch_size: null takes the base's own defaults. height, width: pixels; null takes the model's.
     path_kl: false leaves it out where it costs an evaluation a step (exact: at lambda 1; weights: everywhere); null: in weights alone.
     eta: of DDIM, 0 (deterministic) to 1. dtype: null takes half precision on a GPU (bfloat16 for flow families) and float32 elsewhere.
     bake: a folder to write the one lambda to as plain weights, with a note of how far they are from mode exact on these prompts.
@@ -237,8 +225,14 @@ class SampleConfig:
         """The sampler, also where it follows from the family that a local card or model.name tells; else it is not in the name."""
         card = Path(self.anchor) / "anchor.json"
         family = json.loads(card.read_text()).get("family") if card.is_file() else self.model.name
-        sampler = self.sampler or (DEFAULTS[family].sampler if family in DEFAULTS else None)
+        sampler = self.sampler or (_default_sampler(family))
         return [sampler + (f"-eta{self.eta:g}" if self.eta else "")] if sampler else []
+
+
+def _default_sampler(family: str | None) -> str | None:
+    """The sampler of a family, or of the shapes world; None for an unknown one."""
+    defaults = SAMPLING_DEFAULTS.get(family or "")
+    return defaults.sampler if defaults else None
 
 
 def _prompts_name(prompts: Any) -> str:

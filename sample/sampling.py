@@ -19,17 +19,12 @@ from deradiff.data.prompts import Prompt
 from deradiff.data.tables import encode_png
 from deradiff.files import locate
 from deradiff.method.samplers import FlowMatchSDEScheduler
-from deradiff.models.families import family_of, load_pipeline
+from deradiff.models.base_model import BaseModel
+from deradiff.models.families import family_of
 from sample.config import SAMPLERS, SampleConfig
 from sample.manifest import Record, image_path
 
 Wanted = tuple[Prompt, int]  # prompt and seed: an image for each lambda
-EMBEDDINGS = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)  # as encode_prompt returns them; FLUX's is without negatives
 
 
 def load_sampler(config: SampleConfig, device: torch.device) -> Any:
@@ -37,10 +32,10 @@ def load_sampler(config: SampleConfig, device: torch.device) -> Any:
     import diffusers
 
     dtype = getattr(torch, config.dtype or "float32")
-    pipe = load_pipeline(config.model.base or "", config.model.revision, dtype)
+    pipe = BaseModel(config.model.base or "", config.model.revision).load_pipeline(dtype)
     if config.model.vae:
         pipe.vae = diffusers.AutoencoderKL.from_pretrained(locate(config.model.vae), dtype=dtype)
-    if family_of(pipe).name != "sd15":
+    if family_of(pipe).sliced_decoding:
         pipe.vae.enable_slicing()  # four megapixels decoded at once would need more memory than two denoisers
     pipe.scheduler = make_scheduler(config.sampler or "", pipe.scheduler.config)
     return pipe.to(device)
@@ -143,18 +138,9 @@ def sample_images(
 
 
 def _encode(pipe: Any, config: SampleConfig, batch: list[Wanted]) -> dict[str, Tensor]:
-    """What the pipeline makes of the prompts: keyword arguments of its call, a row each."""
-    texts, every = [p.text for p, _ in batch], {"device": pipe.device, "num_images_per_prompt": 1}
-    family = family_of(pipe).name
-    if family == "flux":  # guidance is an input of its network
-        text, pooled, _ = pipe.encode_prompt(texts, None, **every)
-        return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
-    guided = (
-        config.guidance_scale is not None and config.guidance_scale > 1
-    )  # as the pipelines decide it
-    others = {"prompt_2": None, "prompt_3": None} if family == "sd3" else {}
-    encoded = pipe.encode_prompt(texts, **others, **every, do_classifier_free_guidance=guided)
-    return {name: tensor for name, tensor in zip(EMBEDDINGS, encoded) if tensor is not None}
+    """The encoded prompts as keyword arguments of the pipeline's call, a row each."""
+    guided = config.guidance_scale is not None and config.guidance_scale > 1  # as pipelines decide
+    return family_of(pipe).call_arguments(pipe, [prompt.text for prompt, _ in batch], guided)
 
 
 def _call(

@@ -9,15 +9,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.checks import section
 from configs.entry import entry
 from configs.tracking import tracker
 from deradiff.files import slug
-from sample.config import DEFAULTS, SAMPLERS, SampleConfig
+from sample.config import SAMPLERS, SAMPLING_DEFAULTS, SHAPES, SampleConfig
 
 if TYPE_CHECKING:
     from deradiff.anchors.anchor import Anchor
     from deradiff.data.prompts import Prompt
-    from deradiff.models.families import Family
+    from deradiff.models.family import Family
 
     Share = list[tuple[Prompt, int]]  # prompts and seeds, each for the lambdas that are missing
 
@@ -137,7 +138,8 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, Anchor]:
     import torch
 
     from deradiff.anchors.anchor import check_anchor_family, load_anchor
-    from deradiff.models.families import FAMILIES, check_autoencoder, checkpoint_family
+    from deradiff.models.base_model import BaseModel, check_autoencoder
+    from deradiff.models.families import FAMILIES
 
     anchor, model = load_anchor(config.anchor), config.model
     if model.name in FAMILIES:  # what `model=` says is known before the hub is asked for anything
@@ -154,14 +156,15 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, Anchor]:
             vae=model.vae or anchor.card.vae,
         )
     if model.vae:
-        check_autoencoder(model.vae)
+        with section("model"):
+            check_autoencoder(model.vae)
     lambdas = sorted({*config.lambdas, *_lambdas_of(config, anchor)})
     base = str(model.base)
-    family = checkpoint_family(base, model.revision)
+    family = BaseModel(base, model.revision).family
     check_anchor_family(anchor, family.name)
     shapes = base.startswith("asset:shapes/")
     prompts = config.prompts if config.prompts is not None else "shapes" if shapes else []
-    defaults = DEFAULTS["shapes" if shapes else family.name]
+    defaults = SAMPLING_DEFAULTS[SHAPES if shapes else family.name]
     half = "bfloat16" if family.flow else "float16"
     config = replace(
         config,

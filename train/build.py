@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from peft import LoraConfig
 
+from configs.checks import section
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.data.cache import Cache, encodings_key
 from deradiff.data.encoders import described_encoders, encoders_key, source_key
@@ -24,8 +25,9 @@ from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.data.reference_errors import ReferenceErrors, network_digest, reference_key
 from deradiff.files import locate
 from deradiff.hub import check_push
-from deradiff.models.base_model import BaseModel
-from deradiff.models.families import Family, check_autoencoder, family_of
+from deradiff.models.base_model import BaseModel, check_autoencoder
+from deradiff.models.families import family_of
+from deradiff.models.family import Family
 from deradiff.models.flops import meta_denoiser
 from deradiff.scorers import check_scorer
 from deradiff.training.noising import noising_of
@@ -54,7 +56,8 @@ def check(config: TrainConfig, base: BaseModel | None, run_dir: Path) -> None:
     _check_writable(run_dir)
     check_optimizer(config.optim.name)
     if config.hub.push_to:
-        check_push(config.hub.push_to)
+        with section("hub"):
+            check_push(config.hub.push_to)
     clip = config.model.clip
     if clip and not (Path(locate(clip)) / "config.json").is_file():
         raise ValueError(f"model.clip={clip} is no model folder: it has no config.json")
@@ -62,8 +65,12 @@ def check(config: TrainConfig, base: BaseModel | None, run_dir: Path) -> None:
         check_scorer(config.data.scorer, config.data.scorer_checkpoint)
     if base is None:
         if config.model.vae:
-            check_autoencoder(config.model.vae)
+            with section("model"):
+                check_autoencoder(config.model.vae)
     else:
+        if base.vae:
+            with section("model"):
+                check_autoencoder(base.vae)
         base.check()
         if config.spec.trains_denoiser and config.finetune.method == "lora":
             _check_targets(config, base)

@@ -19,7 +19,7 @@ from deradiff.data.prompts import load_prompts
 from deradiff.data.reference_errors import RECORD
 from deradiff.files import slug
 from deradiff.models.base_model import BaseModel
-from deradiff.models.requirements import PROMPT_TOKENS, cache_bytes
+from deradiff.models.requirements import cache_bytes
 from deradiff.scorers import load_scorer
 from deradiff.worlds import shapes
 from train.build import DTYPES, frozen_dtype
@@ -234,7 +234,7 @@ def cache_need(config: TrainConfig, base: BaseModel, rows: CaptionedImages) -> t
     if config.data.flip:
         images *= 2
     captions = len({*rows.captions, ""})
-    tokens = PROMPT_TOKENS[base.family.name]
+    tokens = base.family.prompt_tokens
     half = cache_bytes(base.denoiser_config, side, side, images, captions, tokens)
     encodings = half * frozen_dtype(config).itemsize / 2
 

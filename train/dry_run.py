@@ -13,7 +13,7 @@ from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
 from deradiff.models.base_model import BaseModel
 from deradiff.models.published import GPUS
-from deradiff.models.requirements import PROMPT_TOKENS, dpo_needs
+from deradiff.models.requirements import dpo_requirements
 from train.build import lora_config
 from train.config import TrainConfig
 from train.data import (
@@ -117,7 +117,7 @@ def _memory_need(config: TrainConfig, base: BaseModel) -> str:
     optim = config.optim
     side = latent_side(config, base)
     is_lora = config.finetune.method == "lora"
-    needs = dpo_needs(
+    needs = dpo_requirements(
         base.denoiser_config,
         side,
         side,
@@ -128,7 +128,7 @@ def _memory_need(config: TrainConfig, base: BaseModel) -> str:
         optimizer="adamw8bit" if optim.name.startswith("adamw8bit") else optim.name,
         checkpointing=config.model.gradient_checkpointing,
         batch=optim.batch_size,
-        tokens=PROMPT_TOKENS[base.family.name],
+        tokens=base.family.prompt_tokens,
         lora=lora_config(config, base.family) if is_lora else None,
     )
     parts = {

@@ -25,7 +25,8 @@ from deradiff.anchors.lora_files import (
 )
 from deradiff.anchors.single_files import original_family, read_network
 from deradiff.files import write_atomic
-from deradiff.models.families import FAMILIES, checkpoint_family
+from deradiff.models.base_model import BaseModel
+from deradiff.models.families import DENOISERS, FAMILIES, family_of_config
 
 CARD = "anchor.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -212,7 +213,8 @@ def load_anchor(source: str | Path | Anchor, revision: str | None = None) -> Anc
     elif anchor.weights not in (LORA_FILE, PEFT_FILE):
         keys = _keys(anchor)
         if not any(sign in key for key in keys for sign in ADAPTER_SIGNS):
-            anchor.method, anchor.family = "full", original_family(keys)
+            family = original_family(keys)
+            anchor.method, anchor.family = "full", family.name if family else None
     return anchor
 
 
@@ -282,7 +284,7 @@ def _only_file(names: list[str], source: str) -> str:
         if name in files:
             return name
     several = f"several files ({', '.join(sorted(files))}): add the file's name to the anchor"
-    folders = "/ nor a ".join(dict.fromkeys(family.denoiser for family in FAMILIES.values()))
+    folders = "/ nor a ".join(DENOISERS)
     raise ValueError(
         f"{source} is no anchor that deradiff can read: it holds {several if files else f'neither a {folders}/ nor a LoRA file'}"
     )
@@ -308,18 +310,14 @@ def _keys(anchor: Anchor) -> list[str]:
 
 def _whole(root: str, names: list[str], revision: str | None) -> tuple[str, str] | None:
     """The folder of a denoiser in diffusers' layout, "" for the root, and its family."""
-    for folder in (*dict.fromkeys(family.denoiser for family in FAMILIES.values()), ""):
+    for folder in (*DENOISERS, ""):
         name = f"{folder}/config.json".removeprefix("/")
         config = _read(root, name, revision) if name in names else {}
-        fits = [
-            family.name
-            for family in FAMILIES.values()
-            if family.denoiser_class == config.get("_class_name")
-        ]
-        if fits and "model_index.json" in names:
-            return folder, checkpoint_family(root, revision).name
-        if fits:  # SDXL's UNet is told more than the text
-            return folder, "sdxl" if config.get("addition_embed_type") == "text_time" else fits[0]
+        family = family_of_config(config)
+        if family and "model_index.json" in names:
+            return folder, BaseModel(root, revision).family.name
+        if family:
+            return folder, family.name
     return None
 
 

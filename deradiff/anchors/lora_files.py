@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deradiff.models.families import Family, family_of, unwrapped
+from deradiff.models.families import family_of
+from deradiff.models.family import Family, unwrapped
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
@@ -127,7 +128,7 @@ def _by_diffusers(
         raise ValueError(
             f"{named} is a DoRA in kohya's or LyCORIS' names, whose norm diffusers would drop: save it in peft's names"
         )
-    if any(key.startswith(PEFT_PREFIX) for key in keys) and family_of(pipe).name != "flux":
+    if any(key.startswith(PEFT_PREFIX) for key in keys) and not family_of(pipe).reads_peft_prefix:
         raise ValueError(
             f"{named} is a LoRA of peft, whose scale stands in its {PEFT_CONFIG}: put that file beside it"
         )

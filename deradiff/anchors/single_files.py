@@ -11,22 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from deradiff.models.families import family_of_original
+from deradiff.models.family import Family
+
 PREFIX = "model.diffusion_model."  # of the denoiser in an original checkpoint
-SIGNS = {  # of a family, in the names of its original layout; the first that is there decides
-    "flux": "double_blocks.",
-    "sd3": "joint_blocks.",
-    "sdxl": "label_emb.",
-    "sd15": "input_blocks.",
-}
 
 
-def original_family(keys: Iterable[str]) -> str | None:
-    """The family of a file in the original layout, by the names in it; None for others."""
-    stems = {key.removeprefix(PREFIX) for key in keys}
-    return next(
-        (family for family, sign in SIGNS.items() if any(stem.startswith(sign) for stem in stems)),
-        None,
-    )
+def original_family(keys: Iterable[str]) -> Family | None:
+    """The family of a file in its authors' layout, by the names in it; None for other files."""
+    return family_of_original(key.removeprefix(PREFIX) for key in keys)
 
 
 def read_network(file: Path, like: Any, dtype: torch.dtype, named: str) -> nn.Module:
@@ -37,10 +30,9 @@ def read_network(file: Path, like: Any, dtype: torch.dtype, named: str) -> nn.Mo
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     state = load_file(file)
-    if not any(key.startswith(PREFIX) for key in state) and original_family(state) in (
-        "sd15",
-        "sdxl",
-    ):
+    family = original_family(state)
+    is_bare = not any(key.startswith(PREFIX) for key in state)
+    if is_bare and family and family.nested_original:
         state = {
             PREFIX + key: value for key, value in state.items()
         }  # diffusers knows a UNet's original layout as part of a checkpoint

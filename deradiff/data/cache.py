@@ -22,7 +22,7 @@ from tqdm import tqdm
 from deradiff.data.locks import Locks
 from deradiff.data.pairs import BrokenPicture, CaptionedImages, pixels
 from deradiff.files import write_atomic
-from deradiff.models.families import encode_prompts
+from deradiff.models.families import family_of
 
 log = logging.getLogger(__name__)
 SHARD = 512  # examples, or captions, of one file
@@ -143,7 +143,8 @@ class Cache:
 
     @torch.no_grad()
     def _encode_texts(self, pipe: Callable[[], Any], rows: range) -> dict[str, Tensor]:
-        return encode_prompts(pipe(), [self.captions[i] for i in rows])
+        loaded = pipe()
+        return family_of(loaded).encode_prompts(loaded, [self.captions[i] for i in rows])
 
     @cached_property
     def _open(self) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class Cache:
         ]
 
     def texts(self, captions: list[str]) -> dict[str, Tensor]:
-        """The rows of `families.encode_prompts` for captions of the data set, or ""."""
+        """The rows of `Family.encode_prompts` for captions of the data set, or ""."""
         rows = [self._place[c] for c in captions]
         return {
             k: torch.stack(

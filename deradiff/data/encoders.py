@@ -10,7 +10,7 @@ import torch
 
 from deradiff.files import add_file, locate
 from deradiff.hub import commit_of, fetch
-from deradiff.models.families import model_index
+from deradiff.models.base_model import BaseModel
 
 ENCODERS = ("vae", "text_encoder", "image_encoder")  # how the names of a pipeline's parts begin
 READERS = ("vae", "text_encoder", "tokenizer")  # of which the encodings depend on these
@@ -19,7 +19,7 @@ READERS = ("vae", "text_encoder", "tokenizer")  # of which the encodings depend 
 def encoders_key(base: str, revision: str | None = None, vae: str | None = None) -> str:
     """What tells a base model's encoders and tokenizers from any other's: a digest of their files, or a hub id with its commit. No weight
     becomes a network. vae: an autoencoder in place of the base's own. Raises ValueError where `base` is no pipeline."""
-    index = model_index(base, revision)
+    index = BaseModel(base, revision).index
     parts = sorted(
         name
         for name, value in index.items()
@@ -58,7 +58,7 @@ def source_key(
 def described_encoders(
     base: str, revision: str | None, vae: str | None, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """In place of a base model's encoders, for `families.load_pipeline`: an autoencoder without weights (meta device), which tells the
+    """In place of a base model's encoders, for `BaseModel.load_pipeline`: an autoencoder without weights (meta device), which tells the
     shape, scale and precision of latents, and none of the others."""
     from diffusers import AutoencoderKL
 
@@ -66,6 +66,6 @@ def described_encoders(
     config = AutoencoderKL.load_config(locate(vae or base), **({} if vae else own))
     with torch.device("meta"):
         described = AutoencoderKL.from_config(config).type(dtype)
-    return {name: None for name in model_index(base, revision) if name.startswith(ENCODERS)} | {
+    return {name: None for name in BaseModel(base, revision).index if name.startswith(ENCODERS)} | {
         "vae": described
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deradiff.data.prompt_sets import SETS, captions
-from deradiff.files import SAFE
+from deradiff.files import UNSAFE
 
 COLUMNS = ("prompt", "caption")
 SOURCES = (
@@ -55,7 +55,7 @@ def load_prompts(source: str | Sequence[str], limit: int | None = None) -> list[
 
 def prompt_id(text: str) -> str:
     """The text's first words as a file name may hold them, and 12 hexadecimal digits of its SHA-256: at most 53 ASCII characters."""
-    words = SAFE.sub("-", text[:200]).strip("-.")[:40].rstrip("-.")
+    words = UNSAFE.sub("-", text[:200]).strip("-.")[:40].rstrip("-.")
     return f"{words or 'prompt'}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

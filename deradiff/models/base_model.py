@@ -13,26 +13,21 @@ import diffusers
 import torch
 
 from deradiff.files import locate
-from deradiff.hub import fetch
-from deradiff.models.families import (
-    Family,
-    check_autoencoder,
-    checkpoint_family,
-    load_pipeline,
-    model_index,
-)
+from deradiff.hub import fetch, is_hub_id
+from deradiff.models.families import Family, family_of_index
 
+INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A pipeline folder, hub id or `asset:` name, with the autoencoder that is used with it.
+    """A pipeline folder, hub id or `asset:` name, and the autoencoder that is used with it.
 
-    Made once from a config and passed on. Nothing is read until it is asked for, and the index is
+    Made once from a config and passed on. Nothing is read before it is asked for, and the index is
     read once.
 
-    Args:
+    Attributes:
         source: a pipeline folder, a hub id (`org/name`) or `asset:<name>`.
         revision: a branch, tag or commit of the hub; None: the default branch.
         vae: the source of an autoencoder that replaces the base model's own; None: its own.
@@ -44,21 +39,42 @@ class BaseModel:
 
     @cached_property
     def location(self) -> str:
-        """The folder or hub id: `asset:` names are resolved. Raises ValueError for an unknown one."""
+        """The folder or hub id: an `asset:` name is resolved. Raises ValueError if unknown."""
         return locate(self.source)
 
     @cached_property
+    def index_file(self) -> Path:
+        """The path of `model_index.json`, in the folder or in the hub's cache. Raises ValueError."""
+        if Path(self.location).is_dir():
+            file = Path(self.location) / INDEX
+            if not file.is_file():
+                raise ValueError(f"{self.location} is not a diffusers pipeline: it has no {INDEX}")
+            return file
+        if not is_hub_id(self.location):
+            raise ValueError(
+                f"there is no pipeline folder {self.location}; give a folder with a {INDEX} or a "
+                "hub id such as org/name"
+            )
+        try:
+            return fetch(self.location, INDEX, self.revision)
+        except OSError as error:
+            raise ValueError(
+                f"the pipeline {self.location} is no local folder and could not be read from the "
+                f"hub ({error})"
+            ) from error
+
+    @cached_property
     def index(self) -> dict[str, Any]:
-        """`model_index.json`. Raises ValueError where it cannot be read."""
-        return model_index(self.source, self.revision)
+        """The content of `model_index.json`. Raises ValueError where it cannot be read."""
+        return json.loads(self.index_file.read_text())
 
     @cached_property
     def family(self) -> Family:
         """The family that the index names. Raises ValueError for a pipeline of no known family."""
-        return checkpoint_family(self.source, self.revision)
+        return family_of_index(self.index, self.location)
 
     def check(self) -> None:
-        """Raises ValueError where the index or the autoencoder's folder is missing.
+        """Raises ValueError where the index or the autoencoder cannot be found.
 
         No weight is read.
         """
@@ -81,36 +97,40 @@ class BaseModel:
         except OSError as error:
             raise ValueError(f"{name} of {self.location} could not be read ({error})") from error
 
+    @property
+    def denoiser_type(self) -> Any:
+        """diffusers' class of the denoiser."""
+        return getattr(diffusers, self.family.denoiser_class)
+
     @cached_property
     def denoiser_config(self) -> dict[str, Any]:
         """The denoiser's config; no weight is read."""
-        kind = getattr(diffusers, self.family.denoiser_class)
-        return dict(
-            kind.load_config(self.location, subfolder=self.family.denoiser, revision=self.revision)
+        config = self.denoiser_type.load_config(
+            self.location, subfolder=self.family.denoiser, revision=self.revision
         )
+        return dict(config)
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """The autoencoder's config; no weight is read."""
-        return dict(diffusers.AutoencoderKL.load_config(**self._vae_source()))
+        source, where = self._vae_source
+        return dict(diffusers.AutoencoderKL.load_config(source, **where))
 
-    def _vae_source(self) -> dict[str, Any]:
+    @property
+    def _vae_source(self) -> tuple[str, dict[str, Any]]:
+        """The autoencoder's folder or hub id, and the arguments that say where in it."""
         if self.vae:
-            return {"pretrained_model_name_or_path": locate(self.vae)}
-        return {
-            "pretrained_model_name_or_path": self.location,
-            "subfolder": "vae",
-            "revision": self.revision,
-        }
+            return locate(self.vae), {}
+        return self.location, {"subfolder": "vae", "revision": self.revision}
 
     def load_vae(self, dtype: torch.dtype) -> Any:
         """The autoencoder that is used with this base model."""
-        return diffusers.AutoencoderKL.from_pretrained(**self._vae_source(), dtype=dtype)
+        source, where = self._vae_source
+        return diffusers.AutoencoderKL.from_pretrained(source, **where, dtype=dtype)
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         """The denoiser alone."""
-        kind = getattr(diffusers, self.family.denoiser_class)
-        return kind.from_pretrained(
+        return self.denoiser_type.from_pretrained(
             self.location,
             subfolder=self.family.denoiser,
             revision=self.revision,
@@ -122,12 +142,46 @@ class BaseModel:
     ) -> Any:
         """The text-to-image pipeline, with the autoencoder that is used with it.
 
+        The safety checker is off, as in published evaluations; so is the progress bar.
+
         Args:
             dtype: precision of the weights.
-            parts: components that replace the pipeline's own, which are then not loaded; None as a
-                component leaves it out.
+            parts: components in place of the pipeline's own, which are then not loaded. A component
+                that is None is left out.
+
+        Raises:
+            ValueError: for a pipeline that cannot be found or is of no known family.
         """
-        replaced = dict(parts or {})
-        if self.vae and "vae" not in replaced:
-            replaced["vae"] = self.load_vae(dtype)
-        return load_pipeline(self.source, self.revision, dtype, **replaced)
+        components = dict(parts or {})
+        if self.vae and "vae" not in components:
+            components["vae"] = self.load_vae(dtype)
+        if "safety_checker" in self.index:
+            components["safety_checker"] = None
+        pipeline_type = getattr(diffusers, self.family.pipeline)
+        pipe = pipeline_type.from_pretrained(
+            self.location, revision=self.revision, dtype=dtype, **components
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def check_autoencoder(source: str, revision: str | None = None) -> None:
+    """Raises ValueError where `source` is not a folder or hub id of an autoencoder.
+
+    No weight is read.
+    """
+    folder = Path(locate(source))
+    if (folder / "config.json").is_file():
+        return
+    if folder.exists() or not is_hub_id(source):
+        raise ValueError(
+            f"vae={source} is no autoencoder's folder: it has no config.json; give such a folder "
+            "or a hub id such as org/name"
+        )
+    try:
+        fetch(source, "config.json", revision)
+    except OSError as error:
+        raise ValueError(
+            f"the autoencoder {source} is no local folder and could not be read from the hub "
+            f"({error})"
+        ) from error

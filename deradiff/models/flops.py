@@ -1,6 +1,7 @@
-"""What training costs, and what realignment saves: FLOPs counted on the model's own config, GPU-hours from the clock.
+"""FLOPs of training, counted on the model's own config, and what realignment saves of them.
 
-A multiply-add counts as 2 FLOPs, as torch's counter has it; only matrix products, convolutions and attention are counted.
+A multiply-add counts as 2 FLOPs, as torch's counter does. Only matrix products, convolutions and
+attention are counted. Everything runs on the meta device: no memory and no arithmetic.
 """
 
 from __future__ import annotations
@@ -9,85 +10,88 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
+from deradiff.models.families import family_of_config
+
+DEFAULT_CLASS = "UNet2DConditionModel"
+"""The denoiser's class where a config does not name one."""
+
+BACKWARD_COST = {"full": 2, "lora": 1}
+"""A backward pass in forwards. `full`: gradients of activations and of weights. `lora`: gradients of
+activations alone; measured 1.14 on SD1.5 and 1.09 on SDXL, because attention has no weights."""
+
 
 def meta_denoiser(config: Mapping[str, Any]) -> Any:
-    """The network of a diffusers config, without weights (meta device); its class is the config's `_class_name`, by default a UNet."""
-    import diffusers
-    import torch
+    """The network of a diffusers config, without weights.
 
+    Args:
+        config: its `_class_name` is the network's class, by default a UNet.
+    """
+    network_type = getattr(diffusers, config.get("_class_name", DEFAULT_CLASS))
     with torch.device("meta"):
-        return getattr(diffusers, config.get("_class_name", "UNet2DConditionModel")).from_config(
-            dict(config)
-        )
+        return network_type.from_config(dict(config))
 
 
 def denoiser_inputs(
     config: Mapping[str, Any], height: int, width: int, tokens: int = 77
 ) -> dict[str, Any]:
-    """Meta tensors for one forward on one latent image (pixels / 8), under the names of the denoiser's forward."""
-    import torch
+    """Meta tensors for one forward on one latent image, by argument of the denoiser's `forward`.
 
-    zeros = lambda *shape: torch.zeros(1, *shape, device="meta")  # noqa: E731
-    kind = config.get("_class_name", "UNet2DConditionModel")
-    if (
-        kind == "FluxTransformer2DModel"
-    ):  # rows of 2 x 2 latents; every row and token has three coordinates
-        rows = (height // 2) * (width // 2)
-        ids = {"img_ids": zeros(rows, 3)[0], "txt_ids": zeros(tokens, 3)[0]} | (
-            {"guidance": zeros()} if config["guidance_embeds"] else {}
-        )
-        image, text = (
-            zeros(rows, config["in_channels"]),
-            zeros(tokens, config["joint_attention_dim"]),
-        )
-        pooled = {"pooled_projections": zeros(config["pooled_projection_dim"])}
-        return (
-            {"hidden_states": image, "encoder_hidden_states": text, "timestep": zeros()}
-            | pooled
-            | ids
-        )
-    image = zeros(config["in_channels"], height, width)
-    if kind == "SD3Transformer2DModel":
-        text, pooled = (
-            zeros(tokens, config["joint_attention_dim"]),
-            {"pooled_projections": zeros(config["pooled_projection_dim"])},
-        )
-        return {"hidden_states": image, "encoder_hidden_states": text, "timestep": zeros()} | pooled
-    added = {}
-    if config.get("addition_embed_type") == "text_time":
-        width_pooled = (
-            config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        )
-        added = {"added_cond_kwargs": {"text_embeds": zeros(width_pooled), "time_ids": zeros(6)}}
-    return {
-        "sample": image,
-        "timestep": zeros(),
-        "encoder_hidden_states": zeros(tokens, config["cross_attention_dim"]),
-    } | added
+    Args:
+        config: the denoiser's config.
+        height: of the latents (an image's pixels / 8 for the published autoencoders).
+        width: of the latents.
+        tokens: of the prompt.
+
+    Raises:
+        ValueError: for a network of no known family.
+    """
+    family = family_of_config({"_class_name": DEFAULT_CLASS, **config})
+    if family is None:
+        raise ValueError(f"a {config['_class_name']} belongs to no family that deradiff knows")
+    return _meta_tensors(family.input_shapes(config, height, width, tokens))
+
+
+def _meta_tensors(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, Mapping):
+            tensors[name] = _meta_tensors(shape)
+        else:
+            tensors[name] = torch.zeros(shape, device="meta")
+    return tensors
 
 
 def denoiser_flops(config: Mapping[str, Any], height: int, width: int, tokens: int = 77) -> float:
-    """FLOPs of one forward of a denoiser on one latent image, counted by torch without memory or arithmetic (meta device).
+    """FLOPs of one forward of a denoiser on one latent image.
 
-    config: of a `UNet2DConditionModel` (SD1.5's or SDXL's kind), `SD3Transformer2DModel` or `FluxTransformer2DModel`. height, width: of
-    the latents (pixels / 8 for the published autoencoders). tokens: length of the prompt. SDXL at 128 x 128: 6.76e12; SD1.5 at 64 x 64:
-    0.80e12.
+    SDXL at 128 x 128: 6.76e12; SD1.5 at 64 x 64: 0.80e12.
+
+    Args:
+        config: of a denoiser of any family.
+        height: of the latents.
+        width: of the latents.
+        tokens: of the prompt.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     denoiser = meta_denoiser(config)
+    inputs = denoiser_inputs(denoiser.config, height, width, tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        denoiser(**denoiser_inputs(denoiser.config, height, width, tokens))
+        denoiser(**inputs)
     return float(counter.get_total_flops())
 
 
 def encoder_flops(config: Mapping[str, Any], height: int, width: int) -> float:
-    """FLOPs of encoding one picture of height x width pixels with an `AutoencoderKL` of this config. SDXL's at 1024 x 1024: 4.88e12."""
-    import torch
-    from diffusers import AutoencoderKL
-    from torch.utils.flop_counter import FlopCounterMode
+    """FLOPs of encoding one image with an `AutoencoderKL`. SDXL's at 1024 x 1024: 4.88e12.
 
+    Args:
+        config: the autoencoder's config.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+    """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         AutoencoderKL.from_config(dict(config)).encode(torch.zeros(1, 3, height, width))
     return float(counter.get_total_flops())
@@ -101,17 +105,24 @@ def dpo_step_flops(
     stored_reference: bool = False,
     encoder: float = 0.0,
 ) -> float:
-    """FLOPs of one optimiser step of Diffusion-DPO on `pairs` pairs: 2 * pairs images, each counted in `forward_flops`.
+    """FLOPs of one optimiser step of Diffusion-DPO. The text encoders (under 2 %) are not counted.
 
-    The reference's forward costs 1 (0 where its errors are stored), ours 1, its backward 2 (`full`: gradients of activations and of
-    weights) or 1 (`lora`: of activations alone; measured 1.14 on SD1.5, 1.09 on SDXL, as attention has no weights), gradient checkpointing
-    1 (the forward again). encoder: FLOPs of encoding one image, where the autoencoder runs in the loop. The text encoders (under 2 % of
-    a forward) are not counted. Raises ValueError.
+    Args:
+        forward_flops: of one forward of the denoiser on one image.
+        pairs: of the step; each has two images.
+        method: `full` or `lora`.
+        checkpointing: gradient checkpointing, which repeats the forward.
+        stored_reference: the reference's errors are known, so that it is not evaluated.
+        encoder: FLOPs of encoding one image, where the autoencoder runs in the loop.
+
+    Raises:
+        ValueError: for an unknown method.
     """
-    backward = {"full": 2, "lora": 1}
-    if method not in backward:
+    if method not in BACKWARD_COST:
         raise ValueError(f"method must be lora or full, not {method!r}")
-    forwards = int(not stored_reference) + 1 + backward[method] + int(checkpointing)
+    reference = 0 if stored_reference else 1
+    recomputed = 1 if checkpointing else 0
+    forwards = reference + 1 + BACKWARD_COST[method] + recomputed
     return 2 * pairs * (forwards * forward_flops + encoder)
 
 
@@ -122,7 +133,14 @@ def gpu_hours(seconds: float, devices: int) -> float:
 
 @dataclass(frozen=True)
 class Savings:
-    """What n models cost aligned from scratch, and as one anchor realigned n - 1 times. The share saved is in percent."""
+    """What n models cost, aligned from scratch, and as one anchor realigned n - 1 times.
+
+    Attributes:
+        from_scratch: cost of all n models.
+        anchor: cost of the one that is trained.
+        saved: the difference.
+        percent: the difference as a share of `from_scratch`.
+    """
 
     from_scratch: float
     anchor: float
@@ -131,65 +149,15 @@ class Savings:
 
 
 def savings(anchor: float, others: Sequence[float]) -> Savings:
-    """Training cost saved by realigning one anchor instead of training `others` too; the unit (GPU-hours, FLOPs) is the caller's.
+    """Training cost that is saved by realigning one anchor instead of training `others`, too.
 
-    Sampling is not counted: mode `exact` evaluates two denoisers a step where a model aligned from scratch evaluates one.
+    Sampling is not counted: mode `exact` evaluates two denoisers a step where a model that was
+    aligned from scratch evaluates one.
+
+    Args:
+        anchor: cost of the anchor, in any unit (GPU-hours, FLOPs).
+        others: costs of the models that need not be trained.
     """
     total = anchor + sum(others)
-    return Savings(total, anchor, total - anchor, 100 * (total - anchor) / total if total else 0.0)
-
-
-@dataclass(frozen=True)
-class PublishedCost:
-    """The paper's row beside a count of the same recipe.
-
-    published_flops: stated; flops: counted, of the denoiser alone; ratio: counted over stated; with_everything: what the published
-    launcher executes, gradient checkpointing and autoencoder too. why: they differ, in words.
-    """
-
-    gpu_hours: float
-    published_flops: float
-    flops: float
-    ratio: float
-    with_everything: float
-    why: str
-
-
-def published_dpo(family: str = "sdxl") -> PublishedCost:
-    """What the paper states that one SDXL anchor costs (336 GPU-hours, 188.7 EFLOP), derived from the recipe. Raises ValueError."""
-    from deradiff.models.published import (
-        AUTOENCODER,
-        DENOISERS,
-        GPUS,
-        PAPER_EFLOPS,
-        PAPER_GPU,
-        PAPER_GPU_HOURS,
-        PAPER_UTILISATION,
-        RECIPES,
-    )
-
-    if family != "sdxl":
-        raise ValueError(f"the paper states the cost of an anchor for sdxl alone, not for {family}")
-    recipe, side, peak = (
-        RECIPES[family],
-        DENOISERS[family]["sample_size"],
-        GPUS[PAPER_GPU].tflops * 1e12,
-    )
-    forward, encoder = (
-        denoiser_flops(DENOISERS[family], side, side),
-        encoder_flops(AUTOENCODER, 8 * side, 8 * side),
-    )
-    flops = recipe.steps * dpo_step_flops(forward, recipe.pairs, "full")
-    executed = recipe.steps * dpo_step_flops(
-        forward, recipe.pairs, "full", recipe.checkpointing, encoder=encoder
-    )
-    stated, available = PAPER_EFLOPS * 1e18, PAPER_GPU_HOURS * 3600 * peak
-    why = (
-        f"{PAPER_EFLOPS:g} EFLOP is no count: it is {PAPER_GPU_HOURS:g} h at {PAPER_UTILISATION:.0%} of an A100's {peak / 1e12:g} TFLOP/s. "
-        f"The recipe is {recipe.steps} steps of {recipe.pairs} pairs, and an image costs four forwards of {forward / 1e12:.2f} TFLOP "
-        f"(the reference's 1, ours 1, backward 2): {flops / 1e18:.1f} EFLOP, {flops / stated - 1:+.0%}, which in {PAPER_GPU_HOURS:g} h is "
-        f"{flops / available:.0%} of the peak. With the launcher's gradient checkpointing (one forward more) and its autoencoder in the "
-        f"loop ({encoder / 1e12:.2f} TFLOP an image) it executes {executed / 1e18:.1f} EFLOP, {executed / available:.0%} of the peak, "
-        "which such training hardly reaches: the hours and the recipe are unlikely to be both as stated."
-    )
-    return PublishedCost(PAPER_GPU_HOURS, stated, flops, flops / stated, executed, why)
+    percent = 100 * (total - anchor) / total if total else 0.0
+    return Savings(from_scratch=total, anchor=anchor, saved=total - anchor, percent=percent)

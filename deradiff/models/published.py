@@ -1,13 +1,18 @@
-"""What is published of the recipes that deradiff follows, as numbers to count with: denoisers, pairs, data sets, GPUs, the paper's row."""
+"""What is published of the recipes that deradiff follows, as numbers to count with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# config.json of the published UNets, as far as it differs from UNet2DConditionModel's defaults
+from deradiff.models.flops import denoiser_flops, dpo_step_flops, encoder_flops
+
 DENOISERS: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd15": {
+        "sample_size": 64,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
     "sdxl": {
         "sample_size": 128,
         "cross_attention_dim": 2048,
@@ -22,18 +27,28 @@ DENOISERS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-AUTOENCODER: dict[str, Any] = {  # of both
+"""`config.json` of the published UNets, as far as it differs from UNet2DConditionModel's defaults."""
+
+AUTOENCODER: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 2,
     "latent_channels": 4,
 }
+"""The autoencoder's config of both."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A launcher of SalesforceAIResearch/DiffusionDPO. pairs: of one optimiser step."""
+class PublishedRun:
+    """A launcher of SalesforceAIResearch/DiffusionDPO.
+
+    Attributes:
+        steps: optimiser steps.
+        pairs: of one optimiser step.
+        optimizer: its name.
+        checkpointing: whether it uses gradient checkpointing.
+    """
 
     steps: int
     pairs: int
@@ -41,32 +56,60 @@ class Recipe:
     checkpointing: bool
 
 
-RECIPES = {
-    "sd15": Recipe(2000, 2048, "adamw", False),
-    "sdxl": Recipe(2000, 2048, "adafactor", True),
+PUBLISHED_RUNS = {
+    "sd15": PublishedRun(steps=2000, pairs=2048, optimizer="adamw", checkpointing=False),
+    "sdxl": PublishedRun(steps=2000, pairs=2048, optimizer="adafactor", checkpointing=True),
 }
 
 
 @dataclass(frozen=True)
 class GPU:
-    """tflops: 10^12 FLOP/s of dense 16-bit matrix products accumulated in fp32, of the maker's data sheet. memory: bytes."""
+    """A GPU, by its maker's data sheet.
+
+    Attributes:
+        tflops: 10^12 FLOP/s of dense 16-bit matrix products, accumulated in 32 bits.
+        memory: bytes; 0 where it is not needed.
+        reported_name: a part of the name that CUDA reports.
+    """
 
     tflops: float
     memory: float
+    reported_name: str
 
 
+# A name that contains another one's stands before it.
 GPUS = {
-    "A100-80GB": GPU(312.0, 80e9),
-    "H100-SXM": GPU(989.4, 80e9),
-    "H200": GPU(989.4, 141e9),
-    "L40S": GPU(362.0, 48e9),
-    "RTX-4090": GPU(165.2, 24e9),
+    "A100-80GB": GPU(312.0, 80e9, "A100"),
+    "H100-PCIe": GPU(756.0, 80e9, "H100 PCIe"),
+    "H100-SXM": GPU(989.4, 80e9, "H100"),
+    "H200": GPU(989.4, 141e9, "H200"),
+    "L40S": GPU(362.0, 48e9, "L40S"),
+    "A40": GPU(149.7, 48e9, "A40"),
+    "V100": GPU(125.0, 32e9, "V100"),
+    "RTX-4090": GPU(165.2, 24e9, "4090"),
 }
+
+COMPARED_GPUS = ("A100-80GB", "H100-SXM", "H200", "L40S", "RTX-4090")
+"""Those that tables of hours compare."""
+
+
+def peak_tflops(reported_name: str) -> float | None:
+    """10^12 FLOP/s of a GPU by the name that CUDA reports; None for an unknown GPU."""
+    for gpu in GPUS.values():
+        if gpu.reported_name in reported_name:
+            return gpu.tflops
+    return None
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """rows of the training split, ties and unlabelled ones too; captions: distinct ones, where known; bytes of the download."""
+    """A published set of preference pairs.
+
+    Attributes:
+        rows: of the training split, with ties and unlabelled rows.
+        captions: distinct ones; None where that is not published.
+        bytes: of the download.
+    """
 
     rows: int
     captions: int | None
@@ -74,9 +117,75 @@ class DataSet:
 
 
 DATA_SETS = {
-    "pickapic_v1": DataSet(583_747, None, 204e9),
-    "pickapic_v2": DataSet(959_040, 59_000, 335e9),
+    "pickapic_v1": DataSet(rows=583_747, captions=None, bytes=204e9),
+    "pickapic_v2": DataSet(rows=959_040, captions=59_000, bytes=335e9),
 }
 
-# DeRaDiff's row: one SDXL anchor aligned from scratch
-PAPER_GPU_HOURS, PAPER_EFLOPS, PAPER_GPU, PAPER_UTILISATION = 336.0, 188.7, "A100-80GB", 0.5
+# DeRaDiff's row: one SDXL anchor aligned from scratch.
+PAPER_FAMILY = "sdxl"
+PAPER_GPU_HOURS = 336.0
+PAPER_EFLOPS = 188.7
+PAPER_GPU = "A100-80GB"
+PAPER_UTILISATION = 0.5
+
+
+@dataclass(frozen=True)
+class PublishedCost:
+    """The paper's row beside a count of the same recipe.
+
+    Attributes:
+        gpu_hours: as stated.
+        published_flops: as stated.
+        flops: counted, of the denoiser alone.
+        ratio: counted over stated.
+        with_everything: counted of what the published launcher executes: gradient checkpointing and
+            the autoencoder, too.
+        why: why they differ, in words.
+    """
+
+    gpu_hours: float
+    published_flops: float
+    flops: float
+    ratio: float
+    with_everything: float
+    why: str
+
+
+def published_dpo(family: str = PAPER_FAMILY) -> PublishedCost:
+    """The paper's cost of one SDXL anchor (336 GPU-hours, 188.7 EFLOP), derived from the recipe.
+
+    Raises:
+        ValueError: for another family, of which the paper states no cost.
+    """
+    if family != PAPER_FAMILY:
+        raise ValueError(
+            f"the paper states the cost of an anchor for {PAPER_FAMILY} alone, not for {family}"
+        )
+    run = PUBLISHED_RUNS[family]
+    side = DENOISERS[family]["sample_size"]
+    peak = GPUS[PAPER_GPU].tflops * 1e12
+
+    # What one image costs
+    forward = denoiser_flops(DENOISERS[family], side, side)
+    encoder = encoder_flops(AUTOENCODER, 8 * side, 8 * side)
+
+    # What the run costs: as the paper counts, and with everything that the launcher executes
+    flops = run.steps * dpo_step_flops(forward, run.pairs, "full")
+    executed = run.steps * dpo_step_flops(
+        forward, run.pairs, "full", run.checkpointing, encoder=encoder
+    )
+    stated = PAPER_EFLOPS * 1e18
+    available = PAPER_GPU_HOURS * 3600 * peak
+    why = (
+        f"{PAPER_EFLOPS:g} EFLOP is no count: it is {PAPER_GPU_HOURS:g} h at "
+        f"{PAPER_UTILISATION:.0%} of an A100's {peak / 1e12:g} TFLOP/s. "
+        f"The recipe is {run.steps} steps of {run.pairs} pairs, and an image costs four forwards "
+        f"of {forward / 1e12:.2f} TFLOP (the reference's 1, ours 1, backward 2): "
+        f"{flops / 1e18:.1f} EFLOP, {flops / stated - 1:+.0%}, which in {PAPER_GPU_HOURS:g} h is "
+        f"{flops / available:.0%} of the peak. With the launcher's gradient checkpointing (one "
+        f"forward more) and its autoencoder in the loop ({encoder / 1e12:.2f} TFLOP an image) it "
+        f"executes {executed / 1e18:.1f} EFLOP, {executed / available:.0%} of the peak, "
+        "which such training hardly reaches: the hours and the recipe are unlikely to be both as "
+        "stated."
+    )
+    return PublishedCost(PAPER_GPU_HOURS, stated, flops, flops / stated, executed, why)

@@ -1,26 +1,48 @@
-"""What a training run will need before it is started: FLOPs, hours, memory and disk, counted on the denoiser's config without a weight."""
+"""What a training run needs, known before it starts: FLOPs, hours, memory and disk.
+
+All of it is counted on the denoiser's config; no weight is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.nn import functional as F
+
 from deradiff.models.flops import denoiser_flops, denoiser_inputs, dpo_step_flops, meta_denoiser
 
-UTILISATION = (
-    0.4  # of a GPU's peak, assumed; measure it with `python -m benchmarks.train` on the GPU itself
-)
-HALF, SINGLE = 2, 4  # bytes
+UTILISATION = 0.4
+"""Share of a GPU's peak, assumed; `python -m benchmarks.train` measures it on the GPU itself."""
+
+HALF = 2
+"""Bytes of a number in half precision."""
+
+SINGLE = 4
+"""Bytes of a number in single precision."""
+
+OPTIMIZER_BYTES = {"adamw": 2 * SINGLE, "adamw8bit": 2}
+"""Bytes of optimiser state for each trained number."""
 
 
 @dataclass(frozen=True)
-class Needs:
-    """flops: of the whole run, recomputation too. hours: device-hours, at the assumed utilisation. The others: bytes on one device.
+class Requirements:
+    """What a run needs. Memory is in bytes on one device, without sharding.
 
-    weights: frozen ones in half precision, trained ones in single, and autocast's copies of these. activations: what autograd keeps of one
-    micro-batch for its backward, all of it in half precision: a lower bound, since autocast keeps norms in single precision, and kernels'
-    workspaces, the recomputation of one block and fragmentation come on top.
+    Attributes:
+        parameters: numbers of the denoiser.
+        trained: those of them, or of the LoRA, that are trained.
+        flops: of the whole run, with recomputation.
+        hours: device-hours at the assumed utilisation.
+        weights: frozen ones in half precision, trained ones in single, and autocast's copies.
+        gradients: of the trained weights.
+        optimizer: its state.
+        activations: what autograd keeps of one micro-batch for its backward, all of it in half
+            precision. This is a lower bound: autocast keeps norms in single precision, and kernels'
+            workspaces, the recomputation of one block and fragmentation come on top.
     """
 
     parameters: int
@@ -38,7 +60,7 @@ class Needs:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def dpo_needs(
+def dpo_requirements(
     config: Mapping[str, Any],
     height: int,
     width: int,
@@ -54,12 +76,29 @@ def dpo_needs(
     tokens: int = 77,
     lora: Any = None,
     utilisation: float = UTILISATION,
-) -> Needs:
-    """Needs of Diffusion-DPO in mixed precision, latents and text embeddings cached, on devices of `tflops` x 10^12 FLOP/s.
+) -> Requirements:
+    """Requirements of Diffusion-DPO in mixed precision, latents and text embeddings cached.
 
-    config, height, width, tokens: as `denoiser_flops`. pairs: of one optimiser step. batch: pairs of one micro-batch. lora: a peft
-    LoraConfig, for method `lora`. optimizer: adamw, adafactor (its second moment factored) or adamw8bit. Raises ValueError.
+    Args:
+        config: of the denoiser.
+        height: of the latents.
+        width: of the latents.
+        steps: optimiser steps.
+        pairs: of one optimiser step.
+        tflops: peak of a device, in 10^12 FLOP/s.
+        method: `full` or `lora`.
+        optimizer: `adamw`, `adafactor` (its second moment factored) or `adamw8bit`.
+        checkpointing: gradient checkpointing.
+        stored_reference: the reference's errors are known.
+        batch: pairs of one micro-batch.
+        tokens: of a prompt.
+        lora: a peft LoraConfig, for method `lora`.
+        utilisation: share of the peak that is reached.
+
+    Raises:
+        ValueError: for an unknown method or optimiser.
     """
+    # The network, and what of it is trained
     network = meta_denoiser(config)
     parameters = sum(p.numel() for p in network.parameters())
     if method == "lora":
@@ -67,51 +106,91 @@ def dpo_needs(
         network.add_adapter(lora)
     trained = [p for p in network.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
+
+    # Arithmetic
     forward = denoiser_flops(config, height, width, tokens)
     flops = steps * dpo_step_flops(forward, pairs, method, checkpointing, stored_reference)
-    if method == "lora":  # one network, reference with its adapter off
+    hours = flops / (tflops * 1e12 * utilisation) / 3600
+
+    # Memory. A LoRA's reference is the same network with the adapter off
+    if method == "lora":
         weights = HALF * parameters + (HALF + SINGLE) * count
     else:
-        weights = (HALF + SINGLE) * parameters + (0 if stored_reference else HALF * parameters)
-    return Needs(
+        reference = 0 if stored_reference else HALF * parameters
+        weights = (HALF + SINGLE) * parameters + reference
+    inputs = denoiser_inputs(network.config, height, width, tokens)
+    kept = activation_bytes(network, inputs, checkpointing)
+    return Requirements(
         parameters=parameters,
         trained=count,
         flops=flops,
-        hours=flops / (tflops * 1e12 * utilisation) / 3600,
+        hours=hours,
         weights=weights,
         gradients=SINGLE * count,
-        optimizer=_optimizer_bytes([p.shape for p in trained], optimizer),
-        activations=2
-        * batch
-        * _kept(network, denoiser_inputs(network.config, height, width, tokens), checkpointing),
+        optimizer=optimizer_bytes([p.shape for p in trained], optimizer),
+        activations=2 * batch * kept,
     )
 
 
-def _optimizer_bytes(shapes: list[Any], optimizer: str) -> float:
-    if (
-        optimizer == "adafactor"
-    ):  # Shazeer and Stern 2018: a row and a column for each matrix, as transformers has it; no first moment
-        return SINGLE * sum(
-            s.numel() // s[-1] + s.numel() // s[-2] if len(s) > 1 else s.numel() for s in shapes
-        )
-    each = {"adamw": 2 * SINGLE, "adamw8bit": 2}
-    if optimizer not in each:
+def optimizer_bytes(shapes: list[torch.Size], optimizer: str) -> float:
+    """Bytes of an optimiser's state for weights of these shapes. Raises ValueError if unknown."""
+    if optimizer == "adafactor":
+        return SINGLE * sum(_factored_size(shape) for shape in shapes)
+    if optimizer not in OPTIMIZER_BYTES:
         raise ValueError(f"the optimizer must be adamw, adafactor or adamw8bit, not {optimizer!r}")
-    return each[optimizer] * sum(s.numel() for s in shapes)
+    return OPTIMIZER_BYTES[optimizer] * sum(shape.numel() for shape in shapes)
 
 
-def _kept(network: Any, inputs: dict[str, Any], checkpointing: bool) -> float:
-    """Bytes that one image's forward keeps for the backward, in half precision, attention fused (no matrix of weights is kept)."""
-    import torch
-    from torch.nn import functional as F
+def _factored_size(shape: torch.Size) -> int:
+    """Numbers of Adafactor's second moment: a row and a column for each matrix.
 
-    kept: dict[int, int] = {}
-    torch.nn.Module.to(
-        network.train(), torch.bfloat16
-    )  # diffusers' own `to` would warn of its fp32 modules
+    Shazeer and Stern 2018, as transformers has it; there is no first moment.
+    """
+    if len(shape) < 2:
+        return shape.numel()
+    return shape.numel() // shape[-1] + shape.numel() // shape[-2]
+
+
+class FusedAttention(torch.autograd.Function):
+    """Stands for a fused attention kernel: it keeps query, key, value and its output."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+        """An empty output of attention's shape."""
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """torch's attention replaced by `FusedAttention`, which keeps no matrix of weights."""
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        return FusedAttention.apply(query, key, value)
+
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def activation_bytes(network: Any, inputs: dict[str, Any], checkpointing: bool) -> float:
+    """Bytes that one image's forward keeps for the backward, in half precision, attention fused.
+
+    Args:
+        network: on the meta device.
+        inputs: meta tensors by argument of its `forward`.
+        checkpointing: gradient checkpointing.
+    """
+    # diffusers' own `to` would warn of modules that it keeps in single precision
+    torch.nn.Module.to(network.train(), torch.bfloat16)
     if checkpointing:
         network.enable_gradient_checkpointing()
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, int] = {}
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
@@ -119,49 +198,49 @@ def _kept(network: Any, inputs: dict[str, Any], checkpointing: bool) -> float:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    class Fused(torch.autograd.Function):
-        """Stands for a fused attention kernel: it keeps query, key, value and its output."""
+    def take(tensor: Any) -> Any:
+        return tensor
 
-        @staticmethod
-        def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
-            out = query.new_empty(*query.shape[:-1], value.shape[-1])
-            ctx.save_for_backward(query, key, value, out)
-            return out
-
-    half = {k: _halved(v) for k, v in inputs.items()}
-    usual = F.scaled_dot_product_attention
-    try:
-        F.scaled_dot_product_attention = lambda query, key, value, *a, **k: Fused.apply(
-            query, key, value
-        )  # type: ignore[assignment]
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            network(**half)
-    finally:
-        F.scaled_dot_product_attention = usual
+    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, take):
+        network(**_in_half_precision(inputs))
     return float(sum(kept.values()))
 
 
-def _halved(value: Any) -> Any:
-    import torch
-
-    return (
-        {k: _halved(v) for k, v in value.items()}
-        if isinstance(value, dict)
-        else value.to(torch.bfloat16)
-    )
+def _in_half_precision(inputs: dict[str, Any]) -> dict[str, Any]:
+    halved: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            halved[name] = _in_half_precision(value)
+        else:
+            halved[name] = value.to(torch.bfloat16)
+    return halved
 
 
 def cache_bytes(
-    config: Mapping[str, Any], height: int, width: int, images: int, captions: int, tokens: int = 77
+    config: Mapping[str, Any],
+    height: int,
+    width: int,
+    images: int,
+    captions: int,
+    tokens: int = 77,
 ) -> float:
-    """Disk, in bytes, of the cached latents of `images` pictures and the text embeddings of `captions` captions, in half precision."""
+    """Disk, in bytes, of cached latents and text embeddings in half precision.
+
+    Args:
+        config: of the denoiser.
+        height: of the latents.
+        width: of the latents.
+        images: latents that are cached.
+        captions: captions whose embeddings are cached.
+        tokens: of a caption.
+    """
     inputs = denoiser_inputs(meta_denoiser(config).config, height, width, tokens)
-    latents = inputs["sample" if "sample" in inputs else "hidden_states"].numel()
-    pooled = inputs.get(
-        "pooled_projections", inputs.get("added_cond_kwargs", {}).get("text_embeds")
-    )
-    text = inputs["encoder_hidden_states"].numel() + (0 if pooled is None else pooled.numel())
-    return HALF * (float(images) * latents + float(captions) * text)
+    image = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
+    text = inputs["encoder_hidden_states"].numel()
 
-
-PROMPT_TOKENS = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "flux": 512}  # as the pipelines encode
+    # The pooled embedding, where the family has one
+    added = inputs.get("added_cond_kwargs", {})
+    pooled = inputs.get("pooled_projections", added.get("text_embeds"))
+    if pooled is not None:
+        text += pooled.numel()
+    return HALF * (float(images) * image.numel() + float(captions) * text)

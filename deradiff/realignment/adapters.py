@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.anchors.lora_files import LoraWeights
-from deradiff.models.families import family_of, unwrapped
+from deradiff.models.families import family_of
+from deradiff.models.family import unwrapped
 
 OURS = "deradiff_"  # how the adapters of anchors are called
 

@@ -25,7 +25,9 @@ from deradiff.anchors.anchor import (
 )
 from deradiff.files import anchor_digest, locate, write_atomic
 from deradiff.method.lambdas import validated
-from deradiff.models.families import Family, checkpoint_family, family_of, model_index
+from deradiff.models.base_model import BaseModel
+from deradiff.models.families import family_of
+from deradiff.models.family import Family
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.networks import FullAnchor, base_parameters
 
@@ -58,7 +60,7 @@ def bake(
         )
     if base is None:
         base, base_revision = anchor.card.base_model, anchor.card.base_revision  # type: ignore[union-attr]
-    family = checkpoint_family(base, base_revision)
+    family = BaseModel(base, base_revision).family
     check_anchor_family(anchor, family.name)
     made_from = {
         "anchor": anchor.source,
@@ -108,7 +110,7 @@ def _denoiser_alone(base: str, revision: str | None, family: Family) -> Any:
     """The base's pipeline without its text encoders and autoencoder: baking needs their names, not their gigabytes."""
     import diffusers
 
-    index = model_index(base, revision)
+    index = BaseModel(base, revision).index
     unneeded = [
         name
         for name, value in index.items()

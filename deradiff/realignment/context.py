@@ -13,7 +13,8 @@ from torch import nn
 
 from deradiff.anchors.anchor import Anchor, check_anchor_family
 from deradiff.method.lambdas import Lambda
-from deradiff.models.families import family_of, unwrapped
+from deradiff.models.families import family_of
+from deradiff.models.family import unwrapped
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.dial import Dial, checked_lams

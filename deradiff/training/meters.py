@@ -14,33 +14,21 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deradiff.files import write_atomic
+from deradiff.models.published import peak_tflops
 from deradiff.training.objectives.base import Batch
 from deradiff.training.options import TrainingOptions
 
 Metrics = dict[str, float]
 BANDS = 4  # of time; their names count timesteps, from 0 (data) to 1000 (noise)
 BLAMED = 4  # pairs that an error names at most
-PEAK_FLOPS = {  # a part of CUDA's name of a GPU: its FLOPs a second, dense, half precision
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "V100": 125e12,
-    "4090": 165e12,
-}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOPs a second of one device in half precision, or None where that is unknown."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for part, peak in PEAK_FLOPS.items():
-        if part in name:
-            return peak
-    return None
+    tflops = peak_tflops(torch.cuda.get_device_name(device))
+    return None if tflops is None else tflops * 1e12
 
 
 def peak_memory(device: torch.device) -> float:

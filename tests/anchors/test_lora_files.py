@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from deradiff.anchors.anchor import AnchorCard, load_anchor, save_anchor
-from deradiff.models.families import FAMILIES, denoise, encode_prompts, latent_shape
+from deradiff.models.families import FAMILIES, family_of
 from deradiff.realignment.context import realign
 from tests.support.realign_world import BASES
 from tests.support.tiny_pipelines import tiny_lora
@@ -27,9 +27,12 @@ def denoiser_of(family):
 
 def said(pipe, denoiser):
     """What a denoiser answers to one question."""
-    x = torch.randn(1, *latent_shape(pipe, 64), generator=torch.Generator().manual_seed(0))
+    family = family_of(pipe)
+    shape = family.latent_shape(pipe, 64)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return denoise(denoiser, x, torch.tensor([401.0]), encode_prompts(pipe, ["a cat"]), 64)
+        conditioning = family.encode_prompts(pipe, ["a cat"])
+        return family.denoise(denoiser, x, torch.tensor([401.0]), conditioning, 64)
 
 
 def factors(lora):

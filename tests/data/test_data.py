@@ -215,14 +215,14 @@ def test_a_scorer_labels_pairs_of_one_caption(tmp_path):
 
 def test_cache_holds_what_the_pipeline_encodes_and_goes_on_where_it_stopped(tmp_path, pair_file):
     from deradiff.data.cache import encode_images
-    from deradiff.models.families import encode_prompts
+    from deradiff.models.families import family_of
 
     pipe, pairs = tiny_pipeline("sdxl"), Pairs(str(pair_file))
     cache = Cache(tmp_path / "cache", "sdxl", pairs, resolution=64)
     cache.build(lambda: pipe)
     images = torch.stack([pixels(p, 64) for p in pairs.pictures(1)])
     torch.testing.assert_close(cache.latents(1), encode_images(pipe.vae, images))
-    texts, expected = cache.texts(["b", ""]), encode_prompts(pipe, ["b", ""])
+    texts, expected = cache.texts(["b", ""]), family_of(pipe).encode_prompts(pipe, ["b", ""])
     assert set(texts) == set(expected) == {"encoder_hidden_states", "text_embeds"}
     for key in texts:
         torch.testing.assert_close(texts[key], expected[key])

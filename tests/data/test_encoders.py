@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deradiff.data.encoders import described_encoders, encoders_key
-from deradiff.models.families import encode_prompts, family_of, latent_shape, load_pipeline
+from deradiff.models.base_model import BaseModel
+from deradiff.models.families import family_of
 from tests.support.tiny_pipelines import save_tiny
 from tests.support.train_runs import go
 from train.config import FinetuneConfig
@@ -31,7 +32,9 @@ def edit(file, **keys):
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
-def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_else(base_folder, tmp_path):
+def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_else(
+    base_folder, tmp_path
+):
     before = encoders_key(str(base_folder))
     for name, change in {
         "vae": lambda b: rewrite(
@@ -82,7 +85,7 @@ def test_a_hub_model_is_told_by_its_commit(monkeypatch, tmp_path):
         )
         return file
 
-    for module in ("models.families", "data.encoders"):
+    for module in ("models.base_model", "data.encoders"):
         monkeypatch.setattr(f"deradiff.{module}.fetch", fetch)
     assert (
         encoders_key("a/b") == "vae=AutoencoderKL a/b@bmain"
@@ -94,14 +97,16 @@ def test_a_hub_model_is_told_by_its_commit(monkeypatch, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(family, tmp_path):
     folder = str(save_tiny(family, tmp_path))
-    whole = load_pipeline(folder)
+    whole = BaseModel(str(folder)).load_pipeline()
     name = family_of(whole).denoiser
-    encodes = load_pipeline(folder, **{name: None})
-    for key, rows in encode_prompts(whole, ["a", ""]).items():
-        assert torch.equal(rows, encode_prompts(encodes, ["a", ""])[key])
-    trains = load_pipeline(folder, **described_encoders(folder, None, None, torch.bfloat16))
+    encodes = BaseModel(str(folder)).load_pipeline(parts={name: None})
+    for key, rows in family_of(whole).encode_prompts(whole, ["a", ""]).items():
+        assert torch.equal(rows, family_of(encodes).encode_prompts(encodes, ["a", ""])[key])
+    described = described_encoders(folder, None, None, torch.bfloat16)
+    trains = BaseModel(str(folder)).load_pipeline(parts=described)
     assert (
-        latent_shape(trains, 64) == latent_shape(whole, 64) and trains.vae.dtype == torch.bfloat16
+        family_of(trains).latent_shape(trains, 64) == family_of(whole).latent_shape(whole, 64)
+        and trains.vae.dtype == torch.bfloat16
     )
     assert all(p.is_meta for p in trains.vae.parameters())
     assert [n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)].count(

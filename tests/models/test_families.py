@@ -12,17 +12,8 @@ import torch
 from huggingface_hub import constants
 
 from deradiff import hub
-from deradiff.models.families import (
-    FAMILIES,
-    base_commit,
-    check_autoencoder,
-    checkpoint_family,
-    denoise,
-    encode_prompts,
-    family_of,
-    latent_shape,
-    load_pipeline,
-)
+from deradiff.models.base_model import BaseModel, check_autoencoder
+from deradiff.models.families import FAMILIES, family_of
 from tests.support.tiny_pipelines import (
     KINDS,
     SIDE,
@@ -103,8 +94,8 @@ def test_the_denoiser_decides_too(family, other):
 def test_a_saved_pipeline_is_under_a_megabyte_and_loads(saved, family, pipes):
     folder = saved[family]
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 1_000_000
-    assert checkpoint_family(str(folder)).name == family and base_commit(str(folder), "v1") == "v1"
-    pipe, name = load_pipeline(str(folder), dtype=torch.bfloat16), FAMILIES[family].denoiser
+    assert BaseModel(str(folder)).family.name == family
+    pipe, name = BaseModel(str(folder)).load_pipeline(torch.bfloat16), FAMILIES[family].denoiser
     assert family_of(pipe).name == family and getattr(pipe, name).dtype == torch.bfloat16
     ours, theirs = getattr(pipes[family], name).state_dict(), getattr(pipe, name).state_dict()
     assert all(torch.equal(ours[key].bfloat16(), theirs[key]) for key in ours)
@@ -117,7 +108,7 @@ def test_a_checkpoint_saved_as_another_kind_loads_as_text_to_image(saved, tmp_pa
         ("StableDiffusionXLImg2ImgPipeline", "sdxl"),
     ]:
         (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
-        assert checkpoint_family(str(tmp_path)).name == family
+        assert BaseModel(str(tmp_path)).family.name == family
     for changed in (
         {"_class_name": "StableDiffusionUpscalePipeline"},
         {"unet": ["diffusers", "UNet3DConditionModel"]},
@@ -125,7 +116,7 @@ def test_a_checkpoint_saved_as_another_kind_loads_as_text_to_image(saved, tmp_pa
     ):
         (tmp_path / "model_index.json").write_text(json.dumps(index | changed))
         with pytest.raises(ValueError, match="belongs to no family"):
-            checkpoint_family(str(tmp_path))
+            BaseModel(str(tmp_path)).family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,7 +127,9 @@ def test_training_asks_the_denoiser_what_its_pipeline_asks_it(pipes, family):
     listen = denoiser.register_forward_hook(
         lambda _, args, kwargs, output: heard.append((args, kwargs, output[0])), with_kwargs=True
     )
-    x = torch.randn(2, *latent_shape(pipe, 64), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        2, *FAMILIES[family].latent_shape(pipe, 64), generator=torch.Generator().manual_seed(0)
+    )
     flux = {"guidance_scale": 3.5} if family == "flux" else {"guidance_scale": 1.0}
     latents = type(pipe)._pack_latents(x, *x.shape) if family == "flux" else x
     pipe(
@@ -151,7 +144,8 @@ def test_training_asks_the_denoiser_what_its_pipeline_asks_it(pipes, family):
     listen.remove()
     (_, _, output), time_ = heard[0], pipe.scheduler.timesteps[0].expand(2)
     with torch.no_grad():
-        ours = denoise(denoiser, x, time_, encode_prompts(pipe, ["a cat", "two dogs"]), 64)
+        conditioning = FAMILIES[family].encode_prompts(pipe, ["a cat", "two dogs"])
+        ours = FAMILIES[family].denoise(denoiser, x, time_, conditioning, 64)
     theirs = type(pipe)._unpack_latents(output, 64, 64, 8) if family == "flux" else output
     assert ours.shape == x.shape
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -161,20 +155,21 @@ def test_training_asks_the_denoiser_what_its_pipeline_asks_it(pipes, family):
     ("family", "channels"), [("sd15", 4), ("sdxl", 4), ("sd3", 16), ("flux", 16)]
 )
 def test_latents_have_the_familys_shape(pipes, family, channels):
-    assert latent_shape(pipes[family], 64) == (channels, SIDE, SIDE)
+    assert FAMILIES[family].latent_shape(pipes[family], 64) == (channels, SIDE, SIDE)
     with pytest.raises(
-        ValueError, match=f"multiples of {FAMILIES[family].multiple} pixels, and 63 is none"
+        ValueError, match=f"multiples of {FAMILIES[family].multiple} pixels, and 63 is not one"
     ):
-        latent_shape(pipes[family], 63)
+        FAMILIES[family].latent_shape(pipes[family], 63)
 
 
 def test_oblong_latents_keep_their_rows_and_columns(pipes):
     """FLUX tells a patch from its place; a transposed picture is another question."""
     pipe, x = pipes["flux"], torch.randn(1, 16, 4, 8, generator=torch.Generator().manual_seed(0))
-    texts = encode_prompts(pipe, ["x"])
+    flux = FAMILIES["flux"]
+    texts = flux.encode_prompts(pipe, ["x"])
     with torch.no_grad():
-        wide = denoise(pipe.transformer, x, torch.tensor([500.0]), texts, 64)
-        high = denoise(
+        wide = flux.denoise(pipe.transformer, x, torch.tensor([500.0]), texts, 64)
+        high = flux.denoise(
             pipe.transformer, x.transpose(2, 3).contiguous(), torch.tensor([500.0]), texts, 64
         )
     assert wide.shape == x.shape and not torch.allclose(wide, high.transpose(2, 3), atol=1e-3)
@@ -193,23 +188,24 @@ class TestHub:
         return repo
 
     def test_the_cached_copy_serves_where_nobody_answers(self, cache):
-        assert checkpoint_family("org/base").name == "sd15"
-        assert base_commit("org/base") == "0123456789abcdef0123456789abcdef01234567"
+        assert BaseModel("org/base").family.name == "sd15"
+        commit = hub.commit_of(BaseModel("org/base").index_file)
+        assert commit == "0123456789abcdef0123456789abcdef01234567"
         repo, names = hub.listing("org/base")
         assert repo.endswith("4567") and "unet/config.json" in names
 
     def test_nothing_is_waited_for(self, cache, monkeypatch):
         calls = []
         monkeypatch.setattr(
-            "huggingface_hub.get_hf_file_metadata",
+            "deradiff.hub.get_hf_file_metadata",
             lambda url, timeout: calls.append((url, timeout)) or _unreachable(),
         )
         monkeypatch.setattr(
-            "huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("this one retries")
+            "deradiff.hub.hf_hub_download", lambda *_, **__: pytest.fail("this one retries")
         )
         start = time.monotonic()
         for missing in (
-            lambda: checkpoint_family("org/none"),
+            lambda: BaseModel("org/none").family,
             lambda: check_autoencoder("org/none"),
         ):
             with pytest.raises(
@@ -217,17 +213,17 @@ class TestHub:
                 match=r"org/none is no local folder and could not be read from the hub \(ConnectTimeout\)",
             ):
                 missing()
-        assert checkpoint_family("org/base").name == "sd15" and len(calls) == 3
+        assert BaseModel("org/base").family.name == "sd15" and len(calls) == 3
         assert time.monotonic() - start < 2 and all(timeout <= 10 for _, timeout in calls)
 
     def test_an_answering_hub_is_asked_for_the_file(self, cache, monkeypatch):
         file = cache / "snapshots" / "0123456789abcdef0123456789abcdef01234567" / "model_index.json"
         monkeypatch.setattr(
-            "huggingface_hub.get_hf_file_metadata",
+            "deradiff.hub.get_hf_file_metadata",
             lambda url, timeout: SimpleNamespace(commit_hash="new"),
         )
-        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name, **_: str(file))
-        assert checkpoint_family("org/other", "v2").name == "sd15"
+        monkeypatch.setattr("deradiff.hub.hf_hub_download", lambda repo, name, **_: str(file))
+        assert BaseModel("org/other", "v2").family.name == "sd15"
 
 
 def _unreachable():
@@ -239,4 +235,4 @@ def _unreachable():
 @pytest.mark.parametrize("base", ["./none", "runs/train/none", "none", "a/b/c"])
 def test_a_base_that_is_no_folder_and_no_id_is_told_at_once(base):
     with pytest.raises(ValueError, match="there is no pipeline folder"):
-        checkpoint_family(base)
+        BaseModel(base).family

@@ -14,10 +14,9 @@ from deradiff.models.flops import (
     encoder_flops,
     gpu_hours,
     meta_denoiser,
-    published_dpo,
     savings,
 )
-from deradiff.models.published import AUTOENCODER, DENOISERS
+from deradiff.models.published import AUTOENCODER, DENOISERS, published_dpo
 from tests.support.tiny_pipelines import tiny_unet
 
 SD15, SDXL = DENOISERS["sd15"], DENOISERS["sdxl"]

@@ -6,15 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from deradiff.models.published import DATA_SETS, DENOISERS, GPUS, RECIPES
-from deradiff.models.requirements import cache_bytes, dpo_needs
+from deradiff.models.published import DATA_SETS, DENOISERS, GPUS, PUBLISHED_RUNS
+from deradiff.models.requirements import cache_bytes, dpo_requirements
 from tests.support.tiny_pipelines import tiny_unet
 
 LORA = LoraConfig(r=4, target_modules=["to_q", "to_v"])
 
 
 def needs(unet, **settings):
-    return dpo_needs(unet.config, 16, 16, 10, 8, 312, tokens=20, **settings)
+    return dpo_requirements(unet.config, 16, 16, 10, 8, 312, tokens=20, **settings)
 
 
 def kept_by(unet) -> int:
@@ -136,7 +136,7 @@ def test_the_cache_holds_latents_and_texts_in_half_precision():
 
 
 def test_every_published_recipe_has_what_it_is_counted_on():
-    assert set(RECIPES) == set(DENOISERS) and all(
+    assert set(PUBLISHED_RUNS) == set(DENOISERS) and all(
         gpu.tflops > 100 and gpu.memory >= 24e9 for gpu in GPUS.values()
     )
     assert DATA_SETS["pickapic_v2"].rows > DATA_SETS["pickapic_v1"].rows

@@ -13,7 +13,13 @@ from deradiff.realignment.bake import bake
 from deradiff.realignment.context import realign
 from sample.config import SampleConfig
 from sample.stage import run
-from tests.support.tiny_pipelines import perturbed_denoiser, save_tiny, tiny_lora, tiny_pipeline
+from tests.support.tiny_pipelines import (
+    VISIBLE,
+    perturbed_denoiser,
+    save_tiny,
+    tiny_lora,
+    tiny_pipeline,
+)
 
 LAM = 0.6
 
@@ -29,7 +35,7 @@ def tiny(tmp_path_factory):
         )
         networks = {
             "full": perturbed_denoiser(denoiser, 0.3),
-            "lora": tiny_lora(denoiser, scale=0.5),
+            "lora": tiny_lora(denoiser, scale=VISIBLE),
         }
         networks |= {"dora": tiny_lora(denoiser, use_dora=True)} if family == "sd15" else {}
         for name, network in networks.items():

@@ -12,7 +12,7 @@ import sample.stage
 from configs.entry import CONFIGS
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
-from sample.config import DEFAULTS, SampleConfig
+from sample.config import SAMPLING_DEFAULTS, SampleConfig
 from sample.stage import resolve, run
 from tests.support.tiny_pipelines import save_tiny, tiny_denoiser, tiny_lora, tiny_pipeline
 
@@ -268,7 +268,8 @@ def test_the_commands_of_the_readme_compose():
     )
     for name in ("sd3", "flux"):
         assert (
-            composed("anchor=x", f"model={name}").run_name() == f"x-exact-{DEFAULTS[name].sampler}"
+            composed("anchor=x", f"model={name}").run_name()
+            == f"x-exact-{SAMPLING_DEFAULTS[name].sampler}"
         )
     assert composed("anchor=x", "model=shapes").model.base == "asset:shapes/base"
     assert composed("anchor=x").model.base is None and composed("anchor=x").tracking.kind == "wandb"

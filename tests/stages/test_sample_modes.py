@@ -13,11 +13,17 @@ from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.data.prompts import prompt_id
 from deradiff.models.families import FAMILIES
-from sample.config import DEFAULTS, SAMPLERS, SampleConfig
+from sample.config import SAMPLERS, SAMPLING_DEFAULTS, SampleConfig
 from sample.manifest import image_path
 from sample.sampling import generator_seed, load_sampler
 from sample.stage import resolve, run
-from tests.support.tiny_pipelines import perturbed_denoiser, save_tiny, tiny_lora, tiny_pipeline
+from tests.support.tiny_pipelines import (
+    VISIBLE,
+    perturbed_denoiser,
+    save_tiny,
+    tiny_lora,
+    tiny_pipeline,
+)
 
 PROMPTS = ["a red fox", "a blue cat"]
 
@@ -31,7 +37,7 @@ def tiny(tmp_path_factory):
         denoiser = getattr(pipe, FAMILIES[family].denoiser)
         for method, anchor in (
             ("full", perturbed_denoiser(denoiser, 0.3)),
-            ("lora", tiny_lora(denoiser, scale=0.5)),
+            ("lora", tiny_lora(denoiser, scale=VISIBLE)),
         ):
             card = AnchorCard(base_model=str(base), family=family, method=method, beta=2000.0)
             save_anchor(folder / f"{family}-{method}/anchor", anchor, card)
@@ -228,7 +234,7 @@ def test_the_user_reads_once_and_before_the_first_image_what_realign_would_warn_
 
 
 def test_the_defaults_name_samplers_that_exist():
-    for name, defaults in DEFAULTS.items():
+    for name, defaults in SAMPLING_DEFAULTS.items():
         assert SAMPLERS[defaults.sampler].flow == (
             FAMILIES[name].flow if name in FAMILIES else False
         )

@@ -23,7 +23,13 @@ from sample.config import SampleConfig
 from sample.manifest import image_path, intact, merge, save_image
 from sample.sampling import generator_seed, load_sampler, make_scheduler, timesteps_digest
 from sample.stage import run
-from tests.support.tiny_pipelines import perturbed_denoiser, save_tiny, tiny_lora, tiny_pipeline
+from tests.support.tiny_pipelines import (
+    VISIBLE,
+    perturbed_denoiser,
+    save_tiny,
+    tiny_lora,
+    tiny_pipeline,
+)
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red fox", "🦊/../fox", "a red fox"]
@@ -37,7 +43,7 @@ def tiny(tmp_path_factory):
         base, unet = save_tiny(family, folder / f"{family}-base"), tiny_pipeline(family).unet
         for method, anchor in (
             ("full", perturbed_denoiser(unet, 0.5)),
-            ("lora", tiny_lora(unet, scale=1.0)),
+            ("lora", tiny_lora(unet, scale=VISIBLE)),
         ):
             card = AnchorCard(base_model=str(base), family=family, method=method, beta=2000.0)
             save_anchor(folder / f"{family}-{method}/anchor", anchor, card)

@@ -14,8 +14,8 @@ from deradiff.worlds import shapes
 from tests.support.tiny_pipelines import save_tiny, tiny_pipeline
 from tests.support.train_runs import go
 from train.build import base_model
-from train.data import cache_need
 from train.config import DataConfig, ModelConfig
+from train.data import cache_need
 
 
 @pytest.fixture

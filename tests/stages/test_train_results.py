@@ -114,8 +114,8 @@ def test_an_anchor_is_pushed_when_it_is_finished_and_again_by_the_same_command(
             if len(calls) == 1:
                 raise OSError("the hub is down")
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    monkeypatch.setattr("deradiff.hub.HfApi", Api)
+    monkeypatch.setattr("deradiff.hub.get_token", lambda: "token")
     wanted = replace(train_config, hub=HubConfig("me/anchor-500"))
     with pytest.raises(
         ValueError,

@@ -16,7 +16,7 @@ from benchmarks.shapes_assets import (
     sampled,
     zero_shot,
 )
-from deradiff.models.families import checkpoint_family
+from deradiff.models.base_model import BaseModel
 from deradiff.scorers import load_scorer
 from deradiff.worlds import shapes
 
@@ -27,7 +27,7 @@ def test_the_base_is_a_plain_pipeline_of_half_precision():
     pipe = DiffusionPipeline.from_pretrained(SHIPPED / "base")
     assert (
         type(pipe).__name__ == "StableDiffusionPipeline"
-        and checkpoint_family("asset:shapes/base").name == "sd15"
+        and BaseModel("asset:shapes/base").family.name == "sd15"
     )
     files = list(SHIPPED.rglob("*"))
     assert sum(f.stat().st_size for f in files if f.is_file()) < 10e6

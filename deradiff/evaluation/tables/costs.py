@@ -10,7 +10,8 @@ import pandas as pd
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation.pairing import ANCHOR, Cell, short
 from deradiff.evaluation.tables.table import Table, number, table
-from deradiff.models.flops import PublishedCost, published_dpo, savings
+from deradiff.models.flops import savings
+from deradiff.models.published import PublishedCost, published_dpo
 
 COMPUTE = """From the anchors' cards. Device-hours: wall-clock time times devices. FLOPs: of the denoiser, counted on its config; a
 multiply-add is 2."""

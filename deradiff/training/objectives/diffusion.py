@@ -21,9 +21,8 @@ from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.data.cache import Cache, encode_images
 from deradiff.data.pairs import Item, pixels
 from deradiff.data.reference_errors import ReferenceErrors
-from deradiff.models.families import FAMILIES, denoise, encode_prompts, family_of, latent_shape
+from deradiff.models.families import FAMILIES, family_of
 from deradiff.models.flops import denoiser_flops, dpo_step_flops
-from deradiff.models.requirements import PROMPT_TOKENS
 from deradiff.training.dpo import dpo_terms, kl_strength, pair_error
 from deradiff.training.noising import noising_of
 from deradiff.training.objectives.base import Batch, Parts
@@ -61,7 +60,8 @@ class DenoiserObjective:
         self.flip = flip
         self.network: Any = getattr(pipe, family_of(pipe).denoiser)
         self.noising = noising_of(pipe.scheduler)
-        self.latent_shape = latent_shape(pipe, resolution)
+        self.family = family_of(pipe)
+        self.latent_shape = self.family.latent_shape(pipe, resolution)
         self.frozen: list[nn.Module] = []
         if cache is None:
             for part in pipe.components.values():
@@ -122,7 +122,7 @@ class DenoiserObjective:
             return batch["latents"].float(), rows
         images = batch["images"]
         latents = encode_images(self.pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return latents.float(), encode_prompts(self.pipe, batch["captions"])
+        return latents.float(), self.family.encode_prompts(self.pipe, batch["captions"])
 
     def predict(
         self,
@@ -146,7 +146,7 @@ class DenoiserObjective:
         rows = {}
         for name, row in conditioning.items():
             rows[name] = row.repeat(images, *[1] * (row.dim() - 1))
-        output = denoise(
+        output = self.family.denoise(
             network, noisy.flatten(0, 1), timesteps.repeat(images), rows, self.resolution
         )
         return output.unflatten(0, (images, -1))
@@ -331,7 +331,7 @@ class DPO(DenoiserObjective):
         family = FAMILIES[self.card.family]
         # The tokenizer of a flow model's T5 names no length; its pipeline does.
         if family.flow:
-            tokens = PROMPT_TOKENS[family.name]
+            tokens = family.prompt_tokens
         else:
             tokens = self.pipe.tokenizer.model_max_length
         forward = denoiser_flops(self.network.config, height, width, tokens)

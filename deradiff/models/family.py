@@ -1,0 +1,189 @@
+"""What a model family says of itself.
+
+A family is one file in this folder with one instance of a subclass of `Family`, and one row of
+`deradiff.models.families.FAMILIES`. Nothing outside this folder asks for a family by its name.
+
+These files import neither torch nor diffusers when they run: the stages' configs read the
+families' sampling defaults, and a typo in a command is answered before torch is loaded.
+
+Shapes: N prompts, B images, L tokens of a prompt, C channels of a latent, H and W its sides.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # not imported when a command starts
+    from torch import Tensor, nn
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Linear layers of an attention block, by the end of their names."""
+
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The same, with those of the text's tokens in joint attention."""
+
+Shapes = dict[str, Any]
+"""Shapes of a network's inputs by argument; a mapping where the argument is a mapping."""
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How a family is sampled where the user does not say it.
+
+    Attributes:
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance, or what a guidance-distilled model is given.
+        batch_size: images sampled at once.
+        sampler: a key of `deradiff.method.samplers.SAMPLERS`.
+    """
+
+    steps: int
+    guidance_scale: float
+    batch_size: int
+    sampler: str = "euler_ancestral"
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A family of models that are trained, sampled and stored alike.
+
+    Attributes:
+        name: what `model=` and the cards call it.
+        pipeline: diffusers' text-to-image pipeline class.
+        denoiser: the pipeline's attribute that predicts noise or velocity; also the folder of a
+            checkpoint that holds it.
+        denoiser_class: diffusers' class of that network.
+        sampling: its defaults: the paper's evaluation, or the model card's example.
+        prompt_tokens: tokens of a prompt, as its pipeline encodes it.
+        original_sign: how a name in the authors' own single-file layout begins, and in no other's.
+        flow: flow matching: x_t = (1 - t) x_0 + t noise, and the network predicts the velocity
+            noise - x_0.
+        lora_targets: the linear layers that a LoRA adapts, by the end of their names.
+        timestep_scale: the scheduler's time divided by the time that the network gets.
+        multiple: an image's sides are multiples of so many pixels.
+        latent_side: side of the latents where the network's config names none.
+        guidance_distilled: guidance is an input of the network, and a guided call evaluates one row
+            an image.
+        sliced_decoding: decode images one by one, because a batch needs too much memory.
+        shared_arguments: arguments of the network that belong to all rows of a batch alike.
+        nested_original: diffusers reads the original layout only with the prefix of a whole
+            checkpoint.
+        reads_peft_prefix: diffusers' LoRA loader reads names with peft's prefix `base_model.model`.
+        lora_format: names of a baked LoRA's tensors: `kohya` or `diffusers`.
+    """
+
+    name: str
+    pipeline: str
+    denoiser: str
+    denoiser_class: str
+    sampling: SamplingDefaults
+    prompt_tokens: int
+    original_sign: str
+    flow: bool = False
+    lora_targets: tuple[str, ...] = ATTENTION
+    timestep_scale: float = 1.0
+    multiple: int = 8
+    latent_side: int = 128
+    guidance_distilled: bool = False
+    sliced_decoding: bool = True
+    shared_arguments: tuple[str, ...] = ()
+    nested_original: bool = False
+    reads_peft_prefix: bool = False
+    lora_format: str = "diffusers"
+
+    def owns_config(self, config: Mapping[str, Any]) -> bool:
+        """Whether a network's `config.json` is that of this family's denoiser.
+
+        Families with one denoiser class tell themselves apart by other entries of the config.
+        """
+        return config.get("_class_name") == self.denoiser_class
+
+    @abstractmethod
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the denoiser reads of N prompts, without guidance: the inputs of training.
+
+        Args:
+            pipe: the family's pipeline with its text encoders.
+            prompts: N prompts.
+
+        Returns:
+            `encoder_hidden_states` (N, L, channels), and what else `denoise` takes, a row a prompt.
+        """
+
+    @abstractmethod
+    def call_arguments(self, pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, Tensor]:
+        """The encoded prompts as keyword arguments of the pipeline's call, a row a prompt.
+
+        Args:
+            pipe: the family's pipeline with its text encoders.
+            prompts: N prompts.
+            guided: whether the call uses classifier-free guidance.
+        """
+
+    @abstractmethod
+    def denoise(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        resolution: int,
+    ) -> Tensor:
+        """The denoiser's prediction in training.
+
+        Args:
+            denoiser: the network, possibly wrapped for distributed training.
+            noisy: noisy latents (B, C, H, W).
+            timesteps: the scheduler's times (B,), from 0 (data) to 1000 (noise).
+            conditioning: rows of `encode_prompts`.
+            resolution: the image's side in pixels.
+
+        Returns:
+            (B, C, H, W).
+        """
+
+    @abstractmethod
+    def input_shapes(
+        self, config: Mapping[str, Any], height: int, width: int, tokens: int
+    ) -> Shapes:
+        """Shapes of the denoiser's inputs for one image, for counting without a weight.
+
+        Args:
+            config: the denoiser's config.
+            height: of the latents.
+            width: of the latents.
+            tokens: of the prompt.
+
+        Returns:
+            A shape for each argument of the network's `forward`.
+        """
+
+    def latent_shape(self, pipe: Any, resolution: int) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a square image's latents.
+
+        Args:
+            pipe: the family's pipeline; its autoencoder's config is read.
+            resolution: the image's side in pixels.
+
+        Raises:
+            ValueError: for a side that the denoiser cannot cut into patches.
+        """
+        if resolution % self.multiple:
+            raise ValueError(
+                f"an image of {self.name} has sides that are multiples of {self.multiple} pixels, "
+                f"and {resolution} is not one"
+            )
+        side = resolution // pipe.vae_scale_factor
+        return pipe.vae.config.latent_channels, side, side
+
+
+def unwrapped(network: Any) -> Any:
+    """The network itself where torch.compile, DDP or DeepSpeed have wrapped it."""
+    while True:
+        inner = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+        if inner is None:
+            return network
+        network = inner
