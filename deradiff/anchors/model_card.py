@@ -91,6 +91,7 @@ def write_model_card(
         "code": card.git_commit or "not a checkout",
         **card.versions,
     }
+    beta = "unknown" if card.beta is None else f"{card.beta:g}"
     grid = f"![Prompts down, lambda across]({GRID})\n\n" if (folder / GRID).is_file() else ""
     text = TEXT.format(
         **pipeline,
@@ -100,9 +101,9 @@ def write_model_card(
         family=card.family,
         stock=stock,
         grid=grid,
-        title=where.split("/")[-1] if repo else f"{card.family}, beta {card.beta:g}",
+        title=where.split("/")[-1] if repo else f"{card.family}, beta {beta}",
         lora="- lora\n" if card.method == "lora" else "",
-        beta=f"{card.beta:g}",
+        beta=beta,
         convention=card.beta_convention,
         recipe="\n".join(f"| {k} | {v} |" for k, v in rows.items()),
         hours=card.gpu_hours,
