@@ -16,8 +16,8 @@ from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import read_card
 from deradiff.worlds import shapes
 from tests.support.train_runs import go
-from train.config import DataConfig, FinetuneConfig, ModelConfig
 from train.__main__ import main
+from train.config import DataConfig, FinetuneConfig, ModelConfig
 
 LORA = "pytorch_lora_weights.safetensors"
 
