@@ -102,6 +102,11 @@ class BaseModel:
         """diffusers' class of the denoiser."""
         return getattr(diffusers, self.family.denoiser_class)
 
+    @property
+    def autoencoder_type(self) -> Any:
+        """diffusers' class of the autoencoder."""
+        return getattr(diffusers, self.family.autoencoder_class)
+
     @cached_property
     def denoiser_config(self) -> dict[str, Any]:
         """The denoiser's config; no weight is read."""
@@ -114,7 +119,7 @@ class BaseModel:
     def vae_config(self) -> dict[str, Any]:
         """The autoencoder's config; no weight is read."""
         source, where = self._vae_source
-        return dict(diffusers.AutoencoderKL.load_config(source, **where))
+        return dict(self.autoencoder_type.load_config(source, **where))
 
     @property
     def _vae_source(self) -> tuple[str, dict[str, Any]]:
@@ -126,7 +131,12 @@ class BaseModel:
     def load_vae(self, dtype: torch.dtype) -> Any:
         """The autoencoder that is used with this base model."""
         source, where = self._vae_source
-        return diffusers.AutoencoderKL.from_pretrained(source, **where, dtype=dtype)
+        return self.autoencoder_type.from_pretrained(source, **where, dtype=dtype)
+
+    def describe_vae(self, dtype: torch.dtype) -> Any:
+        """The autoencoder without weights (meta device): shape, scale and precision of latents."""
+        with torch.device("meta"):
+            return self.autoencoder_type.from_config(self.vae_config).type(dtype)
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         """The denoiser alone."""

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from deradiff.models.families import family_of_config
+from deradiff.models.family import Family
 
 DEFAULT_CLASS = "UNet2DConditionModel"
 """The denoiser's class where a config does not name one."""
@@ -36,6 +37,18 @@ def meta_denoiser(config: Mapping[str, Any]) -> Any:
         return network_type.from_config(dict(config))
 
 
+def denoiser_family(config: Mapping[str, Any]) -> Family:
+    """The family of a denoiser's config, by default a UNet's.
+
+    Raises:
+        ValueError: for a network of no known family.
+    """
+    family = family_of_config({"_class_name": DEFAULT_CLASS, **config})
+    if family is None:
+        raise ValueError(f"a {config['_class_name']} belongs to no family that deradiff knows")
+    return family
+
+
 def denoiser_inputs(
     config: Mapping[str, Any], height: int, width: int, tokens: int = 77
 ) -> dict[str, Any]:
@@ -50,10 +63,8 @@ def denoiser_inputs(
     Raises:
         ValueError: for a network of no known family.
     """
-    family = family_of_config({"_class_name": DEFAULT_CLASS, **config})
-    if family is None:
-        raise ValueError(f"a {config['_class_name']} belongs to no family that deradiff knows")
-    return _meta_tensors(family.input_shapes(config, height, width, tokens))
+    shapes = denoiser_family(config).input_shapes(config, height, width, tokens)
+    return _meta_tensors(shapes)
 
 
 def _meta_tensors(shapes: Mapping[str, Any]) -> dict[str, Any]:
