@@ -161,7 +161,7 @@ def training_pipeline(config: TrainConfig, base: BaseModel | None, encoders: boo
     dtype = frozen_dtype(config)
     parts: dict[str, Any] = {}
     if not encoders and not config.spec.saves_pipeline:
-        parts = described_encoders(base.source, base.revision, base.vae, dtype)
+        parts = described_encoders(base, dtype)
     if config.finetune.method == "full" and dtype != torch.float32:
         parts[base.family.denoiser] = base.load_denoiser(torch.float32)
     return base.load_pipeline(dtype, parts)
@@ -173,7 +173,7 @@ def encoders_digest(config: TrainConfig, base: BaseModel | None) -> str:
         clip = source_key(str(config.model.clip))
         vae = source_key(str(config.model.vae))
         return f"{clip} {vae} {frozen_dtype(config)}"
-    key = encoders_key(base.source, base.revision, base.vae)
+    key = encoders_key(base)
     return f"{key} {frozen_dtype(config)}"
 
 
