@@ -2,18 +2,18 @@
 
 Nothing outside this folder asks for a family by its name. A new family is
 
-1. a file in this folder: a subclass of `Family`, and one instance of it that fills in the attributes
-   (`sd3.py` is the shortest to start from);
-2. its instance in `deradiff.models.families.FAMILIES`;
-3. `configs/model/<name>.yaml`, and `configs/optim/<name>_lora.yaml` and `<name>_full.yaml`;
-4. a row of `TINY` in `tests/support/tiny_pipelines.py`, by which the tests make it with random weights.
+1. a file in this folder, with a subclass of `Family` and one instance of it; `sd3.py` is a short
+   one to start from;
+2. the instance in `deradiff.models.families.FAMILIES`;
+3. `configs/model/<name>.yaml`, `configs/optim/<name>_lora.yaml` and `..._full.yaml`;
+4. a row of `TINY` in `tests/support/tiny_pipelines.py`: its networks with few random weights.
 
-`tests/models/test_new_family.py` says what is missing.
+`tests/models/test_new_family.py` says what is missing or does not fit.
 
 The files of the families import neither torch nor diffusers. The stages' configs read the names and
 the sampling defaults from them, and a typo in a command is answered before torch is loaded. The
-methods get tensors and call the methods of these (`latents.new_tensor`, `flatten`), so that they need
-no import, and all that is known of a family stays in one file.
+methods get tensors, and write `tensor.new_zeros(...)` where others write `torch.zeros(...)`. So all
+that is known of a family stands in one file, and that file is light.
 
 Shapes: N prompts, B images, L tokens of a prompt, C channels of a latent, H and W its sides.
 """
@@ -40,7 +40,7 @@ CALL_ARGUMENTS = (
     "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds",
 )
-"""What most pipelines' `encode_prompt` returns, in its order, as arguments of the pipelines' call."""
+"""What `encode_prompt` of most pipelines returns, in its order, by arguments of their call."""
 
 Shapes = dict[str, Any]
 """Shapes of tensors by name; a mapping where an argument is itself a mapping of tensors."""

@@ -22,8 +22,11 @@ DEFAULT_CLASS = "UNet2DConditionModel"
 """The denoiser's class where a config does not name one."""
 
 BACKWARD_COST = {"full": 2, "lora": 1}
-"""A backward pass in forwards. `full`: gradients of activations and of weights. `lora`: gradients of
-activations alone; measured 1.14 on SD1.5 and 1.09 on SDXL, because attention has no weights."""
+"""Cost of a backward pass, in forwards.
+
+`full`: gradients of activations and of weights. `lora`: gradients of activations alone; measured
+1.14 on SD1.5 and 1.09 on SDXL, because attention has no weights.
+"""
 
 
 def meta_denoiser(config: Mapping[str, Any]) -> Any:
