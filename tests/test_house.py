@@ -51,6 +51,7 @@ NEVER_CALLED |= {"read_pickle", "to_pickle", "unsafe_load", "full_load"}
 OPTIONAL = {
     "torchao",
     "bitsandbytes",
+    "deepspeed",
     "submitit",
     "tensorboard",
     "wandb",

@@ -63,14 +63,10 @@ def check(config: TrainConfig, base: BaseModel | None, run_dir: Path) -> None:
         raise ValueError(f"model.clip={clip} is no model folder: it has no config.json")
     if config.data.source in ("scored_pairs", "sampled_pairs"):
         check_scorer(config.data.scorer, config.data.scorer_checkpoint)
-    if base is None:
-        if config.model.vae:
-            with section("model"):
-                check_autoencoder(config.model.vae)
-    else:
-        if base.vae:
-            with section("model"):
-                check_autoencoder(base.vae)
+    if config.model.vae:
+        with section("model"):
+            check_autoencoder(config.model.vae)
+    if base is not None:
         base.check()
         if config.spec.trains_denoiser and config.finetune.method == "lora":
             _check_targets(config, base)

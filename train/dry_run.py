@@ -1,4 +1,4 @@
-"""`data.dry_run=true`: what a run would read and need. Nothing is downloaded and no weight loaded."""
+"""`data.dry_run=true`: what a run would read and need, without a download and without a weight."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +14,12 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from configs.entry import entry
 from configs.tracking import tracker
-from deradiff.data.pairs import Examples
+from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.files import claim, slug
+from deradiff.models.base_model import BaseModel
 from deradiff.training.dpo import learning_rate
 from deradiff.training.loop import train
+from deradiff.training.objectives.base import AnchorObjective
 from deradiff.training.options import TrainingOptions
 from train import build, results
 from train.config import TrainConfig
@@ -43,7 +45,7 @@ PATIENCE = timedelta(hours=24)  # ranks wait while one labels pairs or writes th
 
 
 def run(config: TrainConfig, run_dir: Path) -> Path:
-    """Train, save and describe.
+    """Train, save and describe; or go on, where the same command was stopped.
 
     Returns:
         The folder of what was trained: `anchor/`, `pipeline/`, `clip/` or `vae/`.
@@ -54,12 +56,12 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     if config.data.dry_run:
         return dry_run(config, base)
     accelerator = _accelerator(config)
-    per_step = config.optim.batch_size * config.optim.accumulation * accelerator.num_processes
     data = make_data(config, base, accelerator)
 
     # The run directory is this config's. Another number of ranks changes the order of the data,
     # which makes it another run.
     if accelerator.is_main_process:
+        per_step = _examples_per_step(config, accelerator)
         claim(run_dir, asdict(config) | {"pairs_per_step": per_step}, COSMETIC)
     folder = results.finished(run_dir)
     if folder is not None:
@@ -72,50 +74,70 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
         accelerator.end_training()
         return folder
 
+    folder = _train(config, base, data, run_dir, accelerator)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder
+
+
+def _train(
+    config: TrainConfig,
+    base: BaseModel | None,
+    data: CaptionedImages,
+    run_dir: Path,
+    accelerator: Accelerator,
+) -> Path:
+    """Train the objective of a run, and leave its results; returns their folder."""
+    per_step = _examples_per_step(config, accelerator)
+    options = _options(config, per_step)
+
     # The objective, with its networks.
     card = None
     if config.spec.makes_anchor and base is not None:
         card = results.make_card(config, base, per_step, _device_name(accelerator))
-    objective: Any = build.make_objective(build.RunParts(config, base, data, accelerator, card))
-    options = _options(config, per_step)
+    objective = build.make_objective(build.RunParts(config, base, data, accelerator, card))
+    anchor = cast(AnchorObjective, objective) if card is not None else None
     accelerator.print(
         f"train: {run_dir}: {config.steps} steps of {per_step} examples, "
         f"learning rate {options.learning_rate:.4g}"
     )
-    if card is not None:
-        options.flops_per_step = objective.step_flops(per_step, checkpointing=False)
-    if card is not None and config.beta is not None:
+    if anchor is not None:
+        options.flops_per_step = anchor.step_flops(per_step, checkpointing=False)
+    if anchor is not None and config.beta is not None:
         accelerator.print(
-            f"train: beta {config.beta:g} ({card.beta_convention}), "
-            f"a KL strength of {objective.kl_strength():.2g}"
+            f"train: beta {config.beta:g} ({anchor.card.beta_convention}), "
+            f"a KL strength of {anchor.kl_strength():.2g}"
         )
 
-    # Training, and what it leaves.
+    # Training. The main process then saves the results.
     is_main = accelerator.is_main_process
     group = slug(config.model.base or config.model.name)
-    folder = run_dir
     with tracker(config.tracking, "train", run_dir, asdict(config), is_main, group) as track:
         examples = Examples(data, config.seed, in_blocks=not config.data.cache)
         panels = results.Panels(
             config, base, run_dir, card, data.captions, track, accelerator.device
         )
         progress = train(objective, examples, options, run_dir, accelerator, track.log, panels)
-        if is_main:
-            if card is not None:
-                devices = accelerator.num_processes
-                results.add_cost(objective, config, per_step, progress, devices)
-                if config.panel.every:
-                    panels(objective.network, config.steps)
-            summary = results.training_summary(config, per_step, options.learning_rate)
-            folder = results.finish(objective, config, run_dir, track, summary)
-            print(
-                f"train: {folder} ({progress.step} steps, {progress.seconds:.0f} s of training)",
-                flush=True,
-            )
-            results.upload(config, folder)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        if not is_main:
+            return run_dir
+        if anchor is not None:
+            devices = accelerator.num_processes
+            results.add_cost(anchor, config, per_step, progress, devices)
+            if config.panel.every:
+                panels(anchor.network, config.steps)
+        summary = results.training_summary(config, per_step, options.learning_rate)
+        folder = results.finish(objective, config, run_dir, track, summary)
+        print(
+            f"train: {folder} ({progress.step} steps, {progress.seconds:.0f} s of training)",
+            flush=True,
+        )
+        results.upload(config, folder)
     return folder
+
+
+def _examples_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Examples of one optimiser step on all devices."""
+    return config.optim.batch_size * config.optim.accumulation * accelerator.num_processes
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

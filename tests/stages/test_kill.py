@@ -1,10 +1,14 @@
-"""Killed at random moments, in the middle of checkpoint writes too, a run ends with the weights of one that nobody disturbed."""
+"""A run that is killed at random moments ends with the weights of one that nobody disturbed.
+
+Some of the kills come in the middle of the write of a checkpoint.
+"""
 
 import os
 import random
 import signal
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,87 +23,102 @@ from tests.support.train_runs import go
 
 
 def killed_run(work, kills: int, run_dir: Path, seed: int = 0) -> tuple[int, int]:
-    """Fork `work` and kill it, as often as asked, then let it end. How many kills met half a checkpoint, and how many half a run.
+    """Start a process and kill it, several times, then let it end.
 
-    A kill waits until the run has got further than it was, and then for a random moment; every second one, until a checkpoint is being
-    written: by the clock alone a busy machine would kill all of them before the first step.
+    A kill waits until the run has got further than it was, and then for a random moment; every
+    second one waits until a checkpoint is being written. By the clock alone a busy machine would
+    kill all of them before the first step.
+
+    Args:
+        work: what the process does.
+        kills: how often it is killed.
+        run_dir: the run directory of `work`.
+        seed: of the random moments.
+
+    Returns:
+        How many kills left half a checkpoint, and how many processes left a whole one.
     """
-    moments, torn, begun = random.Random(seed), 0, 0
-    for kill in range(kills + 1):
-        child = os.fork()
-        if child == 0:
-            try:
-                work()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        if kill < kills:
-            before = Checkpoints(run_dir, 2).newest()
-            wait_for(lambda: Checkpoints(run_dir, 2).newest() != before)  # noqa: B023
-            if kill % 2:
-                wait_for((run_dir / "checkpoints/.part").exists)
-            else:
-                time.sleep(moments.uniform(0, 0.02))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        assert kill == kills or os.WIFSIGNALED(status), (
-            "it ended before all kills were made: ask for more steps"
-        )
-        torn += (run_dir / "checkpoints/.part").exists()
-        begun += Checkpoints(run_dir, 2).newest() is not None
+    moments = random.Random(seed)
+    half = 0
+    whole = 0
+    for kill in range(kills):
+        process = start(work)
+        before = newest(run_dir)
+        wait_until(lambda before=before: newest(run_dir) != before)
+        if kill % 2:
+            wait_until((run_dir / "checkpoints/.part").exists)
+        else:
+            time.sleep(moments.uniform(0, 0.02))
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        assert os.WIFSIGNALED(status), "it ended before all kills were made: ask for more steps"
+        half += (run_dir / "checkpoints/.part").exists()
+        whole += newest(run_dir) is not None
+
+    _, status = os.waitpid(start(work), 0)
     assert os.WEXITSTATUS(status) == 0
-    return torn, begun
+    half += (run_dir / "checkpoints/.part").exists()
+    whole += newest(run_dir) is not None
+    return half, whole
 
 
-def wait_for(seen, seconds: float = 60) -> None:
+def start(work) -> int:
+    """Fork a process that does `work`; returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def newest(run_dir):
+    return Checkpoints(run_dir, 2).newest()
+
+
+def wait_until(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not seen() and time.monotonic() < end:
+    while not condition() and time.monotonic() < end:
         time.sleep(0.0005)
 
 
 def test_five_kills(tmp_path):
-    steps = {"steps": 100, "checkpoint_every": 1, "keep_best": 1}
-    train(
-        whole := Regression(),
-        examples(),
-        options(**steps),
-        tmp_path / "whole",
-        Accelerator(cpu=True),
-    )
+    wanted = options(steps=100, checkpoint_every=1, keep_best=1)
     run_dir = tmp_path / "killed"
-    torn, begun = killed_run(
-        lambda: train(Regression(), examples(), options(**steps), run_dir, Accelerator(cpu=True)),
-        5,
-        run_dir,
-    )
-    assert torn >= 1 and begun == 6
-    ended = load_file(Checkpoints(run_dir, 2).newest() / "weights.safetensors")
-    assert all(torch.equal(ended[name], p) for name, p in whole.network.named_parameters())
+
+    def work():
+        train(Regression(), examples(), wanted, run_dir, Accelerator(cpu=True))
+
+    whole = Regression()
+    train(whole, examples(), wanted, tmp_path / "whole", Accelerator(cpu=True))
+    half_written, written = killed_run(work, 5, run_dir)
+    assert half_written >= 1
+    assert written == 6
+    killed = load_file(newest(run_dir) / "weights.safetensors")
+    assert all(torch.equal(killed[name], p) for name, p in whole.network.named_parameters())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_twenty_kills_of_the_stage(train_config, method):
-    from dataclasses import replace
-
-    train_config = replace(
-        train_config,
-        steps=120,
-        checkpoint_every=1,
-        finetune=replace(train_config.finetune, method=method),
-    )
-    killed = replace(train_config, name="killed")
-    whole, run_dir = (
-        go(replace(train_config, name="whole")),
-        Path(train_config.runs) / "train/killed",
-    )
-    torn, begun = killed_run(lambda: go(killed), 20, run_dir, seed=1)
-    assert torn >= 5 and begun == 21
-    file = (
-        "pytorch_lora_weights.safetensors"
-        if method == "lora"
-        else "unet/diffusion_pytorch_model.safetensors"
-    )
-    a, b = load_file(whole / file), load_file(run_dir / "anchor" / file)
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+@pytest.mark.parametrize(
+    "method, file",
+    [
+        ("lora", "pytorch_lora_weights.safetensors"),
+        ("full", "unet/diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_twenty_kills_of_the_stage(train_config, method, file):
+    tuned = replace(train_config.finetune, method=method)
+    config = replace(train_config, steps=120, checkpoint_every=1, finetune=tuned)
+    killed = replace(config, name="killed")
+    run_dir = Path(config.runs) / "train/killed"
+    whole = go(replace(config, name="whole"))
+    half_written, written = killed_run(lambda: go(killed), 20, run_dir, seed=1)
+    assert half_written >= 5
+    assert written == 21
+    expected = load_file(whole / file)
+    ended = load_file(run_dir / "anchor" / file)
+    assert expected.keys() == ended.keys()
+    assert all(torch.equal(expected[key], ended[key]) for key in expected)

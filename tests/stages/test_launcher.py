@@ -12,7 +12,6 @@ from hydra.plugins.launcher import Launcher
 
 from hydra_plugins.deradiff_launcher._jobs import Job, run_jobs
 from hydra_plugins.deradiff_launcher.process_group import ProcessGroupLauncher, _command
-from tests.stages.test_entry import toy  # noqa: F401  (a fixture)
 
 
 def test_hydra_finds_the_launcher_by_itself():
@@ -21,7 +20,7 @@ def test_hydra_finds_the_launcher_by_itself():
     }
 
 
-def test_each_value_runs_in_a_process_of_its_own_and_a_failed_one_is_named_at_the_end(toy):  # noqa: F811
+def test_each_value_runs_in_a_process_of_its_own_and_a_failed_one_is_named_at_the_end(toy):
     done = toy(
         "--multirun", "data=fails-at-7", "dpo.beta=5,7,9", "model=small", "hydra.launcher.workers=2"
     )
@@ -68,14 +67,14 @@ def test_each_value_runs_in_a_process_of_its_own_and_a_failed_one_is_named_at_th
 )
 def test_a_sweep_that_cannot_work_is_refused_before_its_first_value_starts(
     toy, arguments, environment, sentence
-):  # noqa: F811
+):
     done = toy("--multirun", *arguments, **environment)
     assert done.returncode == 2 and "start" not in done.out
     assert done.err.count("\n") == 1 and done.err.endswith(sentence + "\n"), done.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_every_child(toy, number):  # noqa: F811
+def test_an_interrupt_ends_every_child(toy, number):
     sweep = toy.start("--multirun", "data=slow", "dpo.beta=5,6,7", "hydra.launcher.workers=2")
     children = _wait_for(
         lambda: found if len(found := sorted(toy.folder.glob("started-*"))) == 2 else None

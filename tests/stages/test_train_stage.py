@@ -1,10 +1,11 @@
-"""`python -m train` as a user types it: what it leaves behind, what resumes it, and what it refuses."""
+"""`python -m train` as a user types it: what it leaves, what resumes it, and what it refuses."""
 
 import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -16,34 +17,56 @@ from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import read_card
 from deradiff.worlds import shapes
 from tests.support.train_runs import go
-from train.config import (
-    DataConfig,
-    FinetuneConfig,
-    ModelConfig,
-)
+from train.config import DataConfig, FinetuneConfig, ModelConfig, TrainConfig
 from train.stage import main
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def metrics(run_dir):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(first, second):
+    """Two sets of tensors are equal to the bit."""
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(train_config, base_folder):
     folder = go(train_config)
     assert folder.parent.name == "x-dpo-lora-beta500-seed0"
+
+    # Its card.
     card = json.loads((folder / "anchor.json").read_text())
-    wanted = {
+    expected = {
         "base_model": str(base_folder),
         "family": "sd15",
         "method": "lora",
         "beta": 500.0,
         "beta_convention": "mean-half",
+        "steps": 3,
+        "pairs_seen": 12,
+        "seed": 0,
     }
-    wanted |= {"steps": 3, "pairs_seen": 12, "seed": 0}
-    assert {k: card[k] for k in wanted} == wanted and card["flops"] > 0 and card["gpu_hours"] > 0
+    assert {key: card[key] for key in expected} == expected
+    assert card["flops"] > 0
+    assert card["gpu_hours"] > 0
+
+    # Its weights.
     pipe = StableDiffusionPipeline.from_pretrained(base_folder)
     pipe.load_lora_weights(folder)
-    layer = next(m for m in pipe.unet.modules() if hasattr(m, "lora_alpha"))
-    assert next(iter(layer.lora_alpha.values())) == 8 and next(iter(layer.r.values())) == 4
-    assert any(p.abs().max() > 0 for n, p in pipe.unet.named_parameters() if "lora_B" in n)
-    rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
-    keys = {
+    layer = next(module for module in pipe.unet.modules() if hasattr(module, "lora_alpha"))
+    assert next(iter(layer.lora_alpha.values())) == 8
+    assert next(iter(layer.r.values())) == 4
+    trained = [p for name, p in pipe.unet.named_parameters() if "lora_B" in name]
+    assert any(p.abs().max() > 0 for p in trained)
+
+    # Its metrics.
+    first = metrics(folder.parent)[0]
+    assert {
         "step",
         "loss",
         "implicit_accuracy",
@@ -53,176 +76,156 @@ def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(train_config, bas
         "lr",
         "grad_norm",
         "pairs_per_second",
-    }
-    assert (
-        keys <= set(rows[0])
-        and rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-        and rows[0]["lr"] == pytest.approx(1e-3 * 2000 / 500)
-    )
+    } <= set(first)
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert first["lr"] == pytest.approx(1e-3 * 2000 / 500)
 
 
 def test_a_full_anchor_is_a_unet_folder_and_the_base_is_untouched(train_config, base_folder):
     folder = go(replace(train_config, finetune=FinetuneConfig(method="full")))
-    trained, stock = (
-        UNet2DConditionModel.from_pretrained(folder / "unet"),
-        UNet2DConditionModel.from_pretrained(base_folder / "unet"),
-    )
-    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), stock.parameters()))
+    trained = UNet2DConditionModel.from_pretrained(folder / "unet")
+    stock = UNet2DConditionModel.from_pretrained(base_folder / "unet")
+    pairs = zip(trained.parameters(), stock.parameters())
+    assert any(not torch.equal(after, before) for after, before in pairs)
     assert read_card(str(folder)).method == "full"
 
 
 def test_a_mistake_in_the_data_does_not_claim_the_run_directory(train_config, tmp_path):
-    wrong = replace(
-        train_config, data=DataConfig(source="table", path=str(tmp_path / "nowhere.parquet"))
-    )
+    nowhere = DataConfig(source="table", path=str(tmp_path / "nowhere.parquet"))
     with pytest.raises(ValueError, match="does not exist"):
-        go(wrong)
+        go(replace(train_config, data=nowhere))
     assert go(train_config).is_dir()
 
 
 def test_the_same_command_resumes_and_another_config_is_refused(train_config, capsys):
     folder = go(train_config)
-    before = load_file(folder / "pytorch_lora_weights.safetensors")
-    stamp = (folder / "anchor.json").stat().st_mtime_ns
-    assert (
-        go(replace(train_config, tracking=TrackingConfig(kind="none", project="other"))) == folder
-    )
-    assert (
-        f"is finished: see {folder}" in capsys.readouterr().out
-        and (folder / "anchor.json").stat().st_mtime_ns == stamp
-    )
-    after = load_file(folder / "pytorch_lora_weights.safetensors")
-    assert before.keys() == after.keys() and all(
-        torch.equal(before[key], after[key]) for key in before
-    )
-    with pytest.raises(
-        ValueError, match=r"holds a run of another config: steps \(3 there, 5 here\)"
-    ):
+    before = load_file(folder / LORA)
+    written = (folder / "anchor.json").stat().st_mtime_ns
+
+    other_tracking = TrackingConfig(kind="none", project="other")
+    assert go(replace(train_config, tracking=other_tracking)) == folder
+    assert f"is finished: see {folder}" in capsys.readouterr().out
+    assert (folder / "anchor.json").stat().st_mtime_ns == written
+    assert_equal(before, load_file(folder / LORA))
+
+    message = r"holds a run of another config: steps \(3 there, 5 here\)"
+    with pytest.raises(ValueError, match=message):
         go(replace(train_config, steps=5))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_half_precision_starts_at_the_reference_too(train_config, method):
-    folder = go(
-        replace(
-            train_config, precision="bf16", finetune=replace(train_config.finetune, method=method)
-        )
-    )
-    rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
-    assert (
-        rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-        and rows[0]["implicit_accuracy"] == 0.5
-        and len(rows) == 3
-    )
+    tuned = replace(train_config.finetune, method=method)
+    folder = go(replace(train_config, precision="bf16", finetune=tuned))
+    rows = metrics(folder.parent)
+    assert len(rows) == 3
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert rows[0]["implicit_accuracy"] == 0.5
 
 
 def test_training_does_not_depend_on_the_cache(train_config):
-    cached = go(train_config)
-    plain = go(replace(train_config, name="plain", data=replace(train_config.data, cache=False)))
-    a, b = (load_file(f / "pytorch_lora_weights.safetensors") for f in (cached, plain))
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+    uncached = replace(train_config.data, cache=False)
+    with_cache = load_file(go(train_config) / LORA)
+    without = load_file(go(replace(train_config, name="plain", data=uncached)) / LORA)
+    assert with_cache.keys() == without.keys()
+    for key in with_cache:
+        torch.testing.assert_close(with_cache[key], without[key], rtol=1e-3, atol=1e-5)
 
 
 def test_from_captioned_images_to_an_anchor(train_config, tmp_path):
-    """The whole road of the docs page: CLIP, autoencoder, base model, scored pairs, anchor."""
+    """The whole way of docs/own-images.md: CLIP, autoencoder, base model, scored pairs, anchor."""
     shapes.write_images(tmp_path / "pictures.parquet", 24, seed=0)
     images = DataConfig(source="table", path=str(tmp_path / "pictures.parquet"))
-    fresh = ModelConfig(name="tiny", base=None, resolution=32, channels=[16, 32], clip_width=32)
-    small = replace(train_config, objective="contrastive", model=fresh, data=images, steps=2)
+    new = ModelConfig(name="tiny", base=None, resolution=32, channels=[16, 32], clip_width=32)
+    small = replace(train_config, objective="contrastive", model=new, data=images, steps=2)
+
+    # The parts, and the base model of them.
     clip = go(small)
-    vae = go(replace(small, objective="autoencoder", optim=replace(train_config.optim, ema=0.9)))
-    whole = replace(train_config.finetune, method="full")
-    pipeline = go(
-        replace(
-            small,
-            objective="pretrain",
-            finetune=whole,
-            model=replace(fresh, clip=str(clip), vae=str(vae)),
-        )
-    )
+    averaged = replace(train_config.optim, ema=0.9)
+    vae = go(replace(small, objective="autoencoder", optim=averaged))
+    full = replace(train_config.finetune, method="full")
+    parts = replace(new, clip=str(clip), vae=str(vae))
+    base = go(replace(small, objective="pretrain", finetune=full, model=parts))
+
+    # Pairs that the CLIP has labelled, an anchor and a scorer from them.
     scored = DataConfig(
         source="scored_pairs", path=images.path, count=8, scorer="clip", scorer_checkpoint=str(clip)
     )
-    anchor = go(
-        replace(
-            train_config,
-            model=ModelConfig(name="mine", base=str(pipeline), resolution=32),
-            data=scored,
-        )
-    )
-    scorer = go(
-        replace(small, objective="preference", model=replace(fresh, clip=str(clip)), data=scored)
-    )
-    assert (anchor / "anchor.json").is_file() and (scorer / "model.safetensors").is_file()
-    picture = StableDiffusionPipeline.from_pretrained(pipeline)(
-        shapes.CAPTIONS[0], num_inference_steps=2, height=32, width=32
-    ).images[0]
-    assert picture.size == (32, 32)
+    model = ModelConfig(name="mine", base=str(base), resolution=32)
+    anchor = go(replace(train_config, model=model, data=scored))
+    start = replace(new, clip=str(clip))
+    scorer = go(replace(small, objective="preference", model=start, data=scored))
+    assert (anchor / "anchor.json").is_file()
+    assert (scorer / "model.safetensors").is_file()
+
+    # The base model is a stock pipeline.
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    image = pipe(shapes.CAPTIONS[0], num_inference_steps=2, height=32, width=32).images[0]
+    assert image.size == (32, 32)
 
 
-@pytest.mark.parametrize(
-    "typed, said",
-    [
-        (["dpo.bta=1"], "dpo.bta"),
-        (["dpo.beta=strong"], "dpo.beta"),
-        (["dpo.beta=0"], "dpo.beta must be above 0, not 0.0"),
-        (
-            ["objective=pretrain"],
-            "objective=pretrain learns from captioned images, which data.source=shapes_pairs does not give",
-        ),
-        (["model.base=runs/nowhere"], "there is no pipeline folder runs/nowhere"),
-        (["model=tiny"], "objective=dpo needs a base model"),
-        (["objective=pretrain", "data=shapes_images"], "add finetune=full"),
-        (["data.scorer=colourful"], "labelled by vivid or crisp, not 'colourful'"),
-        (
-            ["model.vae=nowhere", "model.base={base}"],
-            "model.vae=nowhere is no autoencoder's folder",
-        ),
-        (
-            ["runs=/dev/null/runs", "model.base={base}"],
-            "cannot be written, because of /dev/null: give runs=",
-        ),
-        (
-            ["data=table", "data.path=nowhere.parquet", "model.base={base}"],
-            "data.path nowhere.parquet does not exist",
-        ),
-        (["model.resolution=30"], "model.resolution must be a multiple of 8, not 30"),
-        (["finetune.method=dora"], "finetune.method must be one of lora, full, not 'dora'"),
-        (
-            ["finetune.targets=[to_q,to_z]", "model.base={base}"],
-            "finetune.targets: to_z matches no layer of {base}; those of",
-        ),
-        (
-            ["optim.name=adamw8bit_torchao"],
-            "adamw8bit_torchao needs a package that is not installed: type pip install torchao",
-        ),
-        (["hub.push_to=me"], "hub.push_to=me names no hub repository: give user/name"),
-        (
-            ["hub.push_to=me/it"],
-            "hub.push_to=me/it needs an account: type hf auth login, or set HF_TOKEN",
-        ),
-        (["dpo.lr=1"], "Key 'lr' not in 'DPOConfig' (dpo.lr); did you mean optim.lr?"),
-        (["finetune.targets=to_q"], "finetune.targets is a list: give finetune.targets=[to_q]"),
-        (["tracking.mode=off"], "tracking.mode must be online or offline"),
-        (["steps=0"], "steps must be above 0"),
-    ],
-)
+MISTAKES = [  # what is typed, and a part of the one sentence that answers; {base}: a base model
+    ("dpo.bta=1", "dpo.bta"),
+    ("dpo.beta=strong", "dpo.beta"),
+    ("dpo.beta=0", "dpo.beta must be above 0, not 0.0"),
+    ("dpo.lr=1", "Key 'lr' not in 'DPOConfig' (dpo.lr); did you mean optim.lr?"),
+    (
+        "objective=pretrain",
+        "objective=pretrain learns from captioned images, "
+        "which data.source=shapes_pairs does not give",
+    ),
+    ("objective=pretrain data=shapes_images", "add finetune=full"),
+    ("model=tiny", "objective=dpo needs a base model"),
+    ("model.base=runs/nowhere", "there is no pipeline folder runs/nowhere"),
+    ("model.vae=nowhere model.base={base}", "model.vae=nowhere is no autoencoder's folder"),
+    ("model.resolution=30", "model.resolution must be a multiple of 8, not 30"),
+    ("data.scorer=colourful", "labelled by vivid or crisp, not 'colourful'"),
+    (
+        "data=table data.path=nowhere.parquet model.base={base}",
+        "data.path nowhere.parquet does not exist",
+    ),
+    (
+        "runs=/dev/null/runs model.base={base}",
+        "cannot be written, because of /dev/null: give runs=",
+    ),
+    ("finetune.method=dora", "finetune.method must be one of lora, full, not 'dora'"),
+    (
+        "finetune.targets=[to_q,to_z] model.base={base}",
+        "finetune.targets: to_z matches no layer of {base}; those of",
+    ),
+    ("finetune.targets=to_q", "finetune.targets is a list: give finetune.targets=[to_q]"),
+    (
+        "optim.name=adamw8bit_torchao",
+        "adamw8bit_torchao needs a package that is not installed: type pip install torchao",
+    ),
+    ("hub.push_to=me", "hub.push_to=me names no hub repository: give user/name"),
+    (
+        "hub.push_to=me/it",
+        "hub.push_to=me/it needs an account: type hf auth login, or set HF_TOKEN",
+    ),
+    ("tracking.mode=off", "tracking.mode must be online or offline"),
+    ("steps=0", "steps must be above 0"),
+]
+
+
+@pytest.mark.parametrize("typed, answer", MISTAKES)
 def test_mistakes_are_refused_in_one_sentence(
-    typed, said, base_folder, tmp_path, monkeypatch, capsys
+    typed, answer, base_folder, tmp_path, monkeypatch, capsys
 ):
-    typed, said = [t.format(base=base_folder) for t in typed], said.format(base=base_folder)
     monkeypatch.setattr(
         "deradiff.models.base_model.BaseModel.load_pipeline",
         lambda *_, **__: pytest.fail("a weight was loaded"),
     )
+    overrides = typed.format(base=base_folder).split()
     with pytest.raises(SystemExit) as stop:
-        type_here(["train", "tracking=none", f"runs={tmp_path}", "cpu=true", *typed], monkeypatch)
+        type_here(
+            ["train", "tracking=none", f"runs={tmp_path}", "cpu=true", *overrides], monkeypatch
+        )
     err = capsys.readouterr().err
-    assert (
-        stop.value.code == 2 and err.startswith("train: ") and said in err and err.count("\n") == 1
-    ), err
+    assert stop.value.code == 2
+    assert err.startswith("train: ")
+    assert answer.format(base=base_folder) in err
+    assert err.count("\n") == 1, err
     assert not list(tmp_path.glob("train/*"))
 
 
@@ -232,17 +235,10 @@ def test_the_help_lists_every_key_with_its_meaning_and_the_groups_with_their_cho
     monkeypatch.setattr("sys.argv", ["train", "--help"])
     main()
     out = capsys.readouterr().out
-    assert (
-        "  finetune=full | lora\n" in out
-        and "  tracking=none | tensorboard | wandb\n" in out
-        and "scorers=" not in out
-    )
-    lines = {line.split("=")[0].strip(): line for line in out.splitlines() if "=" in line}
-    assert (
-        lines["dpo.beta"].split(maxsplit=1)
-        == ["dpo.beta=2000.0", lines["dpo.beta"].split(maxsplit=1)[1]]
-        and "KL strength" in out
-    )
+    assert "  finetune=full | lora\n" in out
+    assert "  tracking=none | tensorboard | wandb\n" in out
+    assert "scorers=" not in out
+    keys = {line.split("=")[0].strip() for line in out.splitlines() if "=" in line}
     assert {
         "optim.lr",
         "finetune.targets",
@@ -250,10 +246,30 @@ def test_the_help_lists_every_key_with_its_meaning_and_the_groups_with_their_cho
         "hub.push_to",
         "keep_best",
         "data.path",
-    } <= lines.keys()
+    } <= keys
+    assert "dpo.beta=2000.0" in out
+    assert "KL strength" in out
 
 
-def command(config_overrides, base_folder, tmp_path, *prefix):
+def settings_without_help(schema, prefix=""):
+    """The dotted keys of a config that say nothing of themselves."""
+    found = []
+    types = get_type_hints(schema)
+    for field in fields(schema):
+        if is_dataclass(types[field.name]):
+            found += settings_without_help(types[field.name], f"{prefix}{field.name}.")
+        elif not field.metadata.get("help"):
+            found.append(f"{prefix}{field.name}")
+    return found
+
+
+def test_every_setting_has_a_help_text():
+    missing = settings_without_help(TrainConfig)
+    assert not [key for key in missing if not key.startswith("tracking.")]
+
+
+def command(overrides, base_folder, tmp_path, *prefix):
+    """The command of a small run, for a process of its own."""
     typed = [
         f"model.base={base_folder}",
         "model.resolution=64",
@@ -264,19 +280,20 @@ def command(config_overrides, base_folder, tmp_path, *prefix):
         "cpu=true",
         "panel.every=0",
     ]
-    return [sys.executable, "-m", *prefix, "train", *typed, *config_overrides]
-
-
-def lora(tmp_path, name):
-    return load_file(tmp_path / "train" / name / "anchor" / "pytorch_lora_weights.safetensors")
+    return [sys.executable, "-m", *prefix, "train", *typed, *overrides]
 
 
 def type_here(command, monkeypatch):
-    """The command of another process, in this one."""
+    """Run the command of another process in this one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr("sys.argv", command[command.index("train") :])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it: so that it is unset again
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it, and here it must be unset again
     main()
+
+
+def lora_of(tmp_path, name):
+    """The weights of a run's anchor."""
+    return load_file(tmp_path / "train" / name / "anchor" / LORA)
 
 
 def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(
@@ -284,42 +301,36 @@ def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(
 ):
     typed = ["steps=30", "checkpoint_every=3", "log_every=3", "optim.batch_size=2"]
     type_here(command([*typed, "name=whole"], base_folder, tmp_path), monkeypatch)
-    process = subprocess.Popen(
-        command([*typed, "name=killed"], base_folder, tmp_path),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    checkpoints = tmp_path / "train/killed/checkpoints"
-    while not (checkpoints / "step-000006").is_dir() and process.poll() is None:
+
+    # Killed after its second checkpoint.
+    killed = command([*typed, "name=killed"], base_folder, tmp_path)
+    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_dir = tmp_path / "train/killed"
+    while not (run_dir / "checkpoints/step-000006").is_dir() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert not (tmp_path / "train/killed/anchor").exists(), "it ended before it was killed"
-    type_here(command([*typed, "name=killed"], base_folder, tmp_path), monkeypatch)
-    whole, killed = lora(tmp_path, "whole"), lora(tmp_path, "killed")
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
-    rows = [
-        json.loads(line)["step"]
-        for line in (tmp_path / "train/killed/metrics.jsonl").read_text().splitlines()
-    ]
-    assert rows == list(range(3, 31, 3))
+    assert not (run_dir / "anchor").exists(), "it ended before it was killed"
+
+    # The same command goes on.
+    type_here(killed, monkeypatch)
+    assert_equal(lora_of(tmp_path, "whole"), lora_of(tmp_path, "killed"))
+    assert [row["step"] for row in metrics(run_dir)] == list(range(3, 31, 3))
 
 
 @pytest.mark.slow
 def test_two_ranks_of_the_command_end_as_one(base_folder, tmp_path):
     typed = ["steps=6", "log_every=1"]
-    ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    two, one = (
-        [*typed, "name=two", "optim.batch_size=2"],
-        [*typed, "name=one", "optim.batch_size=4"],
-    )
-    subprocess.run(
-        command(two, base_folder, tmp_path, *ranks), check=True, capture_output=True, timeout=300
-    )
-    subprocess.run(
-        command(one, base_folder, tmp_path), check=True, capture_output=True, timeout=300
-    )
-    two, one = lora(tmp_path, "two"), lora(tmp_path, "one")
-    for key in one:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    two = [*typed, "name=two", "optim.batch_size=2"]
+    one = [*typed, "name=one", "optim.batch_size=4"]
+    for typed_command in (
+        command(two, base_folder, tmp_path, *torchrun),
+        command(one, base_folder, tmp_path),
+    ):
+        subprocess.run(typed_command, check=True, capture_output=True, timeout=300)
+    of_two = lora_of(tmp_path, "two")
+    of_one = lora_of(tmp_path, "one")
+    for key in of_one:
         # AdamW divides by the gradient's own size: where that is nearly 0, the order of a sum shows
-        assert (two[key] - one[key]).norm() < 5e-3 * one[key].norm(), key
+        assert (of_two[key] - of_one[key]).norm() < 5e-3 * of_one[key].norm(), key

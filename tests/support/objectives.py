@@ -10,6 +10,7 @@ from deradiff.anchors.anchor import AnchorCard
 from deradiff.data.pairs import CaptionedImages, Examples, Item
 from deradiff.models.families import family_of
 from deradiff.training.objectives.diffusion import DPO
+from deradiff.worlds import networks
 from tests.support.tiny_pipelines import tiny_lora, tiny_pipeline
 
 RESOLUTION = 64
@@ -44,3 +45,11 @@ def disturb(objective: DPO, method: str) -> None:
             if method == "full" or "lora_" in name:
                 generator = torch.Generator().manual_seed(len(name))
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def small_clip(captions: list[str]) -> tuple[Any, Any, Any]:
+    """A CLIP of the shapes world with random weights, its tokenizer and its image processor."""
+    tokenizer = networks.make_tokenizer(captions)
+    torch.manual_seed(0)
+    clip = networks.make_clip(tokenizer, 32, width=32)
+    return clip, tokenizer, networks.make_image_processor(32)

@@ -1,0 +1,27 @@
+"""The examples run as they stand, on the shapes world."""
+
+import runpy
+from pathlib import Path
+
+from PIL import Image
+
+import deradiff
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_example(name, folder, monkeypatch, *arguments):
+    """Run an example in a folder, as `python examples/<name>` does."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_train_anchor(tmp_path, monkeypatch, capsys):
+    run_example("train_anchor.py", tmp_path, monkeypatch, "--steps", "3")
+    folder = tmp_path / "runs/train_anchor"
+    card = deradiff.load_anchor(folder / "anchor").card
+    assert (card.beta, card.method, card.steps) == (500.0, "lora", 3)
+    assert (folder / "metrics.jsonl").is_file()
+    assert Image.open(folder / "image.png").size == (32, 32)
+    assert "at lam=0.5" in capsys.readouterr().out
