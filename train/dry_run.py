@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from deradiff.data.pairs import Examples, Pairs
+from deradiff.data.pairs import Examples, Item, Pairs
 from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
