@@ -6,6 +6,9 @@ import math
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.models.base_model import BaseModel
+from deradiff.realignment.dial import BEYOND_ANCHOR
+from deradiff.realignment.registry import LABELS, MODES
+from deradiff.realignment.resampling import GUIDED_PARTICLES
 from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of
 from sample.base_files import SCHEDULER, base_json
@@ -16,10 +19,8 @@ from sample.manifest import Record
 def announcement(config: SampleConfig, anchor: Anchor, prompts: int, device: str) -> str:
     beta = anchor.card.beta if anchor.card else None
     unit = kl_unit(config) if beta else None
-    option = {
-        "reuse": f" (every {config.every} steps)",
-        "particles": f" ({config.particles} an image)",
-    }.get(config.mode_name, "")
+    label = LABELS[config.mode_name]
+    option = f" ({label.setting_text.format(config.mode_setting)})" if label.setting else ""
     trust = f", trust region {config.trust_region:g} nats" if config.trust_region else ""
     lines = [
         f"sample: {config.anchor} ({_strength(beta, unit)}) against {config.model.base}, mode {config.mode_name}{option}{trust}, "
@@ -32,19 +33,14 @@ def announcement(config: SampleConfig, anchor: Anchor, prompts: int, device: str
         and config.guidance_scale > 1
         and not _distilled(config)
     ):
-        lines.append(
-            "sample: with classifier-free guidance the weights of particles are a heuristic; guidance_scale=1 has none"
-        )
+        lines.append(f"sample: {GUIDED_PARTICLES}; guidance_scale=1 has none")
     if config.lambdas[-1] > 1:  # they are sorted
         bound = (
             ""
-            if config.trust_region or config.mode == "weights"
+            if config.trust_region or not MODES[config.mode].trust_region
             else "; trust_region=<nats> bounds the overshoot"
         )
-        lines.append(
-            f"sample: lambda {config.lambdas[-1]:g} lies beyond the anchor: it extrapolates, and deterministic samplers then err far more "
-            f"than ancestral ones{bound}"
-        )
+        lines.append(f"sample: lambda {config.lambdas[-1]:g} {BEYOND_ANCHOR}{bound}")
     for lam in config.lambdas:
         target = (
             "the reference"

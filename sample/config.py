@@ -14,8 +14,15 @@ from configs.tracking import TrackingConfig
 from deradiff.files import slug
 from deradiff.models.families import FAMILIES
 from deradiff.models.family import SamplingDefaults
+from deradiff.realignment.registry import (
+    LABELS,
+    MODES,
+    NEEDS,
+    manifest_mode,
+    modes_with,
+    unsupported_option,
+)
 
-MODES = ("exact", "reuse", "weights")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -114,7 +121,7 @@ class SampleConfig:
     runs: str = "runs"
 
     def __post_init__(self) -> None:
-        choice("mode", self.mode, MODES)
+        choice("mode", self.mode, tuple(MODES))
         choice("sampler", self.sampler, (None, *SAMPLERS))
         choice("dtype", self.dtype, (None, *DTYPES))
         self._check_numbers()
@@ -163,20 +170,15 @@ class SampleConfig:
 
     def _check_mode(self) -> None:
         """Options of one mode beside another, which `realign` would refuse once the weights are there."""
-        if self.particles > 1 and self.mode != "exact":
-            raise ValueError(
-                f"particles need both networks at every step: give mode=exact with particles={self.particles}, not {self.mode}"
-            )
-        if self.batched and self.mode != "exact":
-            raise ValueError(
-                f"batched=true evaluates both networks at every step: give mode=exact, not {self.mode}"
-            )
         if self.trust_region is not None:
             positive("trust_region", self.trust_region)
-            if self.mode == "weights":
-                raise ValueError(
-                    "trust_region needs the difference of both networks: give mode=exact or mode=reuse, not weights"
-                )
+        option = unsupported_option(self.mode, self.particles, self.batched, self.trust_region)
+        if option:
+            modes = " or ".join(f"mode={name}" for name in modes_with(option))
+            value = str(getattr(self, option)).lower()
+            raise ValueError(
+                f"{option} {NEEDS[option]}: give {modes} with {option}={value}, not {self.mode}"
+            )
         plain = self.mode == "exact" and self.particles == 1 and self.trust_region is None
         if self.bake and not (
             plain and len(self.lambdas) + len(self.targets) == 1 and self.lambdas != [0]
@@ -188,7 +190,13 @@ class SampleConfig:
     @property
     def mode_name(self) -> str:
         """As the manifest has it."""
-        return "particles" if self.particles > 1 else self.mode
+        return manifest_mode(self.mode, self.particles)
+
+    @property
+    def mode_setting(self) -> int | None:
+        """The number that tells two runs of the mode apart, such as `every` of mode reuse."""
+        setting = LABELS[self.mode_name].setting
+        return getattr(self, setting) if setting else None
 
     def run_name(self) -> str:
         if self.name:
@@ -200,8 +208,8 @@ class SampleConfig:
             if "train" in path.parts[:-1]
             else path.parts[-2:]
         )
-        option = {"reuse": self.every, "particles": self.particles}.get(self.mode_name, "")
-        parts = [slug("-".join(below_train)), f"{self.mode_name}{option}", *self._sampler_name()]
+        setting = "" if self.mode_setting is None else self.mode_setting
+        parts = [slug("-".join(below_train)), f"{self.mode_name}{setting}", *self._sampler_name()]
         parts += [
             f"{word}{value:g}"
             for word, value in (

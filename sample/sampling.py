@@ -21,6 +21,7 @@ from deradiff.files import locate
 from deradiff.method.samplers import FlowMatchSDEScheduler
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
+from deradiff.realignment.registry import LABELS, SETTINGS
 from sample.config import SAMPLERS, SampleConfig
 from sample.manifest import Record, image_path
 
@@ -191,9 +192,9 @@ def _record(
 
 
 def mode_options(config: SampleConfig) -> dict[str, Any]:
-    """The options of `realign` that tell a run from another of its mode; null where they are of no use to it."""
-    return {
-        "every": config.every if config.mode == "reuse" else None,
-        "particles": config.particles if config.particles > 1 else None,
-        "trust_region": config.trust_region,
-    }
+    """The options of `realign` that tell two runs of a mode apart; null for those of other modes."""
+    options: dict[str, Any] = dict.fromkeys(SETTINGS)
+    setting = LABELS[config.mode_name].setting
+    if setting:
+        options[setting] = config.mode_setting
+    return options | {"trust_region": config.trust_region}

@@ -13,6 +13,7 @@ from configs.checks import section
 from configs.entry import entry
 from configs.tracking import tracker
 from deradiff.files import slug
+from deradiff.realignment.registry import MODES
 from sample.config import SAMPLERS, SAMPLING_DEFAULTS, SHAPES, SampleConfig
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ EXTENDS = (  # other values of these make more images, not other ones
     "model.name",
     "model.resolution",
 )
-ANNOUNCED = "lam .* lies beyond the anchor|with classifier-free guidance the weights of particles"  # by the stage before its progress bar
 TABLE_ROWS = 64  # prompts in the tracker's table of pictures
 
 
@@ -180,7 +180,7 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, Anchor]:
         height=config.height or model.resolution,
         width=config.width or model.resolution,
         dtype=config.dtype or (half if torch.cuda.is_available() else "float32"),
-        path_kl=config.mode != "weights" if config.path_kl is None else config.path_kl,
+        path_kl=MODES[config.mode].measures_path_kl if config.path_kl is None else config.path_kl,
     )
     _check_fits(config, anchor, family)
     return config, anchor
@@ -229,6 +229,8 @@ def _sample(
         return 0, 0.0
     from tqdm import tqdm
 
+    from deradiff.realignment.dial import BeyondAnchorWarning
+    from deradiff.realignment.resampling import GuidedParticlesWarning
     from sample.manifest import image_path, save_image
     from sample.sampling import load_sampler, sample_images
 
@@ -244,7 +246,9 @@ def _sample(
         warnings.catch_warnings(),
         tqdm(total=count, unit=" images", desc="sample", disable=not state.is_main_process) as bar,
     ):
-        warnings.filterwarnings("ignore", ANNOUNCED, UserWarning)
+        # The stage has announced both before its progress bar.
+        warnings.simplefilter("ignore", BeyondAnchorWarning)
+        warnings.simplefilter("ignore", GuidedParticlesWarning)
         for png, record in sample_images(pipe, config, anchor, share, done):
             save_image(run_dir, state.process_index, png, record)
             bar.update()

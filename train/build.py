@@ -167,7 +167,7 @@ def training_pipeline(config: TrainConfig, base: BaseModel | None, encoders: boo
     return base.load_pipeline(dtype, parts)
 
 
-def encoders_digest(config: TrainConfig, base: BaseModel | None) -> str:
+def run_encoders_key(config: TrainConfig, base: BaseModel | None) -> str:
     """A text that names all that the encodings depend on besides the data; no weight is loaded."""
     if base is None:
         clip = source_key(str(config.model.clip))
@@ -220,7 +220,7 @@ class RunParts:
         if not self.config.data.cache:
             return None
         folder = Path(self.config.runs) / "cache"
-        encoders = encoders_digest(self.config, self.base)
+        encoders = run_encoders_key(self.config, self.base)
         cache = Cache(folder, encoders, self.data, self.resolution, self.flip)
         # New weights are the same, whether there was something to encode or not.
         with torch.random.fork_rng(devices=[]):
@@ -264,7 +264,7 @@ class RunParts:
         if self.cache is not None:
             encodings = self.cache.key
         else:
-            encoders = encoders_digest(config, self.base)
+            encoders = run_encoders_key(config, self.base)
             encodings = encodings_key(encoders, self.data, self.resolution)
         network = getattr(self.pipe, family_of(self.pipe).denoiser)
         key = reference_key(

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard, read_card
+from deradiff.realignment.registry import full_name
 
 # The contract of manifest.jsonl: each key with the types it may have. More keys are welcome.
 NUMBER, NONE = (int, float), type(None)
@@ -62,18 +63,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
             raise ValueError(
                 f"{where} has {key}={row[key]!r}, which is no {' or '.join(t.__name__ for t in types)}; sample that run again"
             )
-    return row | {"mode": _mode(row)}
-
-
-def _mode(row: dict[str, Any]) -> str:
-    """The mode with its setting, `reuse 4`, `particles 4`: what differs in it is another model's images."""
-    told = [
-        row["mode"],
-        *(f"{row[key]:g}" for key in ("every", "particles") if isinstance(row.get(key), NUMBER)),
-    ]
-    if isinstance(row.get("trust_region"), NUMBER):
-        told.append(f"within {row['trust_region']:g} nats")
-    return " ".join(told)
+    return row | {"mode": full_name(row)}
 
 
 def read_manifest(run: str) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def _bake_lora(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
     from safetensors.torch import save_file
 
     adapter, family = Adapter(pipe, anchor, 0), family_of(pipe)
-    if adapter.variant:
+    if adapter.is_variant:
         raise ValueError(
             f"{anchor.source} is a DoRA, and lam times one is no LoRA: sample it with mode='weights' instead"
         )

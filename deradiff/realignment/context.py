@@ -1,4 +1,14 @@
-"""The dial: `with realign(pipe, anchor, lam) as dial:` realigns any call of a stock diffusers pipeline to beta / lam while it samples."""
+"""`realign`: a context in which any call of a stock diffusers pipeline samples a realigned model.
+
+How the parts work together, at every evaluation of the denoiser inside the context:
+
+    pipeline -> hook -> clock      which step is this?
+                     -> dial       lambda of each anchor at this step
+                     -> mode       evaluates the networks, and mixes their outputs
+                     -> path KL    adds the step's share
+                     -> resampling weighs the particles, if there are any
+             <- the mixed output, with which guidance and the scheduler go on
+"""
 
 from __future__ import annotations
 
@@ -17,16 +27,18 @@ from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.clock import Clock
-from deradiff.realignment.dial import Dial, checked_lams
-from deradiff.realignment.modes import Exact, Mode, Reuse, Weights
+from deradiff.realignment.dial import Dial, validated_lams
+from deradiff.realignment.modes import Mode, ModeParts
 from deradiff.realignment.networks import Call, FullAnchor, Networks, check_own_loras
 from deradiff.realignment.path_kl import PathKL
+from deradiff.realignment.registry import MODES, NEEDS, modes_with, unsupported_option
 from deradiff.realignment.resampling import Resampling
 
-MODES = ("exact", "reuse", "weights")
 HOOK = "deradiff_realign"
+"""The name of our hook in diffusers' registry of a network's hooks."""
 
 Source = str | Path | Anchor
+"""What `load_anchor` takes."""
 
 
 @contextmanager
@@ -43,106 +55,158 @@ def realign(
     batched: bool = False,
     shared_start: bool = False,
 ) -> Iterator[Dial]:
-    """Realign a diffusers pipeline to p_ref^(1-lam) p_anchor^lam, step by step (DeRaDiff, Algorithm 1), until the context is left.
+    """Realign a diffusers pipeline while the context lasts (DeRaDiff, Algorithm 1).
 
-    anchor: what `load_anchor` takes, or several with as many lams: p_ref^(1 - sum lam_i) prod p_i^(lam_i). lam: see `Dial`.
-    mode: `exact` mixes the outputs of reference and anchor, which for every sampler whose step is linear in the output is the closed form
-    (two evaluations a step; one at lam 0 and 1); `reuse` evaluates their difference at each `every`-th step and extrapolates it between;
-    `weights` evaluates once, at theta_ref + lam (theta_anchor - theta_ref), its first order.
-    path_kl: also evaluate the reference where the mode itself does not need it (exact: lam = 1; weights: always), so that
-    `dial.path_kl` is known there.
-    particles: K consecutive rows are one image's particles, weighed and resampled so that they follow the exact tilt and not the steps'
-    mixtures (Feynman-Kac): call the pipeline with num_images_per_prompt=K and take images[::K]. Needs mode `exact`.
-    trust_region: for lam > 1, how many nats of KL the chain may go from the anchor's chain, shared evenly by the steps.
-    batched: a LoRA anchor's rows and the reference's as one batch of the network.
-    shared_start: remember a chain's first step, for a sweep of lambdas from the same noise; nothing but lam may change meanwhile.
+    Every call of the pipeline inside the context samples from p_ref^(1 - lam) p_anchor^lam, mixed
+    step by step. This imitates a model that was aligned at beta / lam, where beta is the anchor's.
+    With several anchors it is p_ref^(1 - sum lam_i) prod p_i^(lam_i).
 
-    Both networks see the same input: guidance and the scheduler's step act once, on the mixture (`guidance_rescale` and clipping too).
-    Moving, saving, compiling and offloading the pipeline go on as ever; switch on sequential offloading before, where the anchor is a LoRA.
-    Raises ValueError, in one sentence, for a mode, lam, anchor or scheduler that cannot be.
+    All networks see the same input. Guidance, clipping and the scheduler's step act once, on the
+    mixture. Moving, saving, compiling and offloading the pipeline work inside the context as
+    usual; switch on sequential offloading before it if the anchor is a LoRA. Leaving the context
+    gives the pipeline back as it was, bit for bit.
+
+    Args:
+        pipe: a pipeline of a known family (`deradiff.models.families`): text-to-image, img2img,
+            inpainting or ControlNet.
+        anchor: a path, a hub id or a loaded `Anchor` (see `deradiff.load_anchor`), or a list of
+            these.
+        lam: lambda: 0 is the reference, 1 the anchor. A number, a tensor with a number for each
+            image, a mask over the latents, or a schedule over time (see `deradiff.Dial`); with a
+            list of anchors, a list of these. It can be changed later: `dial.lam = ...`.
+        mode: how the realigned network is evaluated:
+
+            - `exact` mixes the outputs of the reference and the anchor. For every sampler whose
+              step is linear in the output, this is the closed form. Two evaluations a step, and one
+              at lam 0 and 1.
+            - `reuse` evaluates the difference of the two at every `every`-th step, and
+              extrapolates it between. 1 + 1/k evaluations a step, with k = `every`.
+            - `weights` evaluates one network, at theta_ref + lam (theta_anchor - theta_ref), which
+              is the first order of mixing. One evaluation a step.
+        path_kl: evaluate the reference also where the mode does not need it (`exact` at lam = 1,
+            `weights` always), so that `dial.path_kl` is known there.
+        every: of mode `reuse`: steps from one evaluation of the difference to the next.
+        particles: K above 1 corrects the error of mixing step by step: K rows of the batch are the
+            particles of one image, which are weighed and resampled (Feynman-Kac). Call the
+            pipeline with `num_images_per_prompt=K` and take `images[::K]`. For mode `exact`.
+        trust_region: for lam above 1: nats of KL that the chain may go from the anchor's chain,
+            shared evenly by the steps. For modes `exact` and `reuse`, and one anchor.
+        batched: run the rows of a LoRA anchor and of the reference as one batch. For mode `exact`.
+        shared_start: remember the first step of a chain, for a sweep of lambdas from the same
+            noise. Nothing but lam may change between the calls.
+
+    Yields:
+        The dial: set `dial.lam` at any time; read `dial.path_kl`, `dial.evaluations` and `dial.ess`
+        after a call.
+
+    Raises:
+        ValueError: for an unsupported mode, lam, anchor, scheduler or combination of options, in
+            one sentence, before any weight is read where that is possible.
+
+    Warns:
+        BeyondAnchorWarning: for a lam above 1, once.
+        GuidedParticlesWarning: for particles under classifier-free guidance, once.
+
+    Example:
+        ```python
+        with deradiff.realign(pipe, "runs/train/mine/anchor", lam=0.5) as dial:
+            image = pipe("a red fox in the snow").images[0]
+            dial.lam = 0.25
+            weaker = pipe("a red fox in the snow").images[0]
+        ```
     """
-    sources = (
-        list(anchor) if isinstance(anchor, Sequence) and not isinstance(anchor, str) else [anchor]
-    )
-    _check(pipe, len(sources), mode, every, particles, trust_region, batched)
-    lams = checked_lams(lam, len(sources))
+    # Mistakes first, before a weight is read.
+    sources = _as_list(anchor)
+    _check_numbers(every, particles, trust_region)
+    _check_mode(mode, len(sources), particles, trust_region, batched)
+    _check_pipeline(pipe)
+    lams = validated_lams(lam, len(sources))
     family = family_of(pipe)
-    found = [check_anchor_family(source, family.name) for source in sources]
+    anchors = [check_anchor_family(source, family.name) for source in sources]
     denoiser = getattr(pipe, family.denoiser)
+
+    # What is put into the pipeline below is taken out in reverse order.
     with ExitStack() as stack:
-        networks = Networks(
-            [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(found)],
-            batched,
-            shared_start,
-        )
-        if mode != "weights" and any(isinstance(anchor, FullAnchor) for anchor in networks.anchors):
+        # The networks: LoRA anchors are attached to the reference's own, full ones stand beside it.
+        attached = [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(anchors)]
+        networks = Networks(attached, batched, shared_start)
+        has_full = any(isinstance(network, FullAnchor) for network in attached)
+        if has_full and mode != "weights":
             check_own_loras(denoiser)
-        for attached in networks.anchors:
-            if isinstance(attached, Adapter):
-                stack.enter_context(attached.folded())
+        for network in attached:
+            if isinstance(network, Adapter):
+                stack.enter_context(network.detached())
+
+        # The measures: the step that the pipeline is at, its path KL, and its particles.
         clock = Clock(pipe, family.timestep_scale)
         kl = PathKL(pipe, clock)
         resampling = Resampling(particles, clock, kl) if particles > 1 else None
+
+        # The user's side.
         dial = Dial(networks, clock, kl, resampling, trust_region)
         dial.lam = lams  # type: ignore[assignment]
-        evaluate: Mode
-        if mode == "exact":
-            evaluate = Exact(networks, clock, dial.bounded, with_reference=path_kl)
-        elif mode == "reuse":
-            evaluate = Reuse(networks, clock, dial.bounded, every)
-        else:
-            evaluate = Weights(unwrapped(denoiser), networks, clock, with_reference=path_kl)
-            stack.callback(
-                unwrapped(denoiser).register_state_dict_pre_hook(evaluate.restore).remove
-            )
-            stack.callback(evaluate.restore)
+
+        # The pipeline's side: the mode evaluates in place of the reference's own forward.
+        parts = ModeParts(unwrapped(denoiser), networks, clock, dial.limit_lams, path_kl, every)
+        evaluator: Mode = MODES[mode].load()(parts)
+        evaluator.enter(stack)
         if resampling:
             stack.callback(resampling.release)
-        stack.enter_context(_hooked(denoiser, _Hook(dial, clock, kl, resampling, evaluate)))
+        hook = _Hook(dial, clock, kl, resampling, evaluator, family.shared_arguments)
+        stack.enter_context(_installed(denoiser, hook))
         yield dial
 
 
-def _check(
-    pipe: Any,
-    anchors: int,
-    mode: str,
-    every: int,
-    particles: int,
-    trust_region: float | None,
-    batched: bool,
-) -> None:
-    """ValueError for what cannot be, before an anchor is looked for."""
-    if mode not in MODES:
-        raise ValueError(f"mode must be {', '.join(MODES[:-1])} or {MODES[-1]}, not {mode!r}")
+def _as_list(anchor: Source | Sequence[Source]) -> list[Source]:
+    if isinstance(anchor, str | Path | Anchor):
+        return [anchor]
+    return list(anchor)
+
+
+def _check_numbers(every: int, particles: int, trust_region: float | None) -> None:
+    """Raise ValueError for a number out of its range."""
     for name, count in (("every", every), ("particles", particles)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}")
     if trust_region is not None and not trust_region > 0:
         raise ValueError(f"trust_region must be a number of nats above 0, not {trust_region!r}")
-    if mode != "exact" and (particles > 1 or batched):
-        raise ValueError(
-            f"{'particles' if particles > 1 else 'batched'} needs both networks at every step: use mode='exact', not {mode!r}"
-        )
-    if anchors > 1 and (mode == "reuse" or trust_region is not None):
-        raise ValueError(
-            f"{'mode reuse' if mode == 'reuse' else 'trust_region'} is for one anchor, and there are {anchors}"
-        )
-    if mode == "weights" and trust_region is not None:
-        raise ValueError(
-            "trust_region needs the difference of both networks: use mode='exact' or mode='reuse'"
-        )
+
+
+def _check_mode(
+    mode: str, anchors: int, particles: int, trust_region: float | None, batched: bool
+) -> None:
+    """Raise ValueError for an unknown mode, and for options that it does not go together with."""
+    if mode not in MODES:
+        *names, last = MODES
+        raise ValueError(f"mode must be {', '.join(names)} or {last}, not {mode!r}")
+    option = unsupported_option(mode, particles, batched, trust_region)
+    if option:
+        modes = " or ".join(f"mode={name!r}" for name in modes_with(option))
+        raise ValueError(f"{option} {NEEDS[option]}: use {modes}, not {mode!r}")
+    if anchors > 1 and not MODES[mode].several_anchors:
+        raise ValueError(f"mode {mode} is for one anchor, and there are {anchors}")
+    if anchors > 1 and trust_region is not None:
+        raise ValueError(f"trust_region is for one anchor, and there are {anchors}")
+
+
+def _check_pipeline(pipe: Any) -> None:
+    """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline."""
     if str(pipe.scheduler.config.get("variance_type", "")).startswith("learned"):
         raise ValueError(
-            f"{type(pipe.scheduler).__name__} has a learned variance, whose mixture is not one of outputs: use a fixed one"
+            f"{type(pipe.scheduler).__name__} has a learned variance, whose mixture is not one of "
+            "outputs: use a scheduler with a fixed variance"
         )
-    registry = getattr(getattr(pipe, family_of(pipe).denoiser), "_diffusers_hook", None)
+    denoiser = getattr(pipe, family_of(pipe).denoiser)
+    registry = getattr(denoiser, "_diffusers_hook", None)
     if registry and HOOK in registry.hooks:
         raise ValueError(
-            "this pipeline is being realigned already: leave that context first, or give several anchors to one"
+            "this pipeline is being realigned already: leave that context first, or give several "
+            "anchors to one"
         )
 
 
 def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter | FullAnchor:
+    """Load an anchor's weights: a LoRA onto the reference's network, or a second network."""
     family = family_of(pipe)
     if anchor.method == "full":
         return FullAnchor(unwrapped(getattr(pipe, family.denoiser)), anchor, family.name)
@@ -152,62 +216,70 @@ def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter
 
 
 class _Hook(ModelHook):
-    """Runs in place of the reference network's forward, inside whatever pipeline calls it."""
+    """Runs in place of the reference network's forward, in whatever pipeline calls it."""
 
     def __init__(
-        self, dial: Dial, clock: Clock, kl: PathKL, resampling: Resampling | None, mode: Mode
+        self,
+        dial: Dial,
+        clock: Clock,
+        kl: PathKL,
+        resampling: Resampling | None,
+        mode: Mode,
+        shared_arguments: tuple[str, ...],
     ) -> None:
         super().__init__()
-        self.dial, self.clock, self.kl, self.resampling, self.mode = (
-            dial,
-            clock,
-            kl,
-            resampling,
-            mode,
-        )
-        self.compiled: Any = None
+        self.dial = dial
+        self.clock = clock
+        self.kl = kl
+        self.resampling = resampling
+        self.mode = mode
+        self.shared_arguments = shared_arguments
+        # The network's forward, compiled, where the network was compiled in place.
+        self.compiled_forward: Any = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward: Any = self.fn_ref.original_forward
-        call = Call(self.compiled or forward, args, kwargs)
+        """One evaluation that the pipeline asks for."""
+        forward: Any = self.compiled_forward or self.fn_ref.original_forward
+        call = Call(forward, args, kwargs, self.shared_arguments)
+
         self.clock.tick(call.timestep)
-        lams = self.dial.turn(call.x)
-        mixed = self.mode(call, lams)
-        self.kl.add(mixed.output[0], mixed.pull)
+        lams = self.dial.next_lams(call.x)
+        mixed = self.mode.evaluate(call, lams)
+        self.kl.add(mixed.output[0], mixed.shift)
         if self.resampling:
             self.resampling.weigh(mixed.lams, mixed.differences)
         return mixed.output
 
 
 @contextmanager
-def _hooked(denoiser: nn.Module, hook: _Hook) -> Iterator[None]:
-    network, before = unwrapped(denoiser), set(vars(denoiser))
-    fresh = not hasattr(denoiser, "_diffusers_hook")
+def _installed(denoiser: nn.Module, hook: _Hook) -> Iterator[None]:
+    """Have the hook run in place of the denoiser's forward; then remove all traces of it."""
+    network = unwrapped(denoiser)
+    had_own_forward = "forward" in vars(denoiser)
+    had_registry = hasattr(denoiser, "_diffusers_hook")
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     registry.register_hook(hook, HOOK)
-    ours, original, compiled = (
-        denoiser.forward,
-        hook.fn_ref.original_forward,
-        network._compiled_call_impl,
-    )
-    if (
-        compiled is not None and denoiser is network
-    ):  # `.compile()` in place would trace the hook, too: what it is to trace is the network
-        network._compiled_call_impl, hook.compiled = None, torch.compile(original)
+    hooked_forward = denoiser.forward
+    original_forward: Any = hook.fn_ref.original_forward
+
+    # `.compile()` in place would trace the hook as well. What is to be traced is the network.
+    compiled = network._compiled_call_impl
+    if compiled is not None and denoiser is network:
+        network._compiled_call_impl = None
+        hook.compiled_forward = torch.compile(original_forward)
     try:
         yield
     finally:
-        if hook.compiled:
+        if hook.compiled_forward:
             network._compiled_call_impl = compiled
-        outer = vars(denoiser).get("forward")
+        current_forward = vars(denoiser).get("forward")
         registry.remove_hook(HOOK, recurse=False)
-        if (
-            getattr(denoiser, "_old_forward", None) is ours
-        ):  # accelerate's offloading, switched on inside, goes on
-            denoiser._old_forward, denoiser.forward = original, outer  # type: ignore[assignment]
-        elif (
-            not registry.hooks and "forward" not in before
-        ):  # diffusers leaves a bound forward behind
+        if getattr(denoiser, "_old_forward", None) is hooked_forward:
+            # accelerate's offloading, which was switched on inside the context, goes on.
+            denoiser._old_forward = original_forward
+            denoiser.forward = current_forward  # type: ignore[assignment]
+        elif not registry.hooks and not had_own_forward:
+            # diffusers leaves a bound forward behind.
             vars(denoiser).pop("forward", None)
-        if fresh and not registry.hooks:
+        if not had_registry and not registry.hooks:
             del denoiser._diffusers_hook

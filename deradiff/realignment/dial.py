@@ -1,4 +1,7 @@
-"""What `realign` hands back: lambda, to be turned at any time, and what the turning cost."""
+"""What `realign` gives to the user: lambda, which may be set at any time, and what sampling cost.
+
+Shapes: rows of the denoiser's batch; images = rows / rows_per_image.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,31 @@ from deradiff.realignment.networks import Networks
 from deradiff.realignment.path_kl import PathKL
 from deradiff.realignment.resampling import Resampling
 
+BEYOND_ANCHOR = (
+    "lies beyond the anchor: it extrapolates, and deterministic samplers then err far more than "
+    "ancestral ones"
+)
+"""What there is to say of a lambda above 1, after its value."""
+
+
+class BeyondAnchorWarning(UserWarning):
+    """A lambda above 1 extrapolates. It is given once for each `realign`."""
+
 
 class Dial:
     """How strongly a pipeline is realigned, and what that cost.
 
-    lam: a number, a number per image, a mask or a schedule (`deradiff.method.lambdas`); for several anchors a list of these. It may be set at any
-    time, from a step callback too. 0 is the reference and 1 the anchor, bit for bit.
+    `realign` makes it; users set `lam` and read the other attributes.
+
+    Args:
+        networks: the reference and its anchors.
+        clock: the step that the pipeline is at.
+        kl: the path KL of the chain.
+        resampling: the particles; None: there are none.
+        trust_region: nats of KL that the chain may go from the anchor's chain; None: any number.
+
+    Attributes:
+        lams: lambda of each anchor.
     """
 
     def __init__(
@@ -34,87 +56,132 @@ class Dial:
         networks: Networks,
         clock: Clock,
         kl: PathKL,
-        particles: Resampling | None,
-        trust: float | None,
+        resampling: Resampling | None,
+        trust_region: float | None,
     ) -> None:
-        self._networks, self._clock, self._kl, self._particles, self._trust = (
-            networks,
-            clock,
-            kl,
-            particles,
-            trust,
-        )
-        self._asked, self._warned = 0, False
+        self._networks = networks
+        self._clock = clock
+        self._kl = kl
+        self._resampling = resampling
+        self._trust_region = trust_region
+        self._rows_requested = 0
+        self._has_warned = False
         self.lams: list[Lambda] = []
 
     @property
     def lam(self) -> Lambda | list[Lambda]:
+        """Lambda: 0 is the reference and 1 the anchor, bit for bit.
+
+        It is a number, a number for each image (images,), a mask over the latents, or a schedule
+        over time (`deradiff.method.lambdas`); with several anchors, a list of these. It may be set
+        at any time, also from a step callback of the pipeline.
+
+        Raises:
+            ValueError: for a value that is none of these, or another number of them than anchors.
+        """
         return self.lams[0] if len(self._networks.anchors) == 1 else list(self.lams)
 
     @lam.setter
     def lam(self, lam: Lambda | Sequence[Lambda]) -> None:
-        lams = checked_lams(lam, len(self._networks.anchors))
+        lams = validated_lams(lam, len(self._networks.anchors))
         self._warn_beyond([value for value in lams if not callable(value)], stacklevel=3)
         self.lams = lams
 
     @property
     def path_kl(self) -> Tensor:
-        """KL of the realigned chain to the reference's, in nats: (images,), of the last pipeline call, or of the one that goes on.
+        """KL divergence of the realigned chain from the reference's, in nats (images,).
 
-        An estimate (PathKL). nan where a step did not evaluate the reference: see `path_kl` of `realign`.
+        Of the last call of the pipeline, or of the one that is running. It is an estimate (see
+        `deradiff.realignment.path_kl.PathKL`), and nan where some step did not evaluate the
+        reference: see `path_kl` of `realign`.
         """
         return self._kl.total
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size of each image's particles, 1 to K, at its smallest on the way: (images,), of the last pipeline call."""
-        return self._particles.ess if self._particles else torch.ones(len(self.path_kl.flatten()))
+        """Effective sample size of each image's particles, 1 to K, at its smallest (images,).
+
+        Of the last call of the pipeline, or of the one that is running; 1 without particles.
+        """
+        if self._resampling:
+            return self._resampling.ess
+        return torch.ones(len(self.path_kl.flatten()))
 
     @property
     def evaluations(self) -> float:
-        """Network evaluations for each one that the pipeline asked for, in the last call: 1 is the cost of one plain model."""
-        return self._networks.evaluated / max(self._asked, 1)
+        """Network evaluations for each one that the pipeline asked for; 1 is a plain model's cost.
 
-    def turn(self, output_like: Tensor) -> list[Strength]:
-        """The weight of each anchor at this step, in shapes that broadcast to the denoiser's output (rows, ...)."""
-        if self._clock.began:
-            self._asked = self._networks.evaluated = 0
-        self._asked += len(output_like)
-        strengths = [value_at(lam, self._clock.fraction) for lam in self.lams]
-        self._warn_beyond(strengths, stacklevel=2)
-        return [broadcast_to(lam, output_like, self._kl.copies) for lam in strengths]
+        Of the last call of the pipeline, or of the one that is running.
+        """
+        return self._networks.rows_evaluated / max(self._rows_requested, 1)
 
-    def bounded(self, lams: Sequence[Strength], differences: Sequence[Tensor]) -> list[Strength]:
-        """lams, shortened to the trust region where there is one: each step an equal share of its nats."""
-        if (
-            self._trust is None
-            or self._clock.index is None
-            or not any(_largest(lam) > 1 for lam in lams)
-        ):
+    def next_lams(self, x: Tensor) -> list[Strength]:
+        """Begin an evaluation of the denoiser.
+
+        Args:
+            x: the denoiser's input (rows, ...).
+
+        Returns:
+            The lam of each anchor at this step, in shapes that broadcast to the output.
+        """
+        if self._clock.is_new_call:
+            self._rows_requested = 0
+            self._networks.rows_evaluated = 0
+        self._rows_requested += len(x)
+        lams = [value_at(lam, self._clock.fraction) for lam in self.lams]
+        self._warn_beyond(lams, stacklevel=2)
+        return [broadcast_to(lam, x, self._kl.rows_per_image) for lam in lams]
+
+    def limit_lams(self, lams: Sequence[Strength], differences: Sequence[Tensor]) -> list[Strength]:
+        """Lower lams to the trust region, if there is one: each step has an equal share of it.
+
+        Args:
+            lams: of each anchor; a trust region is for one.
+            differences: each anchor's output minus the reference's (rows, ...).
+        """
+        has_limit = self._trust_region is not None and self._clock.index is not None
+        if not has_limit or not any(_largest(lam) > 1 for lam in lams):
             return list(lams)
-        divergence = self._kl.factor * self._kl.squared(differences[0])
-        column = divergence.repeat(self._kl.copies).view(-1, *[1] * (differences[0].ndim - 1))
-        return [trust_region(lams[0], column, self._trust / len(self._kl.pipe.scheduler.timesteps))]
+        assert self._trust_region is not None
+        (difference,) = differences
+        divergence = self._kl.factor * self._kl.squared(difference)
+
+        # One value an image, for each of its rows.
+        by_row = divergence.repeat(self._kl.rows_per_image)
+        column = by_row.view(-1, *[1] * (difference.ndim - 1))
+        steps = len(self._kl.pipe.scheduler.timesteps)
+        return [trust_region(lams[0], column, self._trust_region / steps)]
 
     def _warn_beyond(self, lams: Sequence[Strength], stacklevel: int) -> None:
-        if not self._warned and sum(_largest(lam) for lam in lams) > 1:
-            self._warned = True
-            warnings.warn(
-                f"lam {lams[0] if len(lams) == 1 else lams} lies beyond the anchor: it extrapolates, and deterministic samplers then err "
-                "far more than ancestral ones (Euler ancestral, DDPM, DDIM with eta=1); trust_region bounds the overshoot",
-                stacklevel=stacklevel + 1,
-            )
+        if self._has_warned or sum(_largest(lam) for lam in lams) <= 1:
+            return
+        self._has_warned = True
+        value = lams[0] if len(lams) == 1 else lams
+        warnings.warn(
+            f"lam {value} {BEYOND_ANCHOR} (Euler ancestral, DDPM, DDIM with eta=1); trust_region "
+            "bounds the overshoot",
+            BeyondAnchorWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
-def checked_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]:
-    """One strength or schedule an anchor. Raises ValueError for another number of them, or for what is none."""
-    values: Sequence[Lambda] = (
-        lam if isinstance(lam, Sequence) and not isinstance(lam, str) else [lam]
-    )
+def validated_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]:
+    """The lam of each anchor.
+
+    Args:
+        lam: one for each anchor; without a list for one anchor.
+        anchors: the number of anchors.
+
+    Raises:
+        ValueError: for another number of values, or for a value that is not a lam.
+    """
+    is_list = isinstance(lam, Sequence) and not isinstance(lam, str)
+    values: Sequence[Lambda] = lam if is_list else [lam]  # type: ignore[assignment, list-item]
     lams = [validated(value) for value in values]
     if len(lams) != anchors:
         raise ValueError(
-            f"{anchors} anchor(s) need as many values of lam, and there are {len(lams)}; for a value per image give torch.tensor([...])"
+            f"{anchors} anchor(s) need as many values of lam, and there are {len(lams)}; for a "
+            "value per image give torch.tensor([...])"
         )
     return lams
 

@@ -1,4 +1,9 @@
-"""The reference and its anchors as networks that are asked the same question: each evaluated where it is wanted, and counted."""
+"""The reference network and its anchors, evaluated on the same input where they are needed.
+
+Models are numbered: 0 is the reference, i is the i-th anchor.
+
+Shapes: rows of the denoiser's batch, (rows, ...).
+"""
 
 from __future__ import annotations
 
@@ -14,203 +19,279 @@ from torch.utils._pytree import tree_flatten, tree_map
 from deradiff.anchors.anchor import Anchor
 from deradiff.realignment.adapters import Adapter, lora_layers
 
-NOT_ROWS = ("img_ids", "txt_ids")  # arguments of FLUX that all rows share
+REFERENCE = 0
+"""The number of the reference among the models."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation that a pipeline asks for: the reference network's own forward, and the arguments. It returns a tuple or an output."""
+    """One evaluation of the denoiser that a pipeline asks for.
+
+    Attributes:
+        forward: the reference network's own forward; it returns a tuple or an output of diffusers.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        shared_arguments: names of keyword arguments that belong to all rows of a batch alike.
+    """
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    shared_arguments: tuple[str, ...] = ()
 
     @property
     def x(self) -> Any:
-        """(rows, ...), the noisy latents."""
-        return (
-            self.args[0]
-            if self.args
-            else self.kwargs.get("sample", self.kwargs.get("hidden_states"))
-        )
+        """The noisy latents (rows, ...)."""
+        if self.args:
+            return self.args[0]
+        return self.kwargs.get("sample", self.kwargs.get("hidden_states"))
 
     @property
     def timestep(self) -> Tensor | float:
+        """The time that the network gets: a number, or one for each row."""
         return self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
 
     def __call__(self) -> Any:
+        """The reference's output."""
         return self.forward(*self.args, **self.kwargs)
 
     def repeated(self, times: int) -> Call:
-        """The same question `times` over, as rows of one batch."""
+        """The same evaluation with every row `times` over: (times * rows, ...)."""
         rows = len(self.x)
 
         def repeat(value: Any) -> Any:
-            whole = not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows
-            return value if whole else torch.cat([value] * times)
+            has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+            return torch.cat([value] * times) if has_rows else value
 
-        kwargs = {
-            key: value if key in NOT_ROWS else tree_map(repeat, value)
-            for key, value in self.kwargs.items()
-        }
-        return Call(self.forward, tree_map(repeat, self.args), kwargs)
+        kwargs = {}
+        for name, value in self.kwargs.items():
+            is_shared = name in self.shared_arguments
+            kwargs[name] = value if is_shared else tree_map(repeat, value)
+        return Call(self.forward, tree_map(repeat, self.args), kwargs, self.shared_arguments)
 
-    def same(self, other: Call) -> bool:
-        """Whether both ask the same, element for element."""
-        (ours, ours_shape), (theirs, theirs_shape) = (
-            tree_flatten((self.args, self.kwargs)),
-            tree_flatten((other.args, other.kwargs)),
-        )
-        return ours_shape == theirs_shape and all(_equal(a, b) for a, b in zip(ours, theirs))
+    def cloned(self) -> Call:
+        """The same evaluation on copies of the tensors."""
+        args, kwargs = tree_map(_clone, (self.args, self.kwargs))
+        return Call(self.forward, args, kwargs, self.shared_arguments)
+
+    def equals(self, other: Call) -> bool:
+        """Whether all arguments of both are the same, element for element."""
+        ours, our_structure = tree_flatten((self.args, self.kwargs))
+        theirs, their_structure = tree_flatten((other.args, other.kwargs))
+        if our_structure != their_structure:
+            return False
+        return all(_equal(a, b) for a, b in zip(ours, theirs))
 
 
 class FullAnchor:
-    """A second network beside the reference's: no submodule of it, so that nobody moves, saves or counts it; it follows its input instead.
+    """A full anchor: a second network beside the reference.
 
-    Raises ValueError for weights that are not those of the reference's architecture.
+    It is not a submodule of the reference, so that nothing moves, saves or counts it along with the
+    reference. It moves to the device and precision of its input instead.
+
+    Args:
+        denoiser: the reference network.
+        anchor: the full anchor.
+        family: the pipeline's family, for errors.
+
+    Raises:
+        ValueError: for weights of another architecture than the reference's.
     """
 
     def __init__(self, denoiser: Any, anchor: Anchor, family: str) -> None:
-        self.denoiser, self.anchor = denoiser, anchor
-        self._placed: Any = (
-            None  # where the network is and how precise: both are dear to ask it for at every step
-        )
+        self.denoiser = denoiser
+        self.anchor = anchor
         self._network: Any = None
-        device = (
-            torch.device("cpu") if denoiser.device.type == "meta" else denoiser.device
-        )  # meta: offloaded layer by layer
-        ours, theirs = (
-            base_parameters(denoiser),
-            dict(self.network(device, denoiser.dtype).named_parameters()),
-        )
-        for name in sorted(ours.keys() | theirs.keys()):
-            shapes = [
-                tuple(side[name].shape) if name in side else "missing" for side in (theirs, ours)
-            ]
-            if shapes[0] != shapes[1]:
-                said = f"{name} is {shapes[0]} in the anchor and {shapes[1]} in the pipeline"
-                raise ValueError(
-                    f"the anchor {anchor.source} does not fit the {family} pipeline: {said}; give an anchor of its family"
-                )
+        # Asking the network for its device and precision at every step would be slow.
+        self._placement: tuple[torch.device, torch.dtype] | None = None
+
+        # Weights that are offloaded layer by layer are on the device "meta".
+        is_offloaded = denoiser.device.type == "meta"
+        device = torch.device("cpu") if is_offloaded else denoiser.device
+        self._check_shapes(self.network(device, denoiser.dtype), family)
 
     def network(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        if self._placed != (device, dtype):
-            self._network, self._placed = (
-                self.anchor.network(self.denoiser, device, dtype),
-                (device, dtype),
-            )
+        """The anchor's network, on a device and in a precision."""
+        if self._placement != (device, dtype):
+            self._network = self.anchor.network(self.denoiser, device, dtype)
+            self._placement = (device, dtype)
             _compile_like(self.denoiser, self._network)
         return self._network
 
     def output(self, call: Call) -> Any:
-        """The anchor's output for the reference's arguments, on their device and in their precision."""
+        """The anchor's output for the arguments that the reference got."""
         return self.network(call.x.device, call.x.dtype)(*call.args, **call.kwargs)
+
+    def _check_shapes(self, network: nn.Module, family: str) -> None:
+        ours = base_parameters(self.denoiser)
+        theirs = dict(network.named_parameters())
+        for name in sorted(ours.keys() | theirs.keys()):
+            our_shape = _shape_of(ours, name)
+            their_shape = _shape_of(theirs, name)
+            if our_shape != their_shape:
+                raise ValueError(
+                    f"the anchor {self.anchor.source} does not fit the {family} pipeline: {name} "
+                    f"is {their_shape} in the anchor and {our_shape} in the pipeline; give an "
+                    "anchor of its family"
+                )
 
 
 class Networks:
-    """Reference and anchors on one input.
+    """The reference and its anchors on one input.
 
-    batched: a LoRA anchor's rows and the reference's go through the network as one batch. shared_start: a chain's first step is kept and
-    answered from memory when it is asked again, as for every lambda of a sweep that starts from the same noise. What the arguments do not
-    show, such as the scale of an IP-Adapter, must not change meanwhile.
+    Args:
+        anchors: LoRA anchors on the reference's network, or full anchors beside it.
+        batched: run the rows of a LoRA anchor and of the reference as one batch.
+        shared_start: remember the first step of a chain, and answer from memory when it is asked
+            for again, as every lambda of a sweep from the same noise does. What the arguments do
+            not show, such as the scale of an IP-Adapter, must not change meanwhile.
+
+    Attributes:
+        rows_evaluated: rows that any network has evaluated; whoever counts sets it back.
+
+    Raises:
+        ValueError: for `batched` with anchors whose rows cannot run in the reference's batch.
     """
 
     def __init__(
         self, anchors: Sequence[Adapter | FullAnchor], batched: bool, shared_start: bool
     ) -> None:
-        self.anchors, self.batched, self.shared_start = anchors, batched, shared_start
-        self.evaluated = 0  # rows
+        self.anchors = anchors
+        self.batched = batched
+        self.shared_start = shared_start
+        self.rows_evaluated = 0
         self._first: tuple[Call, dict[int, Any]] | None = None
-        if batched and not any(isinstance(anchor, Adapter) for anchor in anchors):
-            raise ValueError(
-                "batched=True evaluates a LoRA anchor and its reference as one batch, and a full anchor is another network"
-            )
-        for anchor in anchors:
-            if batched and isinstance(anchor, Adapter):
-                anchor.check_rows()
+        if batched:
+            self._check_batchable()
 
-    def __call__(self, call: Call, wanted: Sequence[bool], starts: bool = False) -> list[Any]:
-        """The outputs of the reference and of each anchor, None for what is not wanted. starts: a chain does."""
-        known = self._remembered(call) if starts and self.shared_start else {}
-        missing = [i for i, want in enumerate(wanted) if want and i not in known]
-        known.update(zip(missing, self._evaluate(call, missing)))
-        self.evaluated += len(missing) * len(call.x)
-        return [known[i] if want else None for i, want in enumerate(wanted)]
+    def _check_batchable(self) -> None:
+        adapters = [anchor for anchor in self.anchors if isinstance(anchor, Adapter)]
+        if not adapters:
+            raise ValueError(
+                "batched=True evaluates a LoRA anchor and its reference as one batch, and a full "
+                "anchor is another network: remove batched=True"
+            )
+        for adapter in adapters:
+            adapter.check_batchable()
+
+    def evaluate(
+        self, call: Call, wanted: Sequence[bool], is_first_evaluation: bool = False
+    ) -> list[Any]:
+        """Evaluate some of the models on the same input.
+
+        Args:
+            call: the evaluation that the pipeline asks for.
+            wanted: whether the output of the reference, and of each anchor, is needed.
+            is_first_evaluation: whether this is the first evaluation of a chain.
+
+        Returns:
+            An output for each of `wanted`; None where it is not wanted.
+        """
+        outputs: dict[int, Any] = {}
+        if is_first_evaluation and self.shared_start:
+            outputs = self._remembered(call)
+
+        # What is evaluated now is remembered, too: `outputs` may be the memory itself.
+        models = [model for model, is_wanted in enumerate(wanted) if is_wanted]
+        missing = [model for model in models if model not in outputs]
+        outputs.update(self._evaluate(call, missing))
+        self.rows_evaluated += len(missing) * len(call.x)
+        return [outputs[i] if is_wanted else None for i, is_wanted in enumerate(wanted)]
 
     def _remembered(self, call: Call) -> dict[int, Any]:
-        if self._first is None or not self._first[0].same(call):
-            kept = Call(
-                call.forward,
-                *tree_map(
-                    lambda v: v.clone() if isinstance(v, Tensor) else v, (call.args, call.kwargs)
-                ),
-            )
-            self._first = kept, {}
+        """The outputs by model of a chain's first step; empty for another one than last time."""
+        if self._first is None or not self._first[0].equals(call):
+            self._first = (call.cloned(), {})
         return self._first[1]
 
-    def _evaluate(self, call: Call, models: Sequence[int]) -> list[Any]:
-        together = (
-            [i for i in models if i == 0 or isinstance(self.anchors[i - 1], Adapter)]
-            if self.batched
-            else []
-        )
-        joint = dict(zip(together, self._as_one_batch(call, together))) if len(together) > 1 else {}
-        return [
-            joint[i] if i in joint else self.anchors[i - 1].output(call) if i else call()
-            for i in models
-        ]
+    def _evaluate(self, call: Call, models: Sequence[int]) -> dict[int, Any]:
+        outputs = self._evaluate_jointly(call, models) if self.batched else {}
+        for model in models:
+            if model in outputs:
+                continue
+            if model == REFERENCE:
+                outputs[model] = call()
+            else:
+                outputs[model] = self.anchors[model - 1].output(call)
+        return outputs
 
-    def _as_one_batch(self, call: Call, models: Sequence[int]) -> list[Any]:
-        rows = len(call.x)
+    def _evaluate_jointly(self, call: Call, models: Sequence[int]) -> dict[int, Any]:
+        """Evaluate the models on the reference's network as one batch, where there are several."""
+        adapters: dict[int, Adapter] = {}
+        for number, anchor in enumerate(self.anchors, start=1):
+            if isinstance(anchor, Adapter):
+                adapters[number] = anchor
+        joint = [model for model in models if model == REFERENCE or model in adapters]
+        if len(joint) < 2:
+            return {}
+
+        # Each adapter acts on its own part of the batch, and the reference's part has none.
         with ExitStack() as stack:
-            for place, i in enumerate(models):
-                if i:
-                    strengths = torch.zeros(len(models), rows, device=call.x.device)
-                    strengths[place] = 1
-                    stack.enter_context(self.anchors[i - 1].on(strengths.flatten()))  # type: ignore[union-attr]
-            output = call.repeated(len(models))()
-        return [with_tensor(output, chunk) for chunk in output[0].chunk(len(models))]
-
-
-def _compile_like(denoiser: Any, network: Any) -> None:
-    """Compile the anchor's network where the pipeline's is, whole or block by block."""
-    for whole in (True, False):
-        ours, theirs = (([n] if whole else list(n.modules())[1:]) for n in (denoiser, network))
-        if any(module._compiled_call_impl for module in ours):
-            if not any(module._compiled_call_impl for module in theirs):
-                network.compile() if whole else network.compile_repeated_blocks()
-            return
+            for position, model in enumerate(joint):
+                if model == REFERENCE:
+                    continue
+                scales = torch.zeros(len(joint), len(call.x), device=call.x.device)
+                scales[position] = 1
+                stack.enter_context(adapters[model].active(scales.flatten()))
+            output = call.repeated(len(joint))()
+        parts = output[0].chunk(len(joint))
+        return {model: with_tensor(output, part) for model, part in zip(joint, parts)}
 
 
 def with_tensor(output: Any, tensor: Tensor) -> Any:
-    """A network's output of the same kind, tuple or diffusers output, around another tensor."""
-    return (tensor, *output[1:]) if isinstance(output, tuple) else type(output)(sample=tensor)
+    """A network's output, a tuple or an output of diffusers, with another tensor in it."""
+    if isinstance(output, tuple):
+        return (tensor, *output[1:])
+    return type(output)(sample=tensor)
 
 
 def base_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """A network's own parameters by the names that they have without any LoRA on it."""
-    return {
-        name.replace(".base_layer.", "."): p
-        for name, p in denoiser.named_parameters()
-        if ".lora_" not in name
-    }
+    parameters = {}
+    for name, parameter in denoiser.named_parameters():
+        if ".lora_" not in name:
+            parameters[name.replace(".base_layer.", ".")] = parameter
+    return parameters
 
 
 def check_own_loras(denoiser: nn.Module) -> None:
-    """ValueError where a LoRA of the user's acts on the reference network, and so not on a full anchor beside it."""
-    styled = [
-        name
-        for layer in lora_layers(denoiser)
-        if not layer.disable_adapters
-        for name in layer.active_adapters
-    ]
-    if styled:
-        said = (
-            f"the pipeline's own LoRA ({styled[0]}) is on the reference alone, not on a full anchor"
-        )
+    """Check that no LoRA of the user's acts on the reference network.
+
+    A full anchor beside the reference does not have that LoRA.
+
+    Raises:
+        ValueError: where there is an active one.
+    """
+    for layer in lora_layers(denoiser).values():
+        if layer.disable_adapters or not layer.active_adapters:
+            continue
         raise ValueError(
-            f"{said}: call pipe.unload_lora_weights() or pipe.disable_lora() first, or use mode='weights'"
+            f"the pipeline's own LoRA ({layer.active_adapters[0]}) is on the reference alone, not "
+            "on a full anchor: call pipe.unload_lora_weights() or pipe.disable_lora() first, or "
+            "use mode='weights'"
         )
+
+
+def _compile_like(denoiser: Any, network: Any) -> None:
+    """Compile the anchor's network where the pipeline's is, whole or block by block."""
+    if denoiser._compiled_call_impl:
+        if not network._compiled_call_impl:
+            network.compile()
+    elif _has_compiled_block(denoiser) and not _has_compiled_block(network):
+        network.compile_repeated_blocks()
+
+
+def _has_compiled_block(network: nn.Module) -> bool:
+    blocks = list(network.modules())[1:]
+    return any(block._compiled_call_impl for block in blocks)
+
+
+def _shape_of(parameters: dict[str, nn.Parameter], name: str) -> tuple[int, ...] | str:
+    return tuple(parameters[name].shape) if name in parameters else "missing"
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _equal(a: Any, b: Any) -> bool:

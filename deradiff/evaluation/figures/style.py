@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from deradiff.realignment.registry import label_of
+
 # Okabe and Ito's colours, those that stand out from white and from near-black alike; colour is never alone: markers differ too.
 COLOURS, MARKERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"), "osD^vP"
-DASHES = {"exact": "-", "weights": "--", "reuse": ":", "particles": "-."}
 INK = "#123456"  # stands for the page's own colour until the file is written
 INK_STYLE = "<style>svg{color:#1c2430}@media(prefers-color-scheme:dark){svg{color:#dde3ea}}</style>"  # for an SVG that stands alone
 STYLE: Any = {
@@ -114,5 +115,5 @@ def looks(models: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def dash(mode: str) -> str:
-    """Of a mode, whose name may go on with its setting: `reuse 4`."""
-    return DASHES.get(mode.split()[0], ":")
+    """The line style of a mode, whose name its setting may follow: `reuse 4`."""
+    return label_of(mode).line_style
