@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import statistics
 import tempfile
 import time
@@ -29,16 +30,25 @@ from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from deradiff.models.flops import denoiser_flops
+from deradiff.models.published import MEASURED_TFLOPS
+from deradiff.realignment.registry import MODES
 
-PEAK = 790e12  # FLOP/s in bfloat16 that an H200 was measured to reach
+PEAK = MEASURED_TFLOPS["H200"] * 1e12  # FLOP/s
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-MODES: dict[str, dict[str, Any]] = {
-    "exact": {},
-    "exact, batched": {"batched": True},
-    "weights": {"mode": "weights"},
-    "reuse, every=4": {"mode": "reuse", "every": 4},
-}
 TOKENS = 77
+
+
+def timed_options() -> dict[str, dict[str, Any]]:
+    """The options of `realign` that are timed, by the name of their row in the table."""
+    defaults = inspect.signature(realign).parameters
+    options: dict[str, dict[str, Any]] = {}
+    for mode, spec in MODES.items():
+        setting = spec.label.setting
+        name = f"{mode}, {setting}={defaults[setting].default}" if setting else mode
+        options[name] = {"mode": mode}
+        if spec.batched:
+            options[f"{name}, batched"] = {"mode": mode, "batched": True}
+    return options
 
 
 def random_pipeline(network: str, width: int, pixels: int) -> Any:
@@ -190,7 +200,7 @@ class Bench:
         chosen = [("plain", "", {})] + [
             (k, n, o)
             for k in self.anchors
-            for n, o in MODES.items()
+            for n, o in timed_options().items()
             if not (k == "full" and "batched" in o)
         ]
         times: dict[tuple[str, str], list[float]] = {(kind, name): [] for kind, name, _ in chosen}

@@ -9,7 +9,7 @@ import diffusers
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
-from deradiff.realignment.mode_specs import MODES
+from deradiff.realignment.registry import LABELS, MODES
 from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of
 from sample.config import SampleConfig
@@ -49,9 +49,8 @@ def _mode(config: SampleConfig) -> str:
     """The mode with its number."""
     if config.mode_detail is None:
         return config.mode_name
-    if config.particles > 1:
-        return f"{config.mode_name} ({config.particles} an image)"
-    return f"{config.mode_name} (every {config.mode_detail} steps)"
+    setting = LABELS[config.mode_name].setting_text.format(config.mode_detail)
+    return f"{config.mode_name} ({setting})"
 
 
 def _cautions(config: SampleConfig, base: BaseModel) -> list[str]:
@@ -66,7 +65,7 @@ def _cautions(config: SampleConfig, base: BaseModel) -> list[str]:
         )
     largest = max(config.lambdas)
     if largest > 1:
-        can_bound = MODES[config.mode].takes_trust_region and not config.trust_region
+        can_bound = MODES[config.mode].trust_region and not config.trust_region
         bound = "; trust_region=<nats> bounds the overshoot" if can_bound else ""
         lines.append(
             f"sample: lambda {largest:g} lies beyond the anchor: it extrapolates, and "

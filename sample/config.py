@@ -12,14 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.checks import choice
+from configs.checks import choice, positive
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
 from deradiff.method.samplers import SAMPLERS
 from deradiff.models.families import FAMILIES
 from deradiff.models.family import SamplingDefaults
-from deradiff.realignment.mode_specs import MODES, PARTICLES, check_options, shown_mode
+from deradiff.realignment.registry import (
+    LABELS,
+    MODES,
+    NEEDS,
+    manifest_mode,
+    modes_with,
+    unsupported_option,
+)
 
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = "shapes"
@@ -99,13 +106,7 @@ class SampleConfig:
         choice("dtype", self.dtype, (None, *DTYPES))
         self._check_lists()
         self._check_numbers()
-        check_options(
-            self.mode,
-            every=self.every,
-            particles=self.particles,
-            trust_region=self.trust_region,
-            batched=self.batched,
-        )
+        self._check_mode()
         self._check_bake()
         self.lambdas = [abs(float(lam)) for lam in self.lambdas]  # -0.0 becomes 0.0
 
@@ -153,6 +154,15 @@ class SampleConfig:
             if side is not None and (side < 8 or side % 8):
                 raise ValueError(f"{key} must be a multiple of 8 pixels, not {side}")
 
+    def _check_mode(self) -> None:
+        """Raises ValueError for options that the mode does not go together with."""
+        if self.trust_region is not None:
+            positive("trust_region", self.trust_region)
+        option = unsupported_option(self.mode, self.particles, self.batched, self.trust_region)
+        if option:
+            modes = " or ".join(f"mode={name}" for name in modes_with(option))
+            raise ValueError(f"{option} {NEEDS[option]}: give {modes}, not {self.mode}")
+
     def _check_bake(self) -> None:
         """Raises ValueError where a bake would not be one lambda of mode exact."""
         if not self.bake:
@@ -168,15 +178,13 @@ class SampleConfig:
     @property
     def mode_name(self) -> str:
         """The mode as the manifest names it."""
-        return shown_mode(self.mode, self.particles)
+        return manifest_mode(self.mode, self.particles)
 
     @property
     def mode_detail(self) -> int | None:
         """The number that tells a run from another of its mode: `every`, or `particles`."""
-        if self.mode_name == PARTICLES:
-            return self.particles
-        option = MODES[self.mode].option
-        return getattr(self, option) if option else None
+        name = LABELS[self.mode_name].setting
+        return getattr(self, name) if name else None
 
     def run_name(self) -> str:
         """The name of the run directory: a function of the config, never of the clock."""

@@ -14,7 +14,7 @@ from deradiff.anchors.anchor import Anchor, check_anchor_family, load_anchor
 from deradiff.method.samplers import SAMPLERS, samplers_for
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel, check_autoencoder
 from deradiff.models.families import FAMILIES
-from deradiff.realignment.mode_specs import MODES
+from deradiff.realignment.registry import MODES
 from sample.config import SAMPLING_DEFAULTS, SHAPES, SampleConfig
 
 SHAPES_ASSETS = "asset:shapes/"
@@ -93,7 +93,7 @@ def _with_defaults(config: SampleConfig, base: BaseModel, anchor: Anchor) -> Sam
         height=config.height or model.resolution,
         width=config.width or model.resolution,
         dtype=config.dtype or dtype,
-        path_kl=MODES[config.mode].knows_path_kl if path_kl is None else path_kl,
+        path_kl=MODES[config.mode].measures_path_kl if path_kl is None else path_kl,
     )
 
 

@@ -1,4 +1,7 @@
-"""The whole suite runs without a network, and on one thread: parallel sums would differ between machines, and the cores are shared."""
+"""The whole suite runs without a network, and on one thread.
+
+Parallel sums would differ between machines, and the cores are shared.
+"""
 
 from __future__ import annotations
 

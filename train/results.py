@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import accelerate
 import diffusers
@@ -27,6 +27,7 @@ from deradiff.hub import push
 from deradiff.models.base_model import BaseModel
 from deradiff.training.checkpoints import Progress
 from deradiff.training.dpo import BETA_CONVENTION
+from deradiff.training.objectives.base import AnchorObjective, Objective
 from deradiff.training.panel import sample_panel
 from train.build import frozen_dtype
 from train.config import TrainConfig
@@ -99,7 +100,11 @@ def training_summary(
 
 
 def add_cost(
-    objective: Any, config: TrainConfig, pairs_per_step: int, progress: Progress, devices: int
+    objective: AnchorObjective,
+    config: TrainConfig,
+    pairs_per_step: int,
+    progress: Progress,
+    devices: int,
 ) -> None:
     """Write the cost of a finished run into the card of its objective."""
     checkpointing = config.model.gradient_checkpointing
@@ -120,7 +125,7 @@ def finished(run_dir: Path) -> Path | None:
 
 
 def finish(
-    objective: Any,
+    objective: Objective,
     config: TrainConfig,
     run_dir: Path,
     track: Tracker,
@@ -140,7 +145,8 @@ def finish(
         panels = sorted((run_dir / "panel").glob("step-*.png"))
         if panels:
             shutil.copyfile(panels[-1], folder / GRID)
-        write_model_card(folder, objective.card, summary, config.hub.push_to)
+        card = cast(AnchorObjective, objective).card
+        write_model_card(folder, card, summary, config.hub.push_to)
         name = f"anchor-{name}"
     track.artifact(name, "model", folder)
     write_atomic(run_dir / FINISHED, json.dumps({"folder": folder.name}))

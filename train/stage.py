@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from deradiff.files import claim, slug
 from deradiff.models.base_model import BaseModel
 from deradiff.training.dpo import learning_rate
 from deradiff.training.loop import train
+from deradiff.training.objectives.base import AnchorObjective
 from deradiff.training.options import TrainingOptions
 from train import build, results
 from train.config import TrainConfig
@@ -93,17 +94,18 @@ def _train(
     card = None
     if config.spec.makes_anchor and base is not None:
         card = results.make_card(config, base, per_step, _device_name(accelerator))
-    objective: Any = build.make_objective(build.RunParts(config, base, data, accelerator, card))
+    objective = build.make_objective(build.RunParts(config, base, data, accelerator, card))
+    anchor = cast(AnchorObjective, objective) if card is not None else None
     accelerator.print(
         f"train: {run_dir}: {config.steps} steps of {per_step} examples, "
         f"learning rate {options.learning_rate:.4g}"
     )
-    if card is not None:
-        options.flops_per_step = objective.step_flops(per_step, checkpointing=False)
-    if card is not None and config.beta is not None:
+    if anchor is not None:
+        options.flops_per_step = anchor.step_flops(per_step, checkpointing=False)
+    if anchor is not None and config.beta is not None:
         accelerator.print(
-            f"train: beta {config.beta:g} ({card.beta_convention}), "
-            f"a KL strength of {objective.kl_strength():.2g}"
+            f"train: beta {config.beta:g} ({anchor.card.beta_convention}), "
+            f"a KL strength of {anchor.kl_strength():.2g}"
         )
 
     # Training. The main process then saves the results.
@@ -117,11 +119,11 @@ def _train(
         progress = train(objective, examples, options, run_dir, accelerator, track.log, panels)
         if not is_main:
             return run_dir
-        if card is not None:
+        if anchor is not None:
             devices = accelerator.num_processes
-            results.add_cost(objective, config, per_step, progress, devices)
+            results.add_cost(anchor, config, per_step, progress, devices)
             if config.panel.every:
-                panels(objective.network, config.steps)
+                panels(anchor.network, config.steps)
         summary = results.training_summary(config, per_step, options.learning_rate)
         folder = results.finish(objective, config, run_dir, track, summary)
         print(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.files import write_atomic
+from deradiff.hub import is_hub_id
 from deradiff.models.families import FAMILIES
 
 GRID = "grid.png"
@@ -69,9 +69,7 @@ def write_model_card(
     else:
         stock = f'pipe.{family.denoiser} = type(pipe.{family.denoiser}).from_pretrained("{where}", subfolder="{family.denoiser}")'
     # The hub takes nothing but ids of its own there; a folder of one machine, or what ships with deradiff, is told in the text alone.
-    on_hub = (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", card.base_model) and not Path(card.base_model).exists()
-    )
+    on_hub = is_hub_id(card.base_model) and not Path(card.base_model).exists()
     relation = "adapter" if card.method == "lora" else "finetune"
     front = f"base_model: {card.base_model}\nbase_model_relation: {relation}\n" if on_hub else ""
     shipped, imports = (

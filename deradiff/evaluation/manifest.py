@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard, read_card
-from deradiff.realignment.mode_specs import mode_label
+from deradiff.realignment.registry import full_name
 
 MANIFEST = "manifest.jsonl"
 
@@ -139,7 +139,7 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
             raise ValueError(
                 f"{where} has {key}={value!r}, which is no {names}; sample that run again"
             )
-    return record | {"mode": mode_label(record)}
+    return record | {"mode": full_name(record)}
 
 
 def read_samples(runs: Sequence[str], references: Sequence[str] = ()) -> pd.DataFrame:

@@ -1,8 +1,13 @@
-"""The dial: `with realign(pipe, anchor, lam) as dial:` realigns a stock diffusers pipeline.
+"""`realign`: a context in which any call of a stock diffusers pipeline samples a realigned model.
 
-The mixture is evaluated inside the pipeline, in place of the reference network's forward. That is
-one of two implementations of the method: `deradiff.method.chain` draws from the closed form step by
-step. Tests hold the two equal for every sampler.
+How the parts work together, at every evaluation of the denoiser inside the context:
+
+    pipeline -> hook -> clock      which step is this?
+                     -> dial       lambda of each anchor at this step
+                     -> mode       evaluates the networks, and mixes their outputs
+                     -> path KL    adds the step's share
+                     -> resampling weighs the particles, if there are any
+             <- the mixed output, with which guidance and the scheduler go on
 """
 
 from __future__ import annotations
@@ -22,17 +27,18 @@ from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.clock import Clock
-from deradiff.realignment.dial import Dial, checked_lams
-from deradiff.realignment.mode_specs import MODES, check_options
-from deradiff.realignment.modes import MODE_TYPES, Mode, ModeParts
+from deradiff.realignment.dial import Dial, validated_lams
+from deradiff.realignment.modes import Mode, ModeParts
 from deradiff.realignment.networks import Call, FullAnchor, Networks, check_own_loras
 from deradiff.realignment.path_kl import PathKL
+from deradiff.realignment.registry import MODES, NEEDS, modes_with, unsupported_option
 from deradiff.realignment.resampling import Resampling
 
 HOOK = "deradiff_realign"
-"""The name of our hook on the reference network."""
+"""The name of our hook in diffusers' registry of a network's hooks."""
 
 Source = str | Path | Anchor
+"""What `load_anchor` takes."""
 
 
 @contextmanager
@@ -49,105 +55,149 @@ def realign(
     batched: bool = False,
     shared_start: bool = False,
 ) -> Iterator[Dial]:
-    """Realign a diffusers pipeline to p_ref^(1-lam) p_anchor^lam while the context lasts.
+    """Realign a diffusers pipeline while the context lasts (DeRaDiff, Algorithm 1).
 
-    Every call of the pipeline is realigned, step by step (DeRaDiff, Algorithm 1). Both networks get
-    the same input; guidance and the scheduler's step act once, on the mixture (`guidance_rescale`
-    and clipping, too). Leaving the context gives the pipeline back as it was. Moving, saving,
-    compiling and offloading the pipeline work inside. Sequential offloading is to be switched on
-    before, where the anchor is a LoRA.
+    Every call of the pipeline inside the context samples from p_ref^(1 - lam) p_anchor^lam, mixed
+    step by step. This imitates a model that was aligned at beta / lam, where beta is the anchor's.
+    With several anchors it is p_ref^(1 - sum lam_i) prod p_i^(lam_i).
+
+    All networks see the same input. Guidance, clipping and the scheduler's step act once, on the
+    mixture. Moving, saving, compiling and offloading the pipeline work inside the context as
+    usual; switch on sequential offloading before it if the anchor is a LoRA. Leaving the context
+    gives the pipeline back as it was, bit for bit.
 
     Args:
-        pipe: a pipeline of a known family: text-to-image, img2img, inpainting or ControlNet.
-        anchor: what `load_anchor` takes, or several of them:
-            p_ref^(1 - sum lam_i) prod p_i^(lam_i).
-        lam: a number, a number per image, a mask over the latents or a schedule over time
-            (`deradiff.method.lambdas`); for several anchors a list of these.
-        mode: `exact` mixes the outputs of reference and anchor: two evaluations a step, and one at
-            lam 0 and 1. For every sampler whose step is linear in the output it is the closed form.
-            `reuse` evaluates their difference at every k-th step. `weights` evaluates one network,
-            at theta_ref + lam (theta_anchor - theta_ref), the first order of mixing.
-        path_kl: also evaluate the reference where the mode does not need it (exact: at lam = 1;
-            weights: always), so that `dial.path_kl` is known there.
-        every: k of mode `reuse`.
-        particles: K consecutive rows are one image's particles, weighed and resampled so that they
-            follow the exact target and not the mixtures of steps (Feynman-Kac). Call the pipeline
-            with num_images_per_prompt=K and take images[::K]. Needs mode `exact`.
-        trust_region: for lam > 1, how many nats of KL the chain may go from the anchor's chain,
-            shared evenly by the steps.
-        batched: evaluate a LoRA anchor's rows and the reference's as one batch.
-        shared_start: remember a chain's first step, for a sweep of lambdas from the same noise.
-            Nothing but lam may change in between.
+        pipe: a pipeline of a known family (`deradiff.models.families`): text-to-image, img2img,
+            inpainting or ControlNet.
+        anchor: a path, a hub id or a loaded `Anchor` (see `deradiff.load_anchor`), or a list of
+            these.
+        lam: lambda: 0 is the reference, 1 the anchor. A number, a tensor with a number for each
+            image, a mask over the latents, or a schedule over time (see `deradiff.Dial`); with a
+            list of anchors, a list of these. It can be changed later: `dial.lam = ...`.
+        mode: how the realigned network is evaluated:
+
+            - `exact` mixes the outputs of the reference and the anchor. For every sampler whose
+              step is linear in the output, this is the closed form. Two evaluations a step, and one
+              at lam 0 and 1.
+            - `reuse` evaluates the difference of the two at every `every`-th step, and
+              extrapolates it between. 1 + 1/k evaluations a step, with k = `every`.
+            - `weights` evaluates one network, at theta_ref + lam (theta_anchor - theta_ref), which
+              is the first order of mixing. One evaluation a step.
+        path_kl: evaluate the reference also where the mode does not need it (`exact` at lam = 1,
+            `weights` always), so that `dial.path_kl` is known there.
+        every: of mode `reuse`: steps from one evaluation of the difference to the next.
+        particles: K above 1 corrects the error of mixing step by step: K rows of the batch are the
+            particles of one image, which are weighed and resampled (Feynman-Kac). Call the
+            pipeline with `num_images_per_prompt=K` and take `images[::K]`. For mode `exact`.
+        trust_region: for lam above 1: nats of KL that the chain may go from the anchor's chain,
+            shared evenly by the steps. For modes `exact` and `reuse`, and one anchor.
+        batched: run the rows of a LoRA anchor and of the reference as one batch. For mode `exact`.
+        shared_start: remember the first step of a chain, for a sweep of lambdas from the same
+            noise. Nothing but lam may change between the calls.
 
     Yields:
-        The dial: `dial.lam` may be set at any time, and `dial.path_kl`, `dial.evaluations` and
-        `dial.ess` tell what the last call cost.
+        The dial: set `dial.lam` at any time; read `dial.path_kl`, `dial.evaluations` and `dial.ess`
+        after a call.
 
     Raises:
-        ValueError: in one sentence, for an unsupported mode, lam, anchor, scheduler or combination.
+        ValueError: for an unsupported mode, lam, anchor, scheduler or combination of options, in
+            one sentence, before any weight is read where that is possible.
+
+    Warns:
+        BeyondAnchorWarning: for a lam above 1, once.
+        GuidedParticlesWarning: for particles under classifier-free guidance, once.
+
+    Example:
+        ```python
+        with deradiff.realign(pipe, "runs/train/mine/anchor", lam=0.5) as dial:
+            image = pipe("a red fox in the snow").images[0]
+            dial.lam = 0.25
+            weaker = pipe("a red fox in the snow").images[0]
+        ```
     """
-    is_several = isinstance(anchor, Sequence) and not isinstance(anchor, str)
-    sources: list[Any] = list(anchor) if is_several else [anchor]  # type: ignore[arg-type]
-
-    # Mistakes, before an anchor is looked for
-    check_options(
-        mode,
-        every=every,
-        particles=particles,
-        trust_region=trust_region,
-        batched=batched,
-        anchors=len(sources),
-    )
+    # Mistakes first, before a weight is read.
+    sources = _as_list(anchor)
+    _check_numbers(every, particles, trust_region)
+    _check_mode(mode, len(sources), particles, trust_region, batched)
     _check_pipeline(pipe)
-    lams = checked_lams(lam, len(sources))
-
+    lams = validated_lams(lam, len(sources))
     family = family_of(pipe)
     anchors = [check_anchor_family(source, family.name) for source in sources]
     denoiser = getattr(pipe, family.denoiser)
-    with ExitStack() as stack:
-        # The anchors' networks, beside the reference or on it
-        attached = [_attach(pipe, found, i, stack) for i, found in enumerate(anchors)]
-        networks = Networks(attached, batched, shared_start)
-        has_full_anchor = any(isinstance(one, FullAnchor) for one in attached)
-        if has_full_anchor and MODES[mode].separate_networks:
-            check_own_loras(denoiser)
-        for one in attached:
-            if isinstance(one, Adapter):
-                stack.enter_context(one.folded())
 
-        # What follows the chain, and what is turned and read
+    # What is put into the pipeline below is taken out in reverse order.
+    with ExitStack() as stack:
+        # The networks: LoRA anchors are attached to the reference's own, full ones stand beside it.
+        attached = [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(anchors)]
+        networks = Networks(attached, batched, shared_start)
+        has_full = any(isinstance(network, FullAnchor) for network in attached)
+        if has_full and mode != "weights":
+            check_own_loras(denoiser)
+        for network in attached:
+            if isinstance(network, Adapter):
+                stack.enter_context(network.detached())
+
+        # The measures: the step that the pipeline is at, its path KL, and its particles.
         clock = Clock(pipe, family.timestep_scale)
         kl = PathKL(pipe, clock)
         resampling = Resampling(particles, clock, kl) if particles > 1 else None
+
+        # The user's side.
         dial = Dial(networks, clock, kl, resampling, trust_region)
         dial.lam = lams  # type: ignore[assignment]
+
+        # The pipeline's side: the mode evaluates in place of the reference's own forward.
+        parts = ModeParts(unwrapped(denoiser), networks, clock, dial.limit_lams, path_kl, every)
+        evaluator: Mode = MODES[mode].load()(parts)
+        evaluator.enter(stack)
         if resampling:
             stack.callback(resampling.release)
-
-        # The mode, in place of the reference's forward
-        parts = ModeParts(
-            denoiser=denoiser,
-            networks=networks,
-            clock=clock,
-            limit_lams=dial.limit_lams,
-            every=every,
-            with_reference=path_kl,
-        )
-        evaluate: Mode = MODE_TYPES[mode].from_parts(parts)
-        evaluate.enter(stack)
-        hook = RealignHook(dial, clock, kl, resampling, evaluate)
-        stack.enter_context(_hooked(denoiser, hook))
+        hook = _Hook(dial, clock, kl, resampling, evaluator, family.shared_arguments)
+        stack.enter_context(_installed(denoiser, hook))
         yield dial
 
 
+def _as_list(anchor: Source | Sequence[Source]) -> list[Source]:
+    if isinstance(anchor, str | Path | Anchor):
+        return [anchor]
+    return list(anchor)
+
+
+def _check_numbers(every: int, particles: int, trust_region: float | None) -> None:
+    """Raise ValueError for a number out of its range."""
+    for name, count in (("every", every), ("particles", particles)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}")
+    if trust_region is not None and not trust_region > 0:
+        raise ValueError(f"trust_region must be a number of nats above 0, not {trust_region!r}")
+
+
+def _check_mode(
+    mode: str, anchors: int, particles: int, trust_region: float | None, batched: bool
+) -> None:
+    """Raise ValueError for an unknown mode, and for options that it does not go together with."""
+    if mode not in MODES:
+        *names, last = MODES
+        raise ValueError(f"mode must be {', '.join(names)} or {last}, not {mode!r}")
+    option = unsupported_option(mode, particles, batched, trust_region)
+    if option:
+        modes = " or ".join(f"mode={name!r}" for name in modes_with(option))
+        raise ValueError(f"{option} {NEEDS[option]}: use {modes}, not {mode!r}")
+    if anchors > 1 and not MODES[mode].several_anchors:
+        raise ValueError(f"mode {mode} is for one anchor, and there are {anchors}")
+    if anchors > 1 and trust_region is not None:
+        raise ValueError(f"trust_region is for one anchor, and there are {anchors}")
+
+
 def _check_pipeline(pipe: Any) -> None:
-    """Raises ValueError for a learned variance, and for a pipeline that is being realigned."""
+    """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline."""
     if str(pipe.scheduler.config.get("variance_type", "")).startswith("learned"):
         raise ValueError(
             f"{type(pipe.scheduler).__name__} has a learned variance, whose mixture is not one of "
-            "outputs: use a fixed one"
+            "outputs: use a scheduler with a fixed variance"
         )
-    registry = getattr(getattr(pipe, family_of(pipe).denoiser), "_diffusers_hook", None)
+    denoiser = getattr(pipe, family_of(pipe).denoiser)
+    registry = getattr(denoiser, "_diffusers_hook", None)
     if registry and HOOK in registry.hooks:
         raise ValueError(
             "this pipeline is being realigned already: leave that context first, or give several "
@@ -156,31 +206,26 @@ def _check_pipeline(pipe: Any) -> None:
 
 
 def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter | FullAnchor:
-    """The anchor's network: a LoRA on the reference's own, or a second one."""
+    """Load an anchor's weights: a LoRA onto the reference's network, or a second network."""
+    family = family_of(pipe)
     if anchor.method == "full":
-        family = family_of(pipe)
         return FullAnchor(unwrapped(getattr(pipe, family.denoiser)), anchor, family.name)
     adapter = Adapter(pipe, anchor, number)
     stack.callback(adapter.remove)
     return adapter
 
 
-class RealignHook(ModelHook):
-    """Runs in place of the reference network's forward, inside whatever pipeline calls it.
-
-    Args:
-        dial: tells lambda at each step.
-        clock: is moved by each evaluation.
-        kl: sums up the path KL.
-        resampling: the particles; None: there are none.
-        mode: evaluates and mixes.
-
-    Attributes:
-        compiled: the compiled forward of a network that `.compile()` changed in place.
-    """
+class _Hook(ModelHook):
+    """Runs in place of the reference network's forward, in whatever pipeline calls it."""
 
     def __init__(
-        self, dial: Dial, clock: Clock, kl: PathKL, resampling: Resampling | None, mode: Mode
+        self,
+        dial: Dial,
+        clock: Clock,
+        kl: PathKL,
+        resampling: Resampling | None,
+        mode: Mode,
+        shared_arguments: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.dial = dial
@@ -188,15 +233,18 @@ class RealignHook(ModelHook):
         self.kl = kl
         self.resampling = resampling
         self.mode = mode
-        self.compiled: Any = None
+        self.shared_arguments = shared_arguments
+        # The network's forward, compiled, where the network was compiled in place.
+        self.compiled_forward: Any = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """One evaluation of the denoiser, realigned."""
-        forward: Any = self.fn_ref.original_forward
-        call = Call(self.compiled or forward, args, kwargs)
+        """One evaluation that the pipeline asks for."""
+        forward: Any = self.compiled_forward or self.fn_ref.original_forward
+        call = Call(forward, args, kwargs, self.shared_arguments)
+
         self.clock.tick(call.timestep)
-        lams = self.dial.lams_of_step(call.x)
-        mixed = self.mode(call, lams)
+        lams = self.dial.next_lams(call.x)
+        mixed = self.mode.evaluate(call, lams)
         self.kl.add(mixed.output[0], mixed.shift)
         if self.resampling:
             self.resampling.weigh(mixed.lams, mixed.differences)
@@ -204,34 +252,34 @@ class RealignHook(ModelHook):
 
 
 @contextmanager
-def _hooked(denoiser: nn.Module, hook: RealignHook) -> Iterator[None]:
-    """Our hook on the denoiser; at the end the denoiser is as it was."""
+def _installed(denoiser: nn.Module, hook: _Hook) -> Iterator[None]:
+    """Have the hook run in place of the denoiser's forward; then remove all traces of it."""
     network = unwrapped(denoiser)
-    attributes_before = set(vars(denoiser))
+    had_own_forward = "forward" in vars(denoiser)
     had_registry = hasattr(denoiser, "_diffusers_hook")
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     registry.register_hook(hook, HOOK)
-    our_forward = denoiser.forward
-    original_forward = hook.fn_ref.original_forward
+    hooked_forward = denoiser.forward
+    original_forward: Any = hook.fn_ref.original_forward
 
-    # `.compile()` in place would trace our hook, too; only the network is to be traced
+    # `.compile()` in place would trace the hook as well. What is to be traced is the network.
     compiled = network._compiled_call_impl
     if compiled is not None and denoiser is network:
         network._compiled_call_impl = None
-        hook.compiled = torch.compile(original_forward)
+        hook.compiled_forward = torch.compile(original_forward)
     try:
         yield
     finally:
-        if hook.compiled:
+        if hook.compiled_forward:
             network._compiled_call_impl = compiled
-        outer_forward = vars(denoiser).get("forward")
+        current_forward = vars(denoiser).get("forward")
         registry.remove_hook(HOOK, recurse=False)
-        if getattr(denoiser, "_old_forward", None) is our_forward:
-            # accelerate's offloading was switched on inside, and goes on
-            denoiser._old_forward = original_forward  # type: ignore[assignment]
-            denoiser.forward = outer_forward  # type: ignore[method-assign, assignment]
-        elif not registry.hooks and "forward" not in attributes_before:
-            # diffusers leaves a bound forward behind
+        if getattr(denoiser, "_old_forward", None) is hooked_forward:
+            # accelerate's offloading, which was switched on inside the context, goes on.
+            denoiser._old_forward = original_forward
+            denoiser.forward = current_forward  # type: ignore[assignment]
+        elif not registry.hooks and not had_own_forward:
+            # diffusers leaves a bound forward behind.
             vars(denoiser).pop("forward", None)
         if not had_registry and not registry.hooks:
             del denoiser._diffusers_hook

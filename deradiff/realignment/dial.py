@@ -1,9 +1,12 @@
-"""What `realign` gives back: lambda, to be turned at any time, and what the turning cost."""
+"""What `realign` gives to the user: lambda, which may be set at any time, and what sampling cost.
+
+Shapes: rows of the denoiser's batch; images = rows / rows_per_image.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,32 +24,31 @@ from deradiff.realignment.networks import Networks
 from deradiff.realignment.path_kl import PathKL
 from deradiff.realignment.resampling import Resampling
 
-LimitLams = Callable[[Sequence[Strength], Sequence[Tensor]], list[Strength]]
-"""(lams, the anchors' differences from the reference) -> lams, lowered where needed."""
+BEYOND_ANCHOR = (
+    "lies beyond the anchor: it extrapolates, and deterministic samplers then err far more than "
+    "ancestral ones"
+)
+"""What there is to say of a lambda above 1, after its value."""
 
 
 class BeyondAnchorWarning(UserWarning):
-    """A lambda above 1 extrapolates beyond the anchor."""
+    """A lambda above 1 extrapolates. It is given once for each `realign`."""
 
 
 class Dial:
     """How strongly a pipeline is realigned, and what that cost.
 
-    `deradiff.realign` makes it. `dial.lam` may be set at any time, from a step callback, too:
-
-        with deradiff.realign(pipe, anchor, lam=0.5) as dial:
-            image = pipe("a red fox").images[0]
-            dial.lam = 0.8
+    `realign` makes it; users set `lam` and read the other attributes.
 
     Args:
-        networks: reference and anchors.
-        clock: the pipeline's position in the chain.
-        kl: the path KL.
-        particles: the particles of each image; None: there are none.
-        trust: nats by which the chain may leave the anchor's; None: no bound.
+        networks: the reference and its anchors.
+        clock: the step that the pipeline is at.
+        kl: the path KL of the chain.
+        resampling: the particles; None: there are none.
+        trust_region: nats of KL that the chain may go from the anchor's chain; None: any number.
 
     Attributes:
-        lams: what each anchor's lambda was set to.
+        lams: lambda of each anchor.
     """
 
     def __init__(
@@ -54,126 +56,132 @@ class Dial:
         networks: Networks,
         clock: Clock,
         kl: PathKL,
-        particles: Resampling | None,
-        trust: float | None,
+        resampling: Resampling | None,
+        trust_region: float | None,
     ) -> None:
         self._networks = networks
         self._clock = clock
         self._kl = kl
-        self._particles = particles
-        self._trust = trust
-        self._rows_asked = 0
-        self._warned = False
+        self._resampling = resampling
+        self._trust_region = trust_region
+        self._rows_requested = 0
+        self._has_warned = False
         self.lams: list[Lambda] = []
 
     @property
     def lam(self) -> Lambda | list[Lambda]:
-        """Lambda; a list of them for several anchors.
+        """Lambda: 0 is the reference and 1 the anchor, bit for bit.
 
-        A number, a number per image, a mask over the latents, or a schedule over time (see
-        `deradiff.method.lambdas`). 0 is the reference and 1 the anchor, bit for bit.
+        It is a number, a number for each image (images,), a mask over the latents, or a schedule
+        over time (`deradiff.method.lambdas`); with several anchors, a list of these. It may be set
+        at any time, also from a step callback of the pipeline.
+
+        Raises:
+            ValueError: for a value that is none of these, or another number of them than anchors.
         """
         return self.lams[0] if len(self._networks.anchors) == 1 else list(self.lams)
 
     @lam.setter
     def lam(self, lam: Lambda | Sequence[Lambda]) -> None:
-        lams = checked_lams(lam, len(self._networks.anchors))
-        numbers = [value for value in lams if not callable(value)]
-        self._warn_beyond_anchor(numbers, stacklevel=3)
+        lams = validated_lams(lam, len(self._networks.anchors))
+        self._warn_beyond([value for value in lams if not callable(value)], stacklevel=3)
         self.lams = lams
 
     @property
     def path_kl(self) -> Tensor:
-        """KL of the realigned chain to the reference's, in nats: (images,).
+        """KL divergence of the realigned chain from the reference's, in nats (images,).
 
-        Of the last pipeline call, or of the one that is going on. It is an estimate (`PathKL`), and
-        nan where a step did not evaluate the reference: see `path_kl` of `deradiff.realign`.
+        Of the last call of the pipeline, or of the one that is running. It is an estimate (see
+        `deradiff.realignment.path_kl.PathKL`), and nan where some step did not evaluate the
+        reference: see `path_kl` of `realign`.
         """
         return self._kl.total
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size of each image's particles at its smallest, 1 to K: (images,)."""
-        if self._particles is None:
-            return torch.ones(len(self.path_kl.flatten()))
-        return self._particles.ess
+        """Effective sample size of each image's particles, 1 to K, at its smallest (images,).
+
+        Of the last call of the pipeline, or of the one that is running; 1 without particles.
+        """
+        if self._resampling:
+            return self._resampling.ess
+        return torch.ones(len(self.path_kl.flatten()))
 
     @property
     def evaluations(self) -> float:
-        """Network evaluations for each one that the pipeline asked for, in the last call.
+        """Network evaluations for each one that the pipeline asked for; 1 is a plain model's cost.
 
-        1 is the cost of a plain model.
+        Of the last call of the pipeline, or of the one that is running.
         """
-        return self._networks.evaluated / max(self._rows_asked, 1)
+        return self._networks.rows_evaluated / max(self._rows_requested, 1)
 
-    def lams_of_step(self, output_like: Tensor) -> list[Strength]:
-        """The lambda of each anchor at this step.
+    def next_lams(self, x: Tensor) -> list[Strength]:
+        """Begin an evaluation of the denoiser.
 
         Args:
-            output_like: a tensor of the denoiser's output's shape (rows, ...).
+            x: the denoiser's input (rows, ...).
 
         Returns:
-            Numbers, or tensors that broadcast to the output.
+            The lam of each anchor at this step, in shapes that broadcast to the output.
         """
         if self._clock.is_new_call:
-            self._rows_asked = 0
-            self._networks.evaluated = 0
-        self._rows_asked += len(output_like)
+            self._rows_requested = 0
+            self._networks.rows_evaluated = 0
+        self._rows_requested += len(x)
         lams = [value_at(lam, self._clock.fraction) for lam in self.lams]
-        self._warn_beyond_anchor(lams, stacklevel=2)
-        rows_per_image = self._kl.rows_per_image
-        return [broadcast_to(lam, output_like, rows_per_image) for lam in lams]
+        self._warn_beyond(lams, stacklevel=2)
+        return [broadcast_to(lam, x, self._kl.rows_per_image) for lam in lams]
 
     def limit_lams(self, lams: Sequence[Strength], differences: Sequence[Tensor]) -> list[Strength]:
-        """Lambdas lowered to the trust region, where there is one.
-
-        Each step may use an equal share of its nats.
+        """Lower lams to the trust region, if there is one: each step has an equal share of it.
 
         Args:
-            lams: one of each anchor.
-            differences: of each anchor's output from the reference's, (rows, ...).
+            lams: of each anchor; a trust region is for one.
+            differences: each anchor's output minus the reference's (rows, ...).
         """
-        is_beyond = any(_largest(lam) > 1 for lam in lams)
-        if self._trust is None or self._clock.index is None or not is_beyond:
+        has_limit = self._trust_region is not None and self._clock.index is not None
+        if not has_limit or not any(_largest(lam) > 1 for lam in lams):
             return list(lams)
-        divergence = self._kl.factor * self._kl.squared(differences[0])
-        columns = [1] * (differences[0].ndim - 1)
-        column = divergence.repeat(self._kl.rows_per_image).view(-1, *columns)
-        nats_a_step = self._trust / len(self._kl.pipe.scheduler.timesteps)
-        return [trust_region(lams[0], column, nats_a_step)]
+        assert self._trust_region is not None
+        (difference,) = differences
+        divergence = self._kl.factor * self._kl.squared(difference)
 
-    def _warn_beyond_anchor(self, lams: Sequence[Strength], stacklevel: int) -> None:
-        """Warn once where the lambdas sum to more than 1."""
-        if self._warned or sum(_largest(lam) for lam in lams) <= 1:
+        # One value an image, for each of its rows.
+        by_row = divergence.repeat(self._kl.rows_per_image)
+        column = by_row.view(-1, *[1] * (difference.ndim - 1))
+        steps = len(self._kl.pipe.scheduler.timesteps)
+        return [trust_region(lams[0], column, self._trust_region / steps)]
+
+    def _warn_beyond(self, lams: Sequence[Strength], stacklevel: int) -> None:
+        if self._has_warned or sum(_largest(lam) for lam in lams) <= 1:
             return
-        self._warned = True
+        self._has_warned = True
         value = lams[0] if len(lams) == 1 else lams
         warnings.warn(
-            f"lam {value} lies beyond the anchor: it extrapolates, and deterministic samplers then "
-            "err far more than ancestral ones (Euler ancestral, DDPM, DDIM with eta=1); "
-            "trust_region bounds the overshoot",
+            f"lam {value} {BEYOND_ANCHOR} (Euler ancestral, DDPM, DDIM with eta=1); trust_region "
+            "bounds the overshoot",
             BeyondAnchorWarning,
             stacklevel=stacklevel + 1,
         )
 
 
-def checked_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]:
-    """One lambda or schedule for each anchor.
+def validated_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]:
+    """The lam of each anchor.
 
     Args:
-        lam: one, or several in a sequence.
-        anchors: how many anchors there are.
+        lam: one for each anchor; without a list for one anchor.
+        anchors: the number of anchors.
 
     Raises:
-        ValueError: for another number of lambdas, or a value that is not a lambda.
+        ValueError: for another number of values, or for a value that is not a lam.
     """
-    is_several = isinstance(lam, Sequence) and not isinstance(lam, str)
-    values: Sequence[Lambda] = lam if is_several else [lam]  # type: ignore[assignment, list-item]
+    is_list = isinstance(lam, Sequence) and not isinstance(lam, str)
+    values: Sequence[Lambda] = lam if is_list else [lam]  # type: ignore[assignment, list-item]
     lams = [validated(value) for value in values]
     if len(lams) != anchors:
         raise ValueError(
-            f"{anchors} anchor(s) need as many values of lam, and there are {len(lams)}; "
-            "for a value per image give torch.tensor([...])"
+            f"{anchors} anchor(s) need as many values of lam, and there are {len(lams)}; for a "
+            "value per image give torch.tensor([...])"
         )
     return lams
 

@@ -1,7 +1,6 @@
-"""What realignment costs: the KL of a realigned chain to the reference's chain.
+"""What realignment costs in KL divergence, summed up while a pipeline samples.
 
-Shapes: images are P, rows of the network's batch are R. R = 2 P with classifier-free guidance in
-one batch, and P otherwise.
+Shapes: rows of the denoiser's batch; images = rows / rows_per_image.
 """
 
 from __future__ import annotations
@@ -16,23 +15,24 @@ from deradiff.realignment.clock import Clock
 
 
 class PathKL:
-    """Sum of 1/2 L |D|^2 over a pipeline call's steps, for each image, in nats.
+    """The KL divergence of a realigned chain from the reference's, for each image, in nats.
 
-    L = ln(SNR_next / SNR), and D = eps_realigned - eps_reference; with one anchor,
+    The sum over the steps of one call of the pipeline of 1/2 L |D|^2, where
+    L = ln(SNR_next / SNR) and D = eps_realigned - eps_reference; with one anchor
     D = lam (eps_anchor - eps_reference). |D|^2 sums over channels and pixels, after classifier-free
     guidance where the pipeline guides.
 
-    It is an estimate, not a bound: within a tenth of the true KL at lam = 1 on analytic beds.
-    `guidance_rescale` and clipping are not in it. It starts anew with each pipeline call. It is nan
-    where a pipeline evaluates the network more than once a step (FLUX with true guidance, SD3 that
-    skips layers), because only the pipeline knows how it weighs the two.
+    It is an estimate, not a bound: within a tenth of the true KL at lam = 1 on analytic beds. The
+    effect of `guidance_rescale` and of clipping is not in it. It is nan where a pipeline evaluates
+    the network more than once a step (FLUX with true guidance, SD3 that skips layers), because the
+    weights of these evaluations are the pipeline's own.
 
     Args:
-        pipe: the pipeline.
-        clock: its position in the chain.
+        pipe: the pipeline that samples.
+        clock: the step that it is at.
 
     Attributes:
-        total: (P,), the sum so far.
+        total: the sum so far (images,).
     """
 
     def __init__(self, pipe: Any, clock: Clock) -> None:
@@ -43,18 +43,26 @@ class PathKL:
 
     @property
     def factor(self) -> float:
-        """c of this step: 1/2 L |D_eps|^2 = c |D|^2 for differences D of the network's outputs."""
+        """The c of this step in 1/2 L |D_eps|^2 = c |D|^2.
+
+        D is a difference of the network's outputs, whatever the network predicts.
+        """
         assert self.clock.index is not None
         if self.clock.is_new_call:
             self._factors = kl_factors(self.pipe.scheduler).tolist()
         return self._factors[self.clock.index]
 
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the denoiser's batch for each image: 2 with classifier-free guidance, else 1."""
+        return 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
+
     def add(self, output: Tensor, shift: Tensor | None) -> None:
         """Add one evaluation of the denoiser.
 
         Args:
-            output: the realigned output (R, ...).
-            shift: how far it is from the reference's output; None where that is not known.
+            output: the realigned output (rows, ...).
+            shift: that output minus the reference's (rows, ...); None: unknown.
         """
         if self.clock.index is None:
             return
@@ -65,22 +73,14 @@ class PathKL:
         self.total = self.factor * self.squared(shift) + self.total
 
     def squared(self, difference: Tensor) -> Tensor:
-        """|D|^2 of each image after guidance: (P,) for a difference (R, ...)."""
+        """|D|^2 of each image after guidance: (images,) of (rows, ...)."""
         return self.guided(difference.float()).square().flatten(1).sum(1)
 
     def guided(self, difference: Tensor) -> Tensor:
-        """A difference after classifier-free guidance: (P, ...) for (R, ...).
-
-        Guidance is linear, so it acts on differences as on outputs.
-        """
-        # An odd number of rows comes from somebody else's loop over the network
+        """A difference of outputs after classifier-free guidance: (images, ...) of (rows, ...)."""
+        # An odd number of rows: another loop calls the network after a guided call.
         if self.rows_per_image == 1 or len(difference) % 2:
             return difference
-        # The order of every diffusers pipeline
+        # The order of rows in every diffusers pipeline.
         unconditional, conditional = difference.chunk(2)
         return unconditional + self.pipe.guidance_scale * (conditional - unconditional)
-
-    @property
-    def rows_per_image(self) -> int:
-        """Rows of the denoiser's batch for each image: 2 with classifier-free guidance, else 1."""
-        return 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1

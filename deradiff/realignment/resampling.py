@@ -1,6 +1,9 @@
-"""The particle corrector inside a stock pipeline: rows are weighed, and resampled between steps.
+"""The particle corrector inside a stock pipeline.
 
-Shapes: P images, K particles of an image, rows of the network's batch R.
+The rows of its batch are weighed while they are denoised, and resampled between steps.
+
+Shapes: K particles an image; rows of the denoiser's batch = images * K * rows_per_image; the
+scheduler's samples are (images * K, ...), an image's particles one after the other.
 """
 
 from __future__ import annotations
@@ -18,48 +21,53 @@ from deradiff.method.particles import Particles, log_weight
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.path_kl import PathKL
 
+GUIDED_PARTICLES = "with classifier-free guidance the weights of particles are a heuristic"
+"""What there is to say of particles with guidance."""
+
 
 class GuidedParticlesWarning(UserWarning):
-    """With classifier-free guidance the weights of particles are a heuristic."""
+    """Particles under classifier-free guidance. It is given once for each `realign`."""
 
 
 class Resampling:
-    """K consecutive rows are the particles of one image (Feynman-Kac; `deradiff.method.particles`).
+    """Weighs and resamples K particles of each image (Feynman-Kac; `deradiff.method.particles`).
 
-    Pipelines keep their latents to themselves, so the scheduler's `step` is wrapped while the
-    context lasts: what it returns, and what a multistep scheduler remembers of the chain, is
-    resampled. With classifier-free guidance the weights are a heuristic; that is said once.
+    A pipeline does not show its latents. So the scheduler's `step` is wrapped while the context
+    lasts: what it returns, and what a multistep scheduler remembers of the chain, is resampled.
 
     Args:
         count: K.
-        clock: the pipeline's position in the chain.
-        kl: for the step's factor and guidance.
+        clock: the step that the pipeline is at.
+        kl: the path KL of the chain, for a step's factor and for guidance.
+
+    Attributes:
+        particles: the weights.
     """
 
     def __init__(self, count: int, clock: Clock, kl: PathKL) -> None:
-        self.particles = Particles(count)
         self.count = count
         self.clock = clock
         self.kl = kl
-        self._warned = False
+        self.particles = Particles(count)
+        self._has_warned = False
         self._log_w: Tensor | None = None
         self._wrapped: Any = None
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size of each image at its smallest so far: (P,)."""
+        """The effective sample size of each image, at its smallest so far (images,)."""
         return self.particles.ess
 
     def weigh(self, lams: Sequence[Strength], differences: Sequence[Tensor] | None) -> None:
-        """Compute one evaluation's log weights.
+        """Compute the log weights of one evaluation, for the resampling after the step.
 
         Args:
-            lams: one of each anchor.
-            differences: of the anchors' outputs from the reference's, (R, ...); None where lam is 0
-                or 1, and all weights are equal.
+            lams: of each anchor.
+            differences: each anchor's output minus the reference's (rows, ...); None: the reference
+                was not evaluated because lam is 1, and there is nothing to weigh.
 
         Raises:
-            ValueError: where the pipeline evaluates the denoiser twice in a step.
+            ValueError: where the pipeline evaluates the denoiser more than once a step.
         """
         if self.clock.index is None:
             return
@@ -72,22 +80,19 @@ class Resampling:
         if differences is None:
             self._log_w = None
             return
-        self._warn_of_guidance()
-        rows = len(differences[0]) // self.kl.rows_per_image
-        lams_of_rows = [lam[:rows] if isinstance(lam, Tensor) else lam for lam in lams]
-        guided = [self.kl.guided(difference) for difference in differences]
-        self._log_w = log_weight(self.kl.factor, lams_of_rows, guided)
+        if self.kl.rows_per_image == 2 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{GUIDED_PARTICLES}: with guidance, a step is not the step of any single model",
+                GuidedParticlesWarning,
+                stacklevel=2,
+            )
 
-    def _warn_of_guidance(self) -> None:
-        if self.kl.rows_per_image == 1 or self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            "with classifier-free guidance the weights of particles are a heuristic: a guided step "
-            "is not the step of any single model",
-            GuidedParticlesWarning,
-            stacklevel=3,
-        )
+        # The rows of one image have the same lam.
+        images = len(differences[0]) // self.kl.rows_per_image
+        own_lams = [lam[:images] if isinstance(lam, Tensor) else lam for lam in lams]
+        guided = [self.kl.guided(difference) for difference in differences]
+        self._log_w = log_weight(self.kl.factor, own_lams, guided)
 
     def release(self) -> None:
         """Give the scheduler its own `step` back."""
@@ -96,42 +101,42 @@ class Resampling:
             self._wrapped = None
 
     def _wrap(self, scheduler: Any) -> None:
-        """Resample after each of the scheduler's steps. A pipeline may get another scheduler."""
         if scheduler is self._wrapped:
             return
         self.release()
         step = scheduler.step
 
-        # Pipelines read the signature, and pass a generator and an eta where it has them
+        # Pipelines read the signature, and pass a generator and an eta where it has them.
         @wraps(step)
         def resampling_step(
             model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
-            self._start(sample)
+            self._begin(sample)
             stepped = step(model_output, timestep, sample, *args, **kwargs)
-            return self._resample(scheduler, stepped)
+            return self._resampled(scheduler, stepped)
 
         scheduler.step = resampling_step
         self._wrapped = scheduler
 
-    def _start(self, sample: Tensor) -> None:
-        """At a chain's first step, begin with equal weights."""
+    def _begin(self, sample: Tensor) -> None:
+        """Begin a chain, at its first step."""
         if self.clock.index != self.clock.start_index:
             return
         if len(sample) % self.count:
             raise ValueError(
-                f"the pipeline samples {len(sample)} rows, no multiple of particles={self.count}: "
-                f"give num_images_per_prompt={self.count}, and take images[::{self.count}]"
+                f"the pipeline samples {len(sample)} rows, no multiple of "
+                f"particles={self.count}: give num_images_per_prompt={self.count}, and take "
+                f"images[::{self.count}]"
             )
         self.particles.start(sample)
 
-    def _resample(self, scheduler: Any, stepped: Any) -> Any:
-        """The step's result, and the scheduler's memory, in the order that resampling drew."""
+    def _resampled(self, scheduler: Any, stepped: Any) -> Any:
+        """What a step returned, and what the scheduler remembers, after resampling."""
         x = stepped[0]
-        weights = self._log_w
-        if weights is None:
-            weights = torch.zeros(len(x), device=x.device)
-        self.particles.reweigh(weights)
+        log_w = self._log_w
+        if log_w is None:
+            log_w = torch.zeros(len(x), device=x.device)
+        self.particles.reweigh(log_w)
         index = self.particles.resample(last=self.clock.is_last_step)
         if index is None:
             return stepped
@@ -142,13 +147,14 @@ class Resampling:
         if isinstance(stepped, tuple):
             others = [_reordered(value, index, x.shape) for value in stepped[1:]]
             return (x[index], *others)
-        fields = {name: _reordered(value, index, x.shape) for name, value in stepped.items()}
-        return type(stepped)(**fields)
+        values = {name: _reordered(value, index, x.shape) for name, value in stepped.items()}
+        return type(stepped)(**values)
 
 
 def _reordered(value: Any, index: Tensor, shape: torch.Size) -> Any:
     """A batch of latents, or a list of some, in the order of `index`; anything else as it is."""
     if isinstance(value, list) and any(isinstance(item, Tensor) for item in value):
         return [_reordered(item, index, shape) for item in value]
-    is_batch = isinstance(value, Tensor) and value.shape == shape
-    return value[index] if is_batch else value
+    if isinstance(value, Tensor) and value.shape == shape:
+        return value[index]
+    return value

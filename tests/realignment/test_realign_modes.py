@@ -177,8 +177,8 @@ def test_the_trust_region_holds_each_steps_overshoot(sd15):
         ({"particles": 2.5}, "particles must be a whole number"),
         ({"trust_region": 0}, "trust_region must be a number of nats"),
         ({"mode": "weights", "trust_region": 1.0}, "trust_region needs"),
-        ({"mode": "reuse", "particles": 2}, "particles need both networks"),
-        ({"mode": "weights", "batched": True}, "batched evaluates both"),
+        ({"mode": "reuse", "particles": 2}, "particles needs both networks"),
+        ({"mode": "weights", "batched": True}, "batched needs both"),
         ({"batched": True}, "a full anchor is another network"),
     ],
 )

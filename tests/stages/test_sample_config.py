@@ -163,9 +163,9 @@ def test_ddim_that_would_miss_its_own_next_timestep_is_refused(anchors, no_weigh
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"particles": 2, "mode": "reuse"}, "use mode=exact with particles=2"),
-        ({"batched": True, "mode": "weights"}, "use mode=exact"),
-        ({"trust_region": 1.0, "mode": "weights"}, "use mode=exact or mode=reuse"),
+        ({"particles": 2, "mode": "reuse"}, "give mode=exact"),
+        ({"batched": True, "mode": "weights"}, "give mode=exact"),
+        ({"trust_region": 1.0, "mode": "weights"}, "give mode=exact or mode=reuse"),
         ({"bake": "x", "lambdas": [0.0]}, "of one lambda"),
         ({"bake": "x", "lambdas": [0.5], "mode": "weights"}, "of one lambda"),
         ({"bake": "x", "lambdas": [0.5], "targets": [9.0]}, "of one lambda"),
@@ -193,7 +193,7 @@ def test_a_folder_of_another_config_or_of_an_anchor_trained_anew_is_refused(
         ({"steps": 7}, "steps (50 there, 7 here)"),
         ({"mode": "weights"}, "mode (exact there, weights here)"),
     ):
-        with pytest.raises(ValueError, match="choose another name=") as error:
+        with pytest.raises(ValueError, match="choose another name") as error:
             run(replace(config, **change), tmp_path)
         assert said in str(error.value)
     weights = anchors / "sd15/anchor/pytorch_lora_weights.safetensors"

@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from deradiff.anchors.anchor import read_card
 from deradiff.worlds import shapes
 from tests.support.train_runs import go
 from train.__main__ import main
-from train.config import DataConfig, FinetuneConfig, ModelConfig
+from train.config import DataConfig, FinetuneConfig, ModelConfig, TrainConfig
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -248,6 +249,23 @@ def test_the_help_lists_every_key_with_its_meaning_and_the_groups_with_their_cho
     } <= keys
     assert "dpo.beta=2000.0" in out
     assert "KL strength" in out
+
+
+def settings_without_help(schema, prefix=""):
+    """The dotted keys of a config that say nothing of themselves."""
+    found = []
+    types = get_type_hints(schema)
+    for field in fields(schema):
+        if is_dataclass(types[field.name]):
+            found += settings_without_help(types[field.name], f"{prefix}{field.name}.")
+        elif not field.metadata.get("help"):
+            found.append(f"{prefix}{field.name}")
+    return found
+
+
+def test_every_setting_has_a_help_text():
+    missing = settings_without_help(TrainConfig)
+    assert not [key for key in missing if not key.startswith("tracking.")]
 
 
 def command(overrides, base_folder, tmp_path, *prefix):

@@ -17,16 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from deradiff.realignment.mode_specs import mode_of_label
+from deradiff.realignment.registry import label_of
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's, those that stand out from white and from near-black alike."""
 
 MARKERS = "osD^vP"
 """Colour is never alone: markers differ, too."""
-
-DASHES = {"exact": "-", "weights": "--", "reuse": ":", "particles": "-."}
-OTHER_DASH = ":"
 
 INK = "#123456"
 """Stands for the page's own colour until the file is written."""
@@ -142,4 +139,4 @@ def anchor_styles(models: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 def dash(label: str) -> str:
     """The dash of a mode, by its label."""
-    return DASHES.get(mode_of_label(label), OTHER_DASH)
+    return label_of(label).line_style
