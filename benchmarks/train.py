@@ -98,12 +98,12 @@ class Worker:
         wanted = variants(method)[: variants(method).index(variant) + 1]
         cache, parts = None, {}
         if "cache" in wanted:
-            cache = Cache(folder / "cache", encoders_key(base), data, resolution)
+            cache = Cache(folder / "cache", encoders_key(BaseModel(base)), data, resolution)
             cache.build(
                 lambda: BaseModel(base).load_pipeline(dtype, {"unet": None}).to(self.device),
                 progress=False,
             )
-            parts = described_encoders(base, None, None, dtype)
+            parts = described_encoders(BaseModel(base), dtype)
         pipe = BaseModel(base).load_pipeline(dtype, parts)
         family, network = family_of(pipe), pipe.unet.to(self.device)
         self.second = (

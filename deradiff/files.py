@@ -77,8 +77,8 @@ def claim(run_dir: Path, config: dict[str, Any], ignore: tuple[str, ...] = ()) -
         if changed:
             values = ", ".join(f"{k} ({old.get(k)} there, {new.get(k)} here)" for k in changed)
             raise ValueError(
-                f"{run_dir} holds a run of another config: {values}; choose another name=... or "
-                "remove that folder"
+                f"{run_dir} holds a run of another config: {values}; choose another name for "
+                "this run, or remove that folder"
             )
     write_atomic(file, yaml.safe_dump(config, sort_keys=False))
 
@@ -117,7 +117,10 @@ def anchor_digest(anchor: str | Path) -> str | None:
 
 
 def add_file(digest: Any, file: Path) -> None:
-    """Add a file's content to a hashlib digest; of a safetensors file, its header in sorted order."""
+    """Add a file's content to a digest of hashlib.
+
+    A safetensors file's header is added in sorted order, because it is written in a random one.
+    """
     with open(file, "rb") as opened:
         if file.suffix == ".safetensors":
             length = int.from_bytes(opened.read(8), "little")

@@ -26,13 +26,14 @@ from huggingface_hub.errors import HfHubHTTPError
 TIMEOUT = 10.0
 """Seconds that the hub has to answer in."""
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOCAL_STARTS = (".", "/", "~", "runs/", "asset:")
+"""How paths and assets begin that look like a hub id."""
 
 
 def is_hub_id(text: str) -> bool:
     """Whether a name that is no local folder can be a hub id (`org/name`)."""
-    return text.count("/") == 1 and not text.startswith(LOCAL_STARTS)
+    return HUB_ID.fullmatch(text) is not None and not text.startswith(LOCAL_STARTS)
 
 
 def fetch(repo: str, name: str, revision: str | None = None, repo_type: str | None = None) -> Path:
@@ -100,16 +101,16 @@ def commit_of(file: Path) -> str | None:
     return parts[parts.index("snapshots") + 1]
 
 
-def check_push(repo: str) -> None:
+def check_push(push_to: str) -> None:
     """Raises ValueError where an upload cannot work, long before there is something to upload.
 
     Args:
-        repo: the hub repository to upload to, `user/name`.
+        push_to: the hub repository to upload to, `user/name`.
     """
-    if not REPOSITORY.fullmatch(repo):
-        raise ValueError(f"push_to={repo} names no hub repository: give user/name")
+    if not is_hub_id(push_to):
+        raise ValueError(f"push_to={push_to} names no hub repository: give user/name")
     if get_token() is None:
-        raise ValueError(f"push_to={repo} needs an account: type hf auth login, or set HF_TOKEN")
+        raise ValueError(f"push_to={push_to} needs an account: type hf auth login, or set HF_TOKEN")
 
 
 def push(folder: Path, repo: str) -> str:

@@ -12,13 +12,13 @@ import torch
 
 from deradiff.models.families import FAMILIES
 from tests.support.tiny_pipelines import (
+    TINY,
     VISIBLE,
     perturbed_denoiser,
     tiny_lora,
     tiny_pipeline,
 )
 
-LATENTS = {"sd15": (2, 4, 8, 8), "sdxl": (2, 4, 8, 8), "sd3": (2, 16, 8, 8), "flux": (2, 16, 64)}
 CHANGE = 1e-7
 LARGEST_GROWTH = 10  # measured: 1.2 to 4
 CHAOS = 1000
@@ -26,7 +26,7 @@ CHAOS = 1000
 
 def noise(family, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(LATENTS[family], generator=generator, dtype=torch.float64)
+    return torch.randn((2, *TINY[family].latents), generator=generator, dtype=torch.float64)
 
 
 def sampled(family, network_of, latents):
@@ -67,13 +67,13 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("family", LATENTS)
+@pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_change_of_the_noise_stays_small(family, kind):
     assert growth(family, NETWORKS[kind]) < LARGEST_GROWTH
 
 
-@pytest.mark.parametrize("family", LATENTS)
+@pytest.mark.parametrize("family", TINY)
 def test_a_visible_anchor_is_visible(family):
     start = noise(family, 5)
     reference = sampled(family, NETWORKS["reference"], start)

@@ -161,19 +161,19 @@ def training_pipeline(config: TrainConfig, base: BaseModel | None, encoders: boo
     dtype = frozen_dtype(config)
     parts: dict[str, Any] = {}
     if not encoders and not config.spec.saves_pipeline:
-        parts = described_encoders(base.source, base.revision, base.vae, dtype)
+        parts = described_encoders(base, dtype)
     if config.finetune.method == "full" and dtype != torch.float32:
         parts[base.family.denoiser] = base.load_denoiser(torch.float32)
     return base.load_pipeline(dtype, parts)
 
 
-def encoders_digest(config: TrainConfig, base: BaseModel | None) -> str:
+def run_encoders_key(config: TrainConfig, base: BaseModel | None) -> str:
     """A text that names all that the encodings depend on besides the data; no weight is loaded."""
     if base is None:
         clip = source_key(str(config.model.clip))
         vae = source_key(str(config.model.vae))
         return f"{clip} {vae} {frozen_dtype(config)}"
-    key = encoders_key(base.source, base.revision, base.vae)
+    key = encoders_key(base)
     return f"{key} {frozen_dtype(config)}"
 
 
@@ -220,7 +220,7 @@ class RunParts:
         if not self.config.data.cache:
             return None
         folder = Path(self.config.runs) / "cache"
-        encoders = encoders_digest(self.config, self.base)
+        encoders = run_encoders_key(self.config, self.base)
         cache = Cache(folder, encoders, self.data, self.resolution, self.flip)
         # New weights are the same, whether there was something to encode or not.
         with torch.random.fork_rng(devices=[]):
@@ -264,7 +264,7 @@ class RunParts:
         if self.cache is not None:
             encodings = self.cache.key
         else:
-            encoders = encoders_digest(config, self.base)
+            encoders = run_encoders_key(config, self.base)
             encodings = encodings_key(encoders, self.data, self.resolution)
         network = getattr(self.pipe, family_of(self.pipe).denoiser)
         key = reference_key(

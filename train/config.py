@@ -78,7 +78,7 @@ class DataConfig:
     path: str | None = setting(
         None, "a parquet file, a folder of captioned images, or a data set of the hub"
     )
-    split: str = setting("train", "of a data set of the hub")
+    split: str = setting("train", "which split of a data set of the hub")
     revision: str | None = setting(None, "branch, tag or commit of data.path on the hub")
     limit: int | None = setting(None, "use the first so many usable rows only; null: all")
     count: int = setting(4000, "rows that are drawn, or pairs that are sampled or labelled")
@@ -93,8 +93,8 @@ class DataConfig:
         None, "of sampled_pairs: a file of prompts, or a set that python -m sample knows"
     )
     pipeline: str | None = setting(None, "samples sampled_pairs; null: model.base")
-    steps: int = setting(50, "of the sampler of sampled_pairs")
-    guidance_scale: float = setting(7.5, "of the sampling of sampled_pairs")
+    steps: int = setting(50, "steps of the sampler of sampled_pairs")
+    guidance_scale: float = setting(7.5, "of sampled_pairs")
     batch_size: int = setting(8, "images that sampled_pairs samples at once")
     temperature: float = setting(
         0.0, "of the labels' Bradley-Terry draw, in units of the scorer; 0: the higher score wins"
@@ -164,7 +164,7 @@ class OptimConfig:
     )
     warmup: int = setting(0, "steps of linear warm-up")
     decay: str = setting("constant", "after the warm-up: constant, or cosine to 0 at the last step")
-    weight_decay: float = setting(1e-2, "of the optimiser")
+    weight_decay: float = setting(1e-2, "how fast weights shrink")
     clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped")
     ema: float = setting(
         0.0, "decay of a moving average of the weights, saved in their place; 0: none"
@@ -189,10 +189,10 @@ class PanelConfig:
     """Images of the anchor while it is trained."""
 
     every: int = setting(500, "steps between two panels; the last step has one too; 0: no panels")
-    prompts: list[str] = setting([], "one a row; []: the first captions of the data")
-    lambdas: list[float] = setting([0.0, 1.0, 2.0], "one a column")
-    steps: int = setting(25, "of the sampler")
-    guidance_scale: float | None = setting(None, "null: the pipeline's own")
+    prompts: list[str] = setting([], "one a row of a panel; []: the first captions of the data")
+    lambdas: list[float] = setting([0.0, 1.0, 2.0], "one a column of a panel")
+    steps: int = setting(25, "steps of a panel's sampler")
+    guidance_scale: float | None = setting(None, "of a panel; null: the pipeline's own")
 
     def __post_init__(self) -> None:
         not_negative("panel.every", self.every)
@@ -224,7 +224,7 @@ class TrainConfig:
     hub: HubConfig = field(default_factory=HubConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     steps: int = setting(2000, "optimiser steps")
-    seed: int = setting(0, "of the order of the data, of all noise, and of new weights")
+    seed: int = setting(0, "fixes the order of the data, all noise, and new weights")
     precision: str = setting("no", "no (float32), fp16 or bf16")
     cpu: bool = setting(False, "leave GPUs alone")
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")

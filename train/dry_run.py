@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from deradiff.data.pairs import Examples, Pairs
+from deradiff.data.pairs import Examples, Item, Pairs
 from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
@@ -29,7 +29,7 @@ from train.data import (
 EXAMPLES = 3  # in the sheet
 SIDE = 256  # pixels of an image in the sheet
 LINE = 20  # pixels of a line of text
-COLUMNS_OF_TEXT = 6  # pixels of a letter
+LETTER = 6  # pixels of a letter, about
 GPU = "A100-80GB"  # on which the published costs are stated
 
 
@@ -82,22 +82,27 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
 
 def _example_sheet(examples: Examples) -> bytes:
     """The first examples as a PNG: an example a row, its images side by side, its caption below."""
-    shown = []
+    rows = []
     for place in examples.places(0, min(EXAMPLES, len(examples.data))):
-        shown.append(examples.batch(lambda items: (items[0].images, items[0].caption), [place]))
+        rows.append(examples.batch(_images_and_caption, [place]))
 
     height = SIDE + LINE
-    sheet = Image.new("RGB", (SIDE * len(shown[0][0]), height * len(shown)), "white")
+    sheet = Image.new("RGB", (SIDE * len(rows[0][0]), height * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (images, caption) in enumerate(shown):
+    for row, (images, caption) in enumerate(rows):
         for column, image in enumerate(images):
             sheet.paste(ImageOps.contain(image, (SIDE, SIDE)), (column * SIDE, row * height))
         text = caption.encode("latin-1", "replace").decode("latin-1")  # PIL's font has no more
-        text = text[: sheet.width // COLUMNS_OF_TEXT]
+        text = text[: sheet.width // LETTER]
         draw.text((4, row * height + SIDE + 4), text, fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _images_and_caption(items: list[Item]) -> tuple[list[Image.Image], str]:
+    """Of the one example of a batch."""
+    return items[0].images, items[0].caption
 
 
 def _data_need(config: TrainConfig, table: ParquetStream) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.files import write_atomic
-from deradiff.hub import REPOSITORY
+from deradiff.hub import is_hub_id
 from deradiff.models.families import FAMILIES
 from deradiff.models.family import Family
 
@@ -100,8 +100,7 @@ def _front_matter(card: AnchorCard) -> str:
 
     # The hub links a base model of its own, and takes nothing else here: no folder of one machine,
     # and nothing that ships with deradiff.
-    is_hub_id = REPOSITORY.fullmatch(card.base_model) is not None
-    if is_hub_id and not Path(card.base_model).exists():
+    if is_hub_id(card.base_model) and not Path(card.base_model).exists():
         relation = "adapter" if card.method == "lora" else "finetune"
         lines += [f"base_model: {card.base_model}", f"base_model_relation: {relation}"]
 

@@ -30,10 +30,9 @@ BATCH = 32  # examples, or captions, of one forward
 
 
 @torch.no_grad()
-def encode_images(vae: Any, images: Tensor) -> Tensor:
-    """Images (N, 3, R, R) in [-1, 1] to the denoiser's latents: the posterior's mean, shifted and scaled as the base model was trained."""
-    latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+def encode_images(pipe: Any, images: Tensor) -> Tensor:
+    """The latents (N, C, H, W) of images (N, 3, R, R) in [-1, 1], as the family encodes them."""
+    return family_of(pipe).encode_images(pipe.vae, images)
 
 
 def encodings_key(encoders: str, data: CaptionedImages, resolution: int) -> str:
@@ -138,7 +137,7 @@ class Cache:
                 images.append(grey)
             broken.append(i in self.data.broken)
         stacked = torch.stack(images)
-        latents = encode_images(pipe().vae, stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2])
+        latents = encode_images(pipe(), stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2])
         return {"latents": latents, "broken": torch.tensor(broken)}
 
     @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Autoencoders, text encoders and tokenizers: told apart by its files, so that a run whose data is encoded loads none."""
+"""What encodes images and captions: told apart by its files, not by loading it.
+
+A run whose data is encoded already loads no autoencoder and no text encoder.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,38 @@ import torch
 
 from deradiff.files import add_file, locate
 from deradiff.hub import commit_of, fetch
-from deradiff.models.base_model import BaseModel
+from deradiff.models.base_model import INDEX, BaseModel
 
-ENCODERS = ("vae", "text_encoder", "image_encoder")  # how the names of a pipeline's parts begin
-READERS = ("vae", "text_encoder", "tokenizer")  # of which the encodings depend on these
+ENCODERS = ("vae", "text_encoder", "image_encoder")
+"""How the names of a pipeline's components begin that are large and encode."""
+
+READERS = ("vae", "text_encoder", "tokenizer")
+"""How the names of the components begin that the encodings depend on."""
 
 
-def encoders_key(base: str, revision: str | None = None, vae: str | None = None) -> str:
-    """What tells a base model's encoders and tokenizers from any other's: a digest of their files, or a hub id with its commit. No weight
-    becomes a network. vae: an autoencoder in place of the base's own. Raises ValueError where `base` is no pipeline."""
-    index = BaseModel(base, revision).index
-    parts = sorted(
-        name
-        for name, value in index.items()
-        if name.startswith(READERS) and isinstance(value, list) and value[1]
-    )
-    own = [name for name in parts if not (vae and name == "vae")]
-    kinds = " ".join(f"{name}={index[name][1]}" for name in parts)
-    return f"{kinds} {source_key(base, revision, own, 'model_index.json')}" + (
-        f" {source_key(vae)}" if vae else ""
-    )
+def encoders_key(base: BaseModel) -> str:
+    """A text that differs between base models whose encodings differ.
+
+    It holds a digest of the files of the encoders and tokenizers, or a hub id with its commit. No
+    weight becomes a network.
+
+    Args:
+        base: a base model; an autoencoder that replaces its own counts instead of its own.
+
+    Raises:
+        ValueError: where the base model is no pipeline.
+    """
+    parts = []
+    for name, value in base.index.items():
+        is_component = isinstance(value, list) and value[1]
+        if is_component and name.startswith(READERS):
+            parts.append(name)
+    parts.sort()
+    classes = " ".join(f"{name}={base.index[name][1]}" for name in parts)
+
+    own = [name for name in parts if not (base.vae and name == "vae")]
+    key = f"{classes} {source_key(base.source, base.revision, own, INDEX)}"
+    return f"{key} {source_key(base.vae)}" if base.vae else key
 
 
 def source_key(
@@ -38,34 +53,44 @@ def source_key(
     parts: list[str] | None = None,
     file: str = "config.json",
 ) -> str:
-    """Of a folder, a digest of its files or of those of its subfolders `parts`; of a hub repository, id and commit, read off `file`."""
+    """A text that differs between sources whose files differ.
+
+    Args:
+        source: a folder, hub id or `asset:` name.
+        revision: of the hub.
+        parts: subfolders that count; None: the whole folder.
+        file: a file of the hub's repository, from whose place the commit is read.
+
+    Returns:
+        A digest of a folder's files; a hub id with its commit.
+    """
     folder = Path(locate(source))
     if not folder.is_dir():
         return f"{source}@{commit_of(fetch(source, file, revision)) or revision}"
+    roots = [folder] if parts is None else [folder / part for part in parts]
     digest = hashlib.sha256()
-    for root in [folder / part for part in parts] if parts is not None else [folder]:
+    for root in roots:
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
-            if not any(
-                name.startswith(".") for name in path.relative_to(root).parts
-            ):  # what downloads and file browsers leave
-                digest.update(
-                    f"{root.name if parts else ''}/{path.relative_to(root).as_posix()}\n".encode()
-                )
-                add_file(digest, path)
+            names = path.relative_to(root).parts
+            # Hidden files are left by downloads and file browsers
+            if any(name.startswith(".") for name in names):
+                continue
+            prefix = root.name if parts else ""
+            digest.update(f"{prefix}/{path.relative_to(root).as_posix()}\n".encode())
+            add_file(digest, path)
     return digest.hexdigest()
 
 
-def described_encoders(
-    base: str, revision: str | None, vae: str | None, dtype: torch.dtype
-) -> dict[str, Any]:
-    """In place of a base model's encoders, for `BaseModel.load_pipeline`: an autoencoder without weights (meta device), which tells the
-    shape, scale and precision of latents, and none of the others."""
-    from diffusers import AutoencoderKL
+def described_encoders(base: BaseModel, dtype: torch.dtype) -> dict[str, Any]:
+    """Components in place of a base model's encoders, for `BaseModel.load_pipeline`.
 
-    own = {"subfolder": "vae", "revision": revision}
-    config = AutoencoderKL.load_config(locate(vae or base), **({} if vae else own))
-    with torch.device("meta"):
-        described = AutoencoderKL.from_config(config).type(dtype)
-    return {name: None for name in BaseModel(base, revision).index if name.startswith(ENCODERS)} | {
-        "vae": described
-    }
+    The autoencoder is there without weights (meta device), because it says the shape, scale and
+    precision of latents. The text encoders are left out.
+
+    Args:
+        base: the base model.
+        dtype: the precision that the autoencoder would have.
+    """
+    parts: dict[str, Any] = {name: None for name in base.index if name.startswith(ENCODERS)}
+    parts["vae"] = base.describe_vae(dtype)
+    return parts

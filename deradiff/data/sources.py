@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deradiff.hub import is_hub_id
+
 
 def parquet_files(source: str, split: str, revision: str | None = None) -> list[str] | None:
     """The files (paths, or hf:// addresses with their commit) of a split; None where the source is no parquet: a folder of images, say.
@@ -19,11 +21,7 @@ def parquet_files(source: str, split: str, revision: str | None = None) -> list[
             if next(path.glob("**/*.parquet"), None)
             else None
         )
-    if (
-        source.count("/") == 1
-        and not source.startswith((".", "/"))
-        and not source.endswith(".parquet")
-    ):
+    if is_hub_id(source) and not source.endswith(".parquet"):
         return _from_hub(source, split, revision)
     raise ValueError(
         f"data.path {source} does not exist; give a parquet file, a folder, or a hub data set such as org/name"

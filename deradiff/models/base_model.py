@@ -39,12 +39,20 @@ class BaseModel:
 
     @cached_property
     def location(self) -> str:
-        """The folder or hub id: an `asset:` name is resolved. Raises ValueError if unknown."""
+        """The folder or hub id; the folder of an `asset:` name.
+
+        Raises:
+            ValueError: for an asset that does not ship with deradiff.
+        """
         return locate(self.source)
 
     @cached_property
     def index_file(self) -> Path:
-        """The path of `model_index.json`, in the folder or in the hub's cache. Raises ValueError."""
+        """`model_index.json`, in the folder or in the hub's cache.
+
+        Raises:
+            ValueError: where there is none.
+        """
         if Path(self.location).is_dir():
             file = Path(self.location) / INDEX
             if not file.is_file():
@@ -65,25 +73,37 @@ class BaseModel:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """The content of `model_index.json`. Raises ValueError where it cannot be read."""
+        """The content of `model_index.json`.
+
+        Raises:
+            ValueError: where there is none.
+        """
         return json.loads(self.index_file.read_text())
 
     @cached_property
     def family(self) -> Family:
-        """The family that the index names. Raises ValueError for a pipeline of no known family."""
+        """The family that the index names.
+
+        Raises:
+            ValueError: where there is no index, or for a pipeline of no known family.
+        """
         return family_of_index(self.index, self.location)
 
     def check(self) -> None:
-        """Raises ValueError where the index or the autoencoder cannot be found.
+        """Find the index and the autoencoder; no weight is read.
 
-        No weight is read.
+        Raises:
+            ValueError: where one of them cannot be found, or for a pipeline of no known family.
         """
         if self.vae:
             check_autoencoder(self.vae)
         assert self.family
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A small JSON file of the base model, such as `scheduler/scheduler_config.json`.
+        """A small JSON file of the base model.
+
+        Args:
+            name: its path in the folder, such as `scheduler/scheduler_config.json`.
 
         Raises:
             ValueError: where the file cannot be read.
@@ -102,6 +122,11 @@ class BaseModel:
         """diffusers' class of the denoiser."""
         return getattr(diffusers, self.family.denoiser_class)
 
+    @property
+    def autoencoder_type(self) -> Any:
+        """diffusers' class of the autoencoder."""
+        return getattr(diffusers, self.family.autoencoder_class)
+
     @cached_property
     def denoiser_config(self) -> dict[str, Any]:
         """The denoiser's config; no weight is read."""
@@ -114,7 +139,7 @@ class BaseModel:
     def vae_config(self) -> dict[str, Any]:
         """The autoencoder's config; no weight is read."""
         source, where = self._vae_source
-        return dict(diffusers.AutoencoderKL.load_config(source, **where))
+        return dict(self.autoencoder_type.load_config(source, **where))
 
     @property
     def _vae_source(self) -> tuple[str, dict[str, Any]]:
@@ -124,12 +149,17 @@ class BaseModel:
         return self.location, {"subfolder": "vae", "revision": self.revision}
 
     def load_vae(self, dtype: torch.dtype) -> Any:
-        """The autoencoder that is used with this base model."""
+        """The autoencoder that is used with this base model, in this precision."""
         source, where = self._vae_source
-        return diffusers.AutoencoderKL.from_pretrained(source, **where, dtype=dtype)
+        return self.autoencoder_type.from_pretrained(source, **where, dtype=dtype)
+
+    def describe_vae(self, dtype: torch.dtype) -> Any:
+        """The autoencoder without weights (meta device): shape, scale and precision of latents."""
+        with torch.device("meta"):
+            return self.autoencoder_type.from_config(self.vae_config).type(dtype)
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
-        """The denoiser alone."""
+        """The denoiser alone, in this precision."""
         return self.denoiser_type.from_pretrained(
             self.location,
             subfolder=self.family.denoiser,
@@ -165,23 +195,26 @@ class BaseModel:
         return pipe
 
 
-def check_autoencoder(source: str, revision: str | None = None) -> None:
-    """Raises ValueError where `source` is not a folder or hub id of an autoencoder.
+def check_autoencoder(vae: str) -> None:
+    """Find an autoencoder's config; no weight is read.
 
-    No weight is read.
+    Args:
+        vae: a folder, a hub id or `asset:<name>`.
+
+    Raises:
+        ValueError: where there is none.
     """
-    folder = Path(locate(source))
+    folder = Path(locate(vae))
     if (folder / "config.json").is_file():
         return
-    if folder.exists() or not is_hub_id(source):
+    if folder.exists() or not is_hub_id(vae):
         raise ValueError(
-            f"vae={source} is no autoencoder's folder: it has no config.json; give such a folder "
+            f"vae={vae} is no autoencoder's folder: it has no config.json; give such a folder "
             "or a hub id such as org/name"
         )
     try:
-        fetch(source, "config.json", revision)
+        fetch(vae, "config.json")
     except OSError as error:
         raise ValueError(
-            f"the autoencoder {source} is no local folder and could not be read from the hub "
-            f"({error})"
+            f"the autoencoder {vae} is no local folder and could not be read from the hub ({error})"
         ) from error

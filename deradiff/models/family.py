@@ -1,10 +1,19 @@
-"""What a model family says of itself.
+"""What a model family says of itself, and how to add one.
 
-A family is one file in this folder with one instance of a subclass of `Family`, and one row of
-`deradiff.models.families.FAMILIES`. Nothing outside this folder asks for a family by its name.
+Nothing outside this folder asks for a family by its name. A new family is
 
-These files import neither torch nor diffusers when they run: the stages' configs read the
-families' sampling defaults, and a typo in a command is answered before torch is loaded.
+1. a file in this folder, with a subclass of `Family` and one instance of it; `sd3.py` is a short
+   one to start from;
+2. the instance in `deradiff.models.families.FAMILIES`;
+3. `configs/model/<name>.yaml`, `configs/optim/<name>_lora.yaml` and `..._full.yaml`;
+4. a row of `TINY` in `tests/support/tiny_pipelines.py`: its networks with few random weights.
+
+`tests/models/test_new_family.py` says what is missing or does not fit.
+
+The files of the families import neither torch nor diffusers. The stages' configs read the names and
+the sampling defaults from them, and a typo in a command is answered before torch is loaded. The
+methods get tensors, and write `tensor.new_zeros(...)` where others write `torch.zeros(...)`. So all
+that is known of a family stands in one file, and that file is light.
 
 Shapes: N prompts, B images, L tokens of a prompt, C channels of a latent, H and W its sides.
 """
@@ -25,8 +34,16 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The same, with those of the text's tokens in joint attention."""
 
+CALL_ARGUMENTS = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+"""What `encode_prompt` of most pipelines returns, in its order, by arguments of their call."""
+
 Shapes = dict[str, Any]
-"""Shapes of a network's inputs by argument; a mapping where the argument is a mapping."""
+"""Shapes of tensors by name; a mapping where an argument is itself a mapping of tensors."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,7 @@ class Family(ABC):
         denoiser: the pipeline's attribute that predicts noise or velocity; also the folder of a
             checkpoint that holds it.
         denoiser_class: diffusers' class of that network.
+        autoencoder_class: diffusers' class of the autoencoder.
         sampling: its defaults: the paper's evaluation, or the model card's example.
         prompt_tokens: tokens of a prompt, as its pipeline encodes it.
         original_sign: how a name in the authors' own single-file layout begins, and in no other's.
@@ -64,10 +82,13 @@ class Family(ABC):
         lora_targets: the linear layers that a LoRA adapts, by the end of their names.
         timestep_scale: the scheduler's time divided by the time that the network gets.
         multiple: an image's sides are multiples of so many pixels.
+        patch_size: side of the patches of latents that the network gets and returns: 2 for rows
+            (B, H/2 * W/2, 4 C), 1 for (B, C, H, W).
         latent_side: side of the latents where the network's config names none.
         guidance_distilled: guidance is an input of the network, and a guided call evaluates one row
             an image.
         sliced_decoding: decode images one by one, because a batch needs too much memory.
+        latents_argument: the argument of the network that takes the noisy latents.
         shared_arguments: arguments of the network that belong to all rows of a batch alike.
         nested_original: diffusers reads the original layout only with the prefix of a whole
             checkpoint.
@@ -82,13 +103,16 @@ class Family(ABC):
     sampling: SamplingDefaults
     prompt_tokens: int
     original_sign: str
+    autoencoder_class: str = "AutoencoderKL"
     flow: bool = False
     lora_targets: tuple[str, ...] = ATTENTION
     timestep_scale: float = 1.0
     multiple: int = 8
+    patch_size: int = 1
     latent_side: int = 128
     guidance_distilled: bool = False
     sliced_decoding: bool = True
+    latents_argument: str = "hidden_states"
     shared_arguments: tuple[str, ...] = ()
     nested_original: bool = False
     reads_peft_prefix: bool = False
@@ -146,6 +170,15 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def prompt_shapes(self, config: Mapping[str, Any], tokens: int) -> Shapes:
+        """Shapes of what `encode_prompts` returns for one prompt, for counting without a weight.
+
+        Args:
+            config: the denoiser's config.
+            tokens: of the prompt.
+        """
+
+    @abstractmethod
     def input_shapes(
         self, config: Mapping[str, Any], height: int, width: int, tokens: int
     ) -> Shapes:
@@ -160,6 +193,20 @@ class Family(ABC):
         Returns:
             A shape for each argument of the network's `forward`.
         """
+
+    def encode_images(self, vae: Any, images: Tensor) -> Tensor:
+        """The latents that the denoiser is trained on: the posterior's mean, shifted and scaled.
+
+        Args:
+            vae: the family's autoencoder.
+            images: (B, 3, R, R) in [-1, 1].
+
+        Returns:
+            (B, C, H, W).
+        """
+        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        shift = getattr(vae.config, "shift_factor", None) or 0
+        return (latents - shift) * vae.config.scaling_factor
 
     def latent_shape(self, pipe: Any, resolution: int) -> tuple[int, int, int]:
         """Shape (C, H, W) of a square image's latents.
@@ -178,6 +225,12 @@ class Family(ABC):
             )
         side = resolution // pipe.vae_scale_factor
         return pipe.vae.config.latent_channels, side, side
+
+
+def call_arguments_of(encoded: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """What a pipeline's `encode_prompt` returned, by CALL_ARGUMENTS; what is None is left out."""
+    named = zip(CALL_ARGUMENTS, encoded, strict=False)
+    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def unwrapped(network: Any) -> Any:

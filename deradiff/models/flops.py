@@ -16,13 +16,17 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from deradiff.models.families import family_of_config
+from deradiff.models.family import Family
 
 DEFAULT_CLASS = "UNet2DConditionModel"
 """The denoiser's class where a config does not name one."""
 
 BACKWARD_COST = {"full": 2, "lora": 1}
-"""A backward pass in forwards. `full`: gradients of activations and of weights. `lora`: gradients of
-activations alone; measured 1.14 on SD1.5 and 1.09 on SDXL, because attention has no weights."""
+"""Cost of a backward pass, in forwards.
+
+`full`: gradients of activations and of weights. `lora`: gradients of activations alone; measured
+1.14 on SD1.5 and 1.09 on SDXL, because attention has no weights.
+"""
 
 
 def meta_denoiser(config: Mapping[str, Any]) -> Any:
@@ -34,6 +38,18 @@ def meta_denoiser(config: Mapping[str, Any]) -> Any:
     network_type = getattr(diffusers, config.get("_class_name", DEFAULT_CLASS))
     with torch.device("meta"):
         return network_type.from_config(dict(config))
+
+
+def denoiser_family(config: Mapping[str, Any]) -> Family:
+    """The family of a denoiser's config, by default a UNet's.
+
+    Raises:
+        ValueError: for a network of no known family.
+    """
+    family = family_of_config({"_class_name": DEFAULT_CLASS, **config})
+    if family is None:
+        raise ValueError(f"a {config['_class_name']} belongs to no family that deradiff knows")
+    return family
 
 
 def denoiser_inputs(
@@ -50,10 +66,8 @@ def denoiser_inputs(
     Raises:
         ValueError: for a network of no known family.
     """
-    family = family_of_config({"_class_name": DEFAULT_CLASS, **config})
-    if family is None:
-        raise ValueError(f"a {config['_class_name']} belongs to no family that deradiff knows")
-    return _meta_tensors(family.input_shapes(config, height, width, tokens))
+    shapes = denoiser_family(config).input_shapes(config, height, width, tokens)
+    return _meta_tensors(shapes)
 
 
 def _meta_tensors(shapes: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,16 +75,22 @@ class FluxFamily(Family):
             return None
         return noisy.new_full((len(noisy),), TRAINING_GUIDANCE).float()
 
+    def prompt_shapes(self, config: Mapping[str, Any], tokens: int) -> Shapes:
+        """`encoder_hidden_states` and `pooled_projections`."""
+        return {
+            "encoder_hidden_states": (1, tokens, config["joint_attention_dim"]),
+            "pooled_projections": (1, config["pooled_projection_dim"]),
+        }
+
     def input_shapes(
         self, config: Mapping[str, Any], height: int, width: int, tokens: int
     ) -> Shapes:
-        """`hidden_states` in patches, `encoder_hidden_states`, coordinates, and `guidance`."""
+        """`hidden_states` in patches, `timestep`, the prompt, coordinates, and `guidance`."""
         patches = (height // 2) * (width // 2)
         shapes: Shapes = {
             "hidden_states": (1, patches, config["in_channels"]),
-            "encoder_hidden_states": (1, tokens, config["joint_attention_dim"]),
             "timestep": (1,),
-            "pooled_projections": (1, config["pooled_projection_dim"]),
+            **self.prompt_shapes(config, tokens),
             "img_ids": (patches, COORDINATES),
             "txt_ids": (tokens, COORDINATES),
         }
@@ -127,6 +133,7 @@ FLUX = FluxFamily(
     lora_targets=JOINT_ATTENTION,
     timestep_scale=1000.0,
     multiple=16,
+    patch_size=2,
     guidance_distilled=True,
     shared_arguments=("img_ids", "txt_ids"),
     reads_peft_prefix=True,

@@ -27,7 +27,7 @@ DENOISERS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-"""`config.json` of the published UNets, as far as it differs from UNet2DConditionModel's defaults."""
+"""`config.json` of the published UNets, where it differs from the defaults of their class."""
 
 AUTOENCODER: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
@@ -68,7 +68,7 @@ class GPU:
 
     Attributes:
         tflops: 10^12 FLOP/s of dense 16-bit matrix products, accumulated in 32 bits.
-        memory: bytes; 0 where it is not needed.
+        memory: bytes.
         reported_name: a part of the name that CUDA reports.
     """
 
@@ -88,6 +88,9 @@ GPUS = {
     "V100": GPU(125.0, 32e9, "V100"),
     "RTX-4090": GPU(165.2, 24e9, "4090"),
 }
+
+MEASURED_TFLOPS = {"H200": 790.0}
+"""10^12 FLOP/s that large bfloat16 matrix products were measured to reach."""
 
 COMPARED_GPUS = ("A100-80GB", "H100-SXM", "H200", "L40S", "RTX-4090")
 """Those that tables of hours compare."""

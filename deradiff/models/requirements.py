@@ -5,6 +5,7 @@ All of it is counted on the denoiser's config; no weight is loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from deradiff.models.flops import denoiser_flops, denoiser_inputs, dpo_step_flops, meta_denoiser
+from deradiff.models.flops import (
+    denoiser_family,
+    denoiser_flops,
+    denoiser_inputs,
+    dpo_step_flops,
+    meta_denoiser,
+)
 
 UTILISATION = 0.4
 """Share of a GPU's peak, assumed; `python -m benchmarks.train` measures it on the GPU itself."""
@@ -234,13 +241,10 @@ def cache_bytes(
         captions: captions whose embeddings are cached.
         tokens: of a caption.
     """
-    inputs = denoiser_inputs(meta_denoiser(config).config, height, width, tokens)
-    image = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
-    text = inputs["encoder_hidden_states"].numel()
-
-    # The pooled embedding, where the family has one
-    added = inputs.get("added_cond_kwargs", {})
-    pooled = inputs.get("pooled_projections", added.get("text_embeds"))
-    if pooled is not None:
-        text += pooled.numel()
-    return HALF * (float(images) * image.numel() + float(captions) * text)
+    # A config holds what differs from the class's defaults; a network of it holds everything
+    config = meta_denoiser(config).config
+    family = denoiser_family(config)
+    inputs = family.input_shapes(config, height, width, tokens)
+    image = math.prod(inputs[family.latents_argument])
+    prompt = sum(math.prod(shape) for shape in family.prompt_shapes(config, tokens).values())
+    return HALF * (float(images) * image + float(captions) * prompt)

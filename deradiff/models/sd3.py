@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deradiff.models.family import JOINT_ATTENTION, Family, SamplingDefaults, Shapes
-from deradiff.models.unet import CALL_ARGUMENTS
+from deradiff.models.family import (
+    JOINT_ATTENTION,
+    Family,
+    SamplingDefaults,
+    Shapes,
+    call_arguments_of,
+)
 
 if TYPE_CHECKING:  # not imported when a command starts
     from torch import Tensor, nn
@@ -22,9 +27,7 @@ class SD3Family(Family):
 
     def call_arguments(self, pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, Tensor]:
         """The embeddings that `encode_prompt` returns; negative ones only with guidance."""
-        encoded = self._encode(pipe, prompts, guided)
-        named = zip(CALL_ARGUMENTS, encoded, strict=False)
-        return {name: tensor for name, tensor in named if tensor is not None}
+        return call_arguments_of(self._encode(pipe, prompts, guided))
 
     def _encode(self, pipe: Any, prompts: Sequence[str], guided: bool) -> tuple[Any, ...]:
         return pipe.encode_prompt(
@@ -53,15 +56,21 @@ class SD3Family(Family):
             return_dict=False,
         )[0]
 
+    def prompt_shapes(self, config: Mapping[str, Any], tokens: int) -> Shapes:
+        """`encoder_hidden_states` and `pooled_projections`."""
+        return {
+            "encoder_hidden_states": (1, tokens, config["joint_attention_dim"]),
+            "pooled_projections": (1, config["pooled_projection_dim"]),
+        }
+
     def input_shapes(
         self, config: Mapping[str, Any], height: int, width: int, tokens: int
     ) -> Shapes:
-        """`hidden_states`, `encoder_hidden_states`, `timestep`, `pooled_projections`."""
+        """`hidden_states`, `timestep`, `encoder_hidden_states`, `pooled_projections`."""
         return {
             "hidden_states": (1, config["in_channels"], height, width),
-            "encoder_hidden_states": (1, tokens, config["joint_attention_dim"]),
             "timestep": (1,),
-            "pooled_projections": (1, config["pooled_projection_dim"]),
+            **self.prompt_shapes(config, tokens),
         }
 
 

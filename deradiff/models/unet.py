@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deradiff.models.family import Family, SamplingDefaults, Shapes
+from deradiff.models.family import Family, SamplingDefaults, Shapes, call_arguments_of
 
 if TYPE_CHECKING:  # not imported when a command starts
     from torch import Tensor, nn
-
-CALL_ARGUMENTS = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
-"""What the pipelines' `encode_prompt` returns, in its order, as arguments of the pipelines' call."""
 
 SIZE_NUMBERS = 6
 """Numbers that SDXL is given beside the text: original size, crop corner, target size."""
@@ -32,9 +24,7 @@ class UNetFamily(Family):
 
     def call_arguments(self, pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, Tensor]:
         """The embeddings that `encode_prompt` returns; negative ones only with guidance."""
-        encoded = self._encode(pipe, prompts, guided)
-        named = zip(CALL_ARGUMENTS, encoded, strict=False)
-        return {name: tensor for name, tensor in named if tensor is not None}
+        return call_arguments_of(self._encode(pipe, prompts, guided))
 
     def _encode(self, pipe: Any, prompts: Sequence[str], guided: bool) -> tuple[Any, ...]:
         return pipe.encode_prompt(
@@ -67,14 +57,19 @@ class UNetFamily(Family):
         """Arguments of the network beside latents, time and text."""
         return {}
 
+    def prompt_shapes(self, config: Mapping[str, Any], tokens: int) -> Shapes:
+        """`encoder_hidden_states`."""
+        return {"encoder_hidden_states": (1, tokens, config["cross_attention_dim"])}
+
     def input_shapes(
         self, config: Mapping[str, Any], height: int, width: int, tokens: int
     ) -> Shapes:
         """`sample`, `timestep`, `encoder_hidden_states`."""
+        text = self.prompt_shapes(config, tokens)["encoder_hidden_states"]
         return {
             "sample": (1, config["in_channels"], height, width),
             "timestep": (1,),
-            "encoder_hidden_states": (1, tokens, config["cross_attention_dim"]),
+            "encoder_hidden_states": text,
         }
 
     def owns_config(self, config: Mapping[str, Any]) -> bool:
@@ -101,14 +96,19 @@ class SDXLFamily(UNetFamily):
         added = {"text_embeds": conditioning["text_embeds"], "time_ids": time_ids}
         return {"added_cond_kwargs": added}
 
+    def prompt_shapes(self, config: Mapping[str, Any], tokens: int) -> Shapes:
+        """`encoder_hidden_states` and `text_embeds`."""
+        sizes = SIZE_NUMBERS * config["addition_time_embed_dim"]
+        pooled = config["projection_class_embeddings_input_dim"] - sizes
+        return super().prompt_shapes(config, tokens) | {"text_embeds": (1, pooled)}
+
     def input_shapes(
         self, config: Mapping[str, Any], height: int, width: int, tokens: int
     ) -> Shapes:
         """SD1.5's inputs, and `added_cond_kwargs`."""
-        sizes = SIZE_NUMBERS * config["addition_time_embed_dim"]
-        pooled = config["projection_class_embeddings_input_dim"] - sizes
         shapes = super().input_shapes(config, height, width, tokens)
-        shapes["added_cond_kwargs"] = {"text_embeds": (1, pooled), "time_ids": (1, SIZE_NUMBERS)}
+        pooled = self.prompt_shapes(config, tokens)["text_embeds"]
+        shapes["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": (1, SIZE_NUMBERS)}
         return shapes
 
     def owns_config(self, config: Mapping[str, Any]) -> bool:
@@ -130,6 +130,7 @@ SD15 = UNetFamily(
     prompt_tokens=77,
     original_sign="input_blocks.",
     sliced_decoding=False,
+    latents_argument="sample",
     nested_original=True,
     lora_format="kohya",
 )
@@ -142,6 +143,7 @@ SDXL = SDXLFamily(
     sampling=SamplingDefaults(steps=50, guidance_scale=5.0, batch_size=4),
     prompt_tokens=77,
     original_sign="label_emb.",
+    latents_argument="sample",
     nested_original=True,
     lora_format="kohya",
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from deradiff.files import locate
+from deradiff.hub import is_hub_id
 from deradiff.scorers import open_clip
 from deradiff.scorers.recipes import Recipe
 
@@ -179,14 +180,12 @@ def place(checkpoint: str) -> Place:
         return Place(checkpoint, None, path.parent, path.name)
     *organisation, last = checkpoint.split("/")
     file = last if path.suffix in FILES else None
-    repo = organisation if file else [*organisation, last]
-    if len(repo) != 2 or repo[0] in ("", ".", "..", "~", "runs"):
+    repo = "/".join(organisation if file else [*organisation, last])
+    if not is_hub_id(repo):
         raise ValueError(
             f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id such as org/name"
         )
-    return Place(
-        checkpoint, "/".join(repo), snapshot("/".join(repo), ["*.json", "merges.txt"]), file
-    )
+    return Place(checkpoint, repo, snapshot(repo, ["*.json", "merges.txt"]), file)
 
 
 def find(

@@ -25,7 +25,7 @@ from tests.support.tiny_pipelines import (
     tiny_denoiser,
     tiny_lora,
     tiny_pipeline,
-    tiny_unet,
+    tiny_denoiser,
 )
 
 CONTRACT = {
@@ -85,7 +85,7 @@ def test_a_lora_anchor_loads_in_stock_diffusers_with_its_alpha(tmp_path, family)
 
 
 def test_a_full_anchor_loads_in_stock_diffusers(tmp_path):
-    trained = perturbed_denoiser(tiny_unet("sd15"))
+    trained = perturbed_denoiser(tiny_denoiser("sd15"))
     save_anchor(tmp_path, trained, card())
     assert torch.equal(
         eps(UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")), eps(trained)
@@ -94,7 +94,7 @@ def test_a_full_anchor_loads_in_stock_diffusers(tmp_path):
 
 def test_the_card_keeps_the_contract_and_ignores_what_it_does_not_know(tmp_path):
     written = card("lora", steps=7, versions={"torch": "2"}, flops=1e18, gpu_hours=0.5)
-    save_anchor(tmp_path, tiny_lora(tiny_unet("sd15")), written)
+    save_anchor(tmp_path, tiny_lora(tiny_denoiser("sd15")), written)
     values = json.loads((tmp_path / "anchor.json").read_text())
     assert set(values) == CONTRACT and values["beta_convention"] == "mean-half"
     (tmp_path / "anchor.json").write_text(json.dumps(values | {"a_later_key": 1}))
@@ -115,7 +115,7 @@ def test_a_card_that_cannot_be_is_refused(change, said):
 
 
 def test_an_incomplete_card_is_refused_by_its_key(tmp_path):
-    save_anchor(tmp_path, tiny_lora(tiny_unet("sd15")), card("lora"))
+    save_anchor(tmp_path, tiny_lora(tiny_denoiser("sd15")), card("lora"))
     (tmp_path / "anchor.json").write_text('{"base_model": "x", "family": "sd15", "method": "lora"}')
     with pytest.raises(ValueError, match=r"anchor.json is incomplete.*beta"):
         read_card(tmp_path)
@@ -142,7 +142,7 @@ def test_what_other_trainers_wrote_is_recognised_without_weights(tmp_path):
         (whole / "model_index.json").unlink()
         assert load_anchor(whole).family == family
     lora = tmp_path / "lora"
-    save_anchor(lora, tiny_lora(tiny_unet("sd15")), card("lora"))
+    save_anchor(lora, tiny_lora(tiny_denoiser("sd15")), card("lora"))
     (lora / "anchor.json").unlink()
     (lora / "pytorch_lora_weights.safetensors").rename(lora / "theirs.safetensors")
     for source in (lora, lora / "theirs.safetensors"):
@@ -180,7 +180,7 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path, monkeypatch)
         "sdxl",
     )
     assert (
-        eps(anchor.network(tiny_unet("sdxl"), torch.device("cpu"), torch.float32), "sdxl")
+        eps(anchor.network(tiny_denoiser("sdxl"), torch.device("cpu"), torch.float32), "sdxl")
         .isfinite()
         .all()
     )
@@ -206,7 +206,7 @@ def test_a_folder_of_something_else_is_no_anchor(tmp_path):
 
 
 def test_an_anchor_of_another_family_is_refused_before_its_weights_are_read(tmp_path):
-    save_anchor(tmp_path / "ours", tiny_unet("sdxl"), card(family="sdxl"))
+    save_anchor(tmp_path / "ours", tiny_denoiser("sdxl"), card(family="sdxl"))
     save_tiny("sdxl", tmp_path / "theirs")
     for source in (tmp_path / "ours", tmp_path / "theirs", tmp_path / "theirs" / "unet"):
         without_weights(source)
@@ -218,7 +218,7 @@ def test_an_anchor_of_another_family_is_refused_before_its_weights_are_read(tmp_
 
 
 def test_pickled_weights_are_not_read(tmp_path):
-    unet = tiny_unet("sd15")
+    unet = tiny_denoiser("sd15")
     unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
     anchor = load_anchor(tmp_path)
     with pytest.raises(ValueError, match="holds no safetensors weights"):
@@ -226,7 +226,7 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 
 def test_a_network_is_kept_and_never_cast_down_and_up_again(tmp_path):
-    unet = perturbed_denoiser(tiny_unet("sd15"))
+    unet = perturbed_denoiser(tiny_denoiser("sd15"))
     save_anchor(tmp_path, unet, card())
     anchor, cpu = load_anchor(tmp_path), torch.device("cpu")
     first = anchor.network(unet, cpu, torch.float32)
@@ -236,7 +236,7 @@ def test_a_network_is_kept_and_never_cast_down_and_up_again(tmp_path):
 
 
 def test_a_train_runs_directory_stands_for_its_anchor(tmp_path):
-    save_anchor(tmp_path / "run" / "anchor", tiny_unet("sd15"), card())
+    save_anchor(tmp_path / "run" / "anchor", tiny_denoiser("sd15"), card())
     (tmp_path / "run" / "config.yaml").write_text("")
     anchor = load_anchor(tmp_path / "run")
     assert (
@@ -262,7 +262,7 @@ def test_a_transformer_folder_says_its_family_itself(tmp_path, family):
 
 @pytest.mark.parametrize("size", ["10GB", "100KB"], ids=["one file", "shards"])
 def test_weights_in_the_fp16_variant_alone_are_found(tmp_path, size):
-    unet, cpu = perturbed_denoiser(tiny_unet("sd15")), torch.device("cpu")
+    unet, cpu = perturbed_denoiser(tiny_denoiser("sd15")), torch.device("cpu")
     unet.save_pretrained(tmp_path / "unet", variant="fp16", max_shard_size=size)
     assert load_anchor(tmp_path).variant == load_anchor(tmp_path / "unet").variant == "fp16"
     assert torch.equal(eps(load_anchor(tmp_path).network(unet, cpu, torch.float32)), eps(unet))
@@ -271,7 +271,7 @@ def test_weights_in_the_fp16_variant_alone_are_found(tmp_path, size):
 
 
 def test_a_network_with_missing_weights_is_not_filled_with_random_ones(tmp_path):
-    unet = tiny_unet("sd15")
+    unet = tiny_denoiser("sd15")
     tiny_lora(unet).save_pretrained(
         tmp_path / "unet"
     )  # its layers are saved wrapped: `to_q.base_layer.weight`
@@ -284,7 +284,7 @@ def test_a_network_with_missing_weights_is_not_filled_with_random_ones(tmp_path)
 def test_a_card_of_another_family_is_seen_without_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("deradiff.hub.fetch", lambda *_: pytest.fail("asked"))
     monkeypatch.setattr("deradiff.hub.listing", lambda *_: pytest.fail("asked"))
-    save_anchor(tmp_path, tiny_lora(tiny_unet("sdxl")), card("lora", "sdxl", base_model="org/base"))
+    save_anchor(tmp_path, tiny_lora(tiny_denoiser("sdxl")), card("lora", "sdxl", base_model="org/base"))
     with pytest.raises(ValueError, match="is of family sdxl and the pipeline of sd15"):
         check_anchor_family(tmp_path, "sd15")
 

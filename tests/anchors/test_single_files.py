@@ -14,7 +14,7 @@ from deradiff.anchors.anchor import load_anchor
 from deradiff.models.families import FAMILIES
 from tests.anchors.test_lora_files import check, denoiser_of, refused, said
 from tests.support.realign_world import BASES
-from tests.support.tiny_pipelines import perturbed_denoiser, tiny_unet
+from tests.support.tiny_pipelines import perturbed_denoiser, tiny_denoiser
 
 UNET = {  # of a UNet of two levels with one layer each: diffusers' name, the authors'
     "conv_in": "input_blocks.0.0",
@@ -178,7 +178,7 @@ def test_what_is_not_the_whole_network_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({key: value for key, value in state.items() if "out.2" not in key}, file)
     refused("sd15", file, "holds only a part of a UNet2DConditionModel")
-    save_file(ldm(tiny_unet("sd15", cross_attention_dim=24)), file)
+    save_file(ldm(tiny_denoiser("sd15", cross_attention_dim=24)), file)
     refused(
         "sd15", file, "is no LoRA, and does not hold a UNet2DConditionModel of the pipeline's size"
     )

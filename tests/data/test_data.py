@@ -221,7 +221,7 @@ def test_cache_holds_what_the_pipeline_encodes_and_goes_on_where_it_stopped(tmp_
     cache = Cache(tmp_path / "cache", "sdxl", pairs, resolution=64)
     cache.build(lambda: pipe)
     images = torch.stack([pixels(p, 64) for p in pairs.pictures(1)])
-    torch.testing.assert_close(cache.latents(1), encode_images(pipe.vae, images))
+    torch.testing.assert_close(cache.latents(1), encode_images(pipe, images))
     texts, expected = cache.texts(["b", ""]), family_of(pipe).encode_prompts(pipe, ["b", ""])
     assert set(texts) == set(expected) == {"encoder_hidden_states", "text_embeds"}
     for key in texts:
@@ -270,7 +270,7 @@ def test_a_cache_holds_mirrored_pictures_where_they_are_asked_for(tmp_path, pair
     cache = Cache(tmp_path, "sd15", pairs, resolution=64, flip=True)
     cache.build(lambda: pipe)
     mirrored = torch.stack([pixels(p, 64).flip(-1) for p in pairs.pictures(2)])
-    torch.testing.assert_close(cache.latents(2, flip=True), encode_images(pipe.vae, mirrored))
+    torch.testing.assert_close(cache.latents(2, flip=True), encode_images(pipe, mirrored))
     assert not torch.allclose(cache.latents(2, flip=True), cache.latents(2), atol=1e-3)
 
 

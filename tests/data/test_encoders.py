@@ -35,7 +35,7 @@ def edit(file, **keys):
 def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_else(
     base_folder, tmp_path
 ):
-    before = encoders_key(str(base_folder))
+    before = encoders_key(BaseModel(str(base_folder)))
     for name, change in {
         "vae": lambda b: rewrite(
             b / "vae/diffusion_pytorch_model.safetensors", lambda t: add(t, "quant_conv.bias")
@@ -47,29 +47,29 @@ def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_el
         "tokenizer": lambda b: edit(b / "tokenizer/tokenizer_config.json", model_max_length=7),
     }.items():
         changed = shutil.copytree(base_folder, tmp_path / name)
-        assert encoders_key(str(changed)) == before, "a copy is no other model"
+        assert encoders_key(BaseModel(str(changed))) == before, "a copy is no other model"
         change(changed)
-        assert encoders_key(str(changed)) != before, name
+        assert encoders_key(BaseModel(str(changed))) != before, name
     other = shutil.copytree(base_folder, tmp_path / "other")
     rewrite(other / "unet/diffusion_pytorch_model.safetensors", lambda t: add(t, "conv_in.bias"))
     (other / "vae/.DS_Store").write_text("x")
-    assert encoders_key(str(other)) == before, "the denoiser encodes nothing"
+    assert encoders_key(BaseModel(str(other))) == before, "the denoiser encodes nothing"
 
 
 def test_another_autoencoder_takes_the_place_of_the_bases_own(base_folder, tmp_path):
     own, same, other = (
-        encoders_key(str(base_folder)),
-        encoders_key(str(base_folder), vae=str(base_folder / "vae")),
+        encoders_key(BaseModel(str(base_folder))),
+        encoders_key(BaseModel(str(base_folder), vae=str(base_folder / "vae"))),
         save_tiny("sd15", tmp_path, seed=1) / "vae",
     )
-    keys = {own, same, encoders_key(str(base_folder), vae=str(other))}
+    keys = {own, same, encoders_key(BaseModel(str(base_folder), vae=str(other)))}
     assert len(keys) == 3
     shutil.copytree(base_folder, tmp_path / "base")
     rewrite(
         tmp_path / "base/vae/diffusion_pytorch_model.safetensors",
         lambda t: add(t, "quant_conv.bias"),
     )
-    assert encoders_key(str(tmp_path / "base"), vae=str(base_folder / "vae")) == same, (
+    assert encoders_key(BaseModel(str(tmp_path / "base"), vae=str(base_folder / "vae"))) == same, (
         "its own is not asked for"
     )
 
@@ -88,10 +88,10 @@ def test_a_hub_model_is_told_by_its_commit(monkeypatch, tmp_path):
     for module in ("models.base_model", "data.encoders"):
         monkeypatch.setattr(f"deradiff.{module}.fetch", fetch)
     assert (
-        encoders_key("a/b") == "vae=AutoencoderKL a/b@bmain"
-        and encoders_key("a/b", "v2") == "vae=AutoencoderKL a/b@bv2"
+        encoders_key(BaseModel("a/b")) == "vae=AutoencoderKL a/b@bmain"
+        and encoders_key(BaseModel("a/b", "v2")) == "vae=AutoencoderKL a/b@bv2"
     )
-    assert encoders_key("a/b", vae="c/d").endswith(" a/b@bmain c/d@dmain")
+    assert encoders_key(BaseModel("a/b", vae="c/d")).endswith(" a/b@bmain c/d@dmain")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +102,7 @@ def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(fam
     encodes = BaseModel(str(folder)).load_pipeline(parts={name: None})
     for key, rows in family_of(whole).encode_prompts(whole, ["a", ""]).items():
         assert torch.equal(rows, family_of(encodes).encode_prompts(encodes, ["a", ""])[key])
-    described = described_encoders(folder, None, None, torch.bfloat16)
+    described = described_encoders(BaseModel(folder), torch.bfloat16)
     trains = BaseModel(str(folder)).load_pipeline(parts=described)
     assert (
         family_of(trains).latent_shape(trains, 64) == family_of(whole).latent_shape(whole, 64)

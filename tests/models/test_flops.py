@@ -17,7 +17,7 @@ from deradiff.models.flops import (
     savings,
 )
 from deradiff.models.published import AUTOENCODER, DENOISERS, published_dpo
-from tests.support.tiny_pipelines import tiny_unet
+from tests.support.tiny_pipelines import tiny_denoiser
 
 SD15, SDXL = DENOISERS["sd15"], DENOISERS["sdxl"]
 
@@ -46,7 +46,7 @@ def test_a_multiply_add_is_two():
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_count_is_that_of_a_real_forward(family):
-    unet = tiny_unet(family)
+    unet = tiny_denoiser(family)
     added = {}
     if family == "sdxl":
         added = {

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from deradiff.models.published import DATA_SETS, DENOISERS, GPUS, PUBLISHED_RUNS
 from deradiff.models.requirements import cache_bytes, dpo_requirements
-from tests.support.tiny_pipelines import tiny_unet
+from tests.support.tiny_pipelines import tiny_denoiser
 
 LORA = LoraConfig(r=4, target_modules=["to_q", "to_v"])
 
@@ -47,7 +47,7 @@ def kept_by(unet) -> int:
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_activations_are_those_that_autograd_keeps(family):
-    unet = tiny_unet(family)
+    unet = tiny_denoiser(family)
     assert needs(unet).activations == pytest.approx(
         kept_by(unet), rel=0.06
     )  # two images at half the bytes
@@ -57,12 +57,12 @@ def test_activations_are_those_that_autograd_keeps(family):
 
 def test_the_attention_function_is_given_back():
     usual = torch.nn.functional.scaled_dot_product_attention
-    needs(tiny_unet("sd15"))
+    needs(tiny_denoiser("sd15"))
     assert torch.nn.functional.scaled_dot_product_attention is usual
 
 
 def test_weights_gradients_and_optimizer_of_a_full_finetune():
-    unet = tiny_unet("sd15")
+    unet = tiny_denoiser("sd15")
     count = sum(p.numel() for p in unet.parameters())
     full = needs(unet)
     assert (full.parameters, full.trained, full.weights, full.gradients) == (
@@ -91,7 +91,7 @@ def test_weights_gradients_and_optimizer_of_a_full_finetune():
 def test_adafactor_holds_what_transformers_adafactor_holds():
     from transformers.optimization import Adafactor
 
-    unet = tiny_unet("sd15")
+    unet = tiny_denoiser("sd15")
     real = Adafactor(unet.parameters(), lr=1e-3, scale_parameter=False, relative_step=False)
     for p in unet.parameters():
         p.grad = torch.ones_like(p)
@@ -106,18 +106,18 @@ def test_adafactor_holds_what_transformers_adafactor_holds():
 
 
 def test_a_lora_needs_one_network_and_its_own_gradients():
-    unet = tiny_unet("sd15")
+    unet = tiny_denoiser("sd15")
     count = sum(p.numel() for p in unet.parameters())
     lora = needs(unet, method="lora", lora=LORA)
     unet.add_adapter(LORA)
     trained = sum(p.numel() for n, p in unet.named_parameters() if "lora" in n)
     assert (lora.parameters, lora.trained, lora.gradients) == (count, trained, 4 * trained)
     assert lora.weights == 2 * count + 6 * trained
-    assert lora.flops == 0.75 * needs(tiny_unet("sd15")).flops
+    assert lora.flops == 0.75 * needs(tiny_denoiser("sd15")).flops
 
 
 def test_hours_are_flops_over_what_the_gpu_does():
-    unet = tiny_unet("sd15")
+    unet = tiny_denoiser("sd15")
     found = needs(unet, utilisation=0.5)
     assert (
         found.hours == pytest.approx(found.flops / (312e12 * 0.5 * 3600))

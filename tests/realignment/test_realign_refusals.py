@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from deradiff.anchors.anchor import AnchorCard, load_anchor, save_anchor
 from deradiff.realignment.context import realign
 from tests.support.realign_world import fingerprint, sample
-from tests.support.tiny_pipelines import perturbed_denoiser, tiny_lora, tiny_unet
+from tests.support.tiny_pipelines import perturbed_denoiser, tiny_lora, tiny_denoiser
 
 
 @pytest.mark.parametrize("lam", [-0.1, math.nan, math.inf, "0.5", None, True, [0.5, 0.5], []])
@@ -71,7 +71,7 @@ def test_realigning_twice_at_once_is_refused(sd15):
 
 @pytest.mark.parametrize("method", ["full1", "lora1"])
 def test_an_anchor_of_other_layers_or_sizes_is_refused_naming_both(sd15, worlds, tmp_path, method):
-    other = tiny_unet("sd15", cross_attention_dim=24)
+    other = tiny_denoiser("sd15", cross_attention_dim=24)
     network = perturbed_denoiser(other) if method == "full1" else tiny_lora(other)
     save_anchor(
         tmp_path / "narrow",

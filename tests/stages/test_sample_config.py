@@ -192,7 +192,7 @@ def test_a_folder_of_another_config_or_of_an_anchor_trained_anew_is_refused(
         ({"steps": 7}, "steps (50 there, 7 here)"),
         ({"mode": "weights"}, "mode (exact there, weights here)"),
     ):
-        with pytest.raises(ValueError, match="choose another name=") as error:
+        with pytest.raises(ValueError, match="choose another name") as error:
             run(replace(config, **change), tmp_path)
         assert said in str(error.value)
     weights = anchors / "sd15/anchor/pytorch_lora_weights.safetensors"

@@ -66,7 +66,7 @@ def cells_of(sheet, rows, columns):
     return cells
 
 
-def test_an_anchor_is_a_whole_repository_with_a_picture_and_a_readme(train_config):
+def test_an_anchor_is_a_whole_repository_with_a_panel_and_a_readme(train_config):
     panel = PanelConfig(
         every=2, prompts=["a red circle", "a blue square"], lambdas=[0.0, 1.0, 2.0], steps=2
     )

@@ -1,10 +1,15 @@
-"""Whole pipelines of under a megabyte in the formats of SD1.5, SDXL, SD3 and FLUX, with random weights: made in a second."""
+"""Whole pipelines of every family, with random weights: under a megabyte, and made in a second.
+
+`TINY` has a row for each family. A new family adds one, and the tests for every family run for it.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import string
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +21,7 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
-    FluxTransformer2DModel,
     SD3ControlNetModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
 )
 from peft import LoraConfig
 from tokenizers.pre_tokenizers import ByteLevel
@@ -35,7 +37,11 @@ from transformers import (
 
 from deradiff.models.families import FAMILIES, family_of
 
-WIDTH = 32  # of a text encoder
+WIDTH = 32
+"""Of a text encoder."""
+
+SIDE = 8
+"""Of the latents; images have 64 px, because the autoencoder shrinks by 8 like the real ones."""
 
 VISIBLE = 0.3
 """The `scale` of `tiny_lora` that can be seen in an image and does not make a network chaotic.
@@ -46,8 +52,7 @@ than in the base model: by a factor of 4 at most over 3 steps of DDIM. At a scal
 (`tests/test_tiny_pipelines.py`).
 """
 
-SIDE = 8  # of the latents; images are 64 px, as the autoencoder shrinks by 8 like the real ones
-KINDS = {  # what a family's name is followed by: the same components in another order, and a ControlNet where one is named
+KINDS = {
     "text2img": "",
     "img2img": "Img2Img",
     "inpaint": "Inpaint",
@@ -55,26 +60,34 @@ KINDS = {  # what a family's name is followed by: the same components in another
     "controlnet_img2img": "ControlNetImg2Img",
     "controlnet_inpaint": "ControlNetInpaint",
 }
+"""Pipelines of a family, by what stands before `Pipeline` in the names of their classes."""
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """CLIP's own tokenizer over single bytes: 256 symbols, the same as ends of words, and the two markers; no merges."""
+    """CLIP's own tokenizer over single bytes, without merges.
+
+    It has 256 symbols, the same as ends of words, and the two markers.
+    """
     alphabet = sorted(ByteLevel.alphabet())
-    symbols = [*alphabet, *(s + "</w>" for s in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], model_max_length=77
-    )
+    ends = [symbol + "</w>" for symbol in alphabet]
+    symbols = [*alphabet, *ends, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:
-    """T5's own tokenizer over the printable characters of ASCII; one that it does not know is the unknown token."""
+    """T5's own tokenizer over the printable characters of ASCII; any other is the unknown token."""
     letters = [(character, -3.0) for character in string.printable if not character.isspace()]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
 def tiny_text_encoder(projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A CLIP text tower of two layers; `projection`: with the pooled, projected output of SDXL's second encoder, and both of SD3's."""
+    """A CLIP text tower of two layers.
+
+    Args:
+        projection: with the pooled, projected output of SDXL's second encoder and both of SD3's.
+    """
     config = CLIPTextConfig(
         vocab_size=514,
         hidden_size=WIDTH,
@@ -87,11 +100,12 @@ def tiny_text_encoder(projection: bool = False) -> CLIPTextModel | CLIPTextModel
         eos_token_id=513,
         pad_token_id=513,
     )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return kind(config).eval()
 
 
 def tiny_t5() -> T5EncoderModel:
-    """A T5 encoder of one layer, as wide as two CLIP towers together: SD3 sets their tokens side by side."""
+    """A T5 encoder of one layer, as wide as two CLIP towers side by side, as SD3 needs it."""
     config = T5Config(
         vocab_size=128,
         d_model=2 * WIDTH,
@@ -104,124 +118,41 @@ def tiny_t5() -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def tiny_unet(family: str, **overrides: Any) -> UNet2DConditionModel:
-    """A UNet of 0.1 M parameters with the conditioning of its family."""
-    config: dict[str, Any] = {
-        "sample_size": SIDE,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": WIDTH,
+def _sd15_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
+
+
+def _sdxl_encoders() -> dict[str, Any]:
+    return {
+        "text_encoder": tiny_text_encoder(),
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder_2": tiny_text_encoder(projection=True),
+        "tokenizer_2": tiny_tokenizer(),
     }
-    if family == "sdxl":
-        config |= {
-            "cross_attention_dim": 2 * WIDTH,
-            "use_linear_projection": True,
-            "transformer_layers_per_block": (1, 2),
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
-        }
-    return UNet2DConditionModel(**(config | overrides)).eval()
 
 
-def tiny_transformer(
-    family: str, **overrides: Any
-) -> SD3Transformer2DModel | FluxTransformer2DModel:
-    """A transformer of two blocks with the conditioning of its family: SD3.5 medium's dual attention, FLUX.1-dev's distilled guidance."""
-    shared = {
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 2 * WIDTH,
+def _sd3_encoders() -> dict[str, Any]:
+    return {
+        "text_encoder": tiny_text_encoder(projection=True),
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder_2": tiny_text_encoder(projection=True),
+        "tokenizer_2": tiny_tokenizer(),
+        "text_encoder_3": tiny_t5(),
+        "tokenizer_3": tiny_t5_tokenizer(),
     }
-    if family == "sd3":
-        config = shared | {
-            "sample_size": SIDE,
-            "in_channels": 16,
-            "out_channels": 16,
-            "pooled_projection_dim": 2 * WIDTH,
-            "caption_projection_dim": 32,
-            "pos_embed_max_size": 2 * SIDE,
-            "dual_attention_layers": (0,),
-            "qk_norm": "rms_norm",
-        }
-        return SD3Transformer2DModel(**(config | overrides)).eval()
-    config = shared | {
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "in_channels": 64,
-        "pooled_projection_dim": WIDTH,
-        "guidance_embeds": True,
-        "axes_dims_rope": (4, 6, 6),
+
+
+def _flux_encoders() -> dict[str, Any]:
+    return {
+        "text_encoder": tiny_text_encoder(),
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder_2": tiny_t5(),
+        "tokenizer_2": tiny_t5_tokenizer(),
     }
-    return FluxTransformer2DModel(**(config | overrides)).eval()
 
 
-def tiny_denoiser(family: str) -> Any:
-    """The denoiser alone, of any family."""
-    return (tiny_transformer if FAMILIES[family].flow else tiny_unet)(family)
-
-
-def tiny_pipeline(family: str, seed: int = 0) -> Any:
-    """A text-to-image pipeline of a family, in float32 on the CPU, progress bar off; on Stable Diffusion's noise schedule with DDIM, or
-    a flow with its family's shift. FLUX has no size of its own: call it with height=64, width=64."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        flow = FAMILIES[family].flow
-        parts = {
-            "vae": _vae(flow),
-            FAMILIES[family].denoiser: tiny_denoiser(family),
-            "scheduler": _scheduler(family),
-        }
-        parts |= {
-            "text_encoder": tiny_text_encoder(projection=family == "sd3"),
-            "tokenizer": tiny_tokenizer(),
-        }
-        if family in ("sdxl", "sd3"):
-            parts |= {
-                "text_encoder_2": tiny_text_encoder(projection=True),
-                "tokenizer_2": tiny_tokenizer(),
-            }
-        if flow:
-            place = 3 if family == "sd3" else 2
-            parts |= {f"text_encoder_{place}": tiny_t5(), f"tokenizer_{place}": tiny_t5_tokenizer()}
-        plain = {
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-        options = {"sd15": plain, "sdxl": {"add_watermarker": False}}
-        pipe = getattr(diffusers, FAMILIES[family].pipeline)(**parts, **options.get(family, {}))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _vae(flow: bool) -> AutoencoderKL:
-    """The flow models': 16 channels, shifted, and without the 1x1 convolutions around the latents."""
-    latents = {
-        "latent_channels": 16,
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        norm_num_groups=4,
-        sample_size=8 * SIDE,
-        **(latents if flow else {"latent_channels": 4}),
-    ).eval()
-
-
-def _scheduler(family: str) -> Any:
-    if FAMILIES[family].flow:
-        return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=family == "flux")
+def _noise_schedule() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -232,58 +163,247 @@ def _scheduler(family: str) -> Any:
     )
 
 
-def tiny_controlnet(family: str, denoiser: Any, seed: int = 2, inpaint: bool = False) -> Any:
-    """A ControlNet beside `denoiser`, that does something: as they are made, all begin as nothing. inpaint: SD3's, that sees the mask."""
+def _flow_schedule(by_size: bool) -> FlowMatchEulerDiscreteScheduler:
+    """A flow, shifted by a constant or by the image's size."""
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=by_size)
+
+
+def _unet_controlnet(denoiser: Any, inpaint: bool) -> ControlNetModel:
+    return ControlNetModel.from_unet(denoiser, conditioning_channels=3)
+
+
+def _sd3_controlnet(denoiser: Any, inpaint: bool) -> SD3ControlNetModel:
+    """One that inpaints also sees the mask."""
+    return SD3ControlNetModel(
+        **_public(denoiser.config) | {"num_layers": 1},
+        force_zeros_for_pooled_projection=False,
+        extra_conditioning_channels=1 if inpaint else 0,
+    )
+
+
+def _flux_controlnet(denoiser: Any, inpaint: bool) -> FluxControlNetModel:
+    config = _public(denoiser.config)
+    del config["out_channels"]
+    return FluxControlNetModel(**config)
+
+
+def _public(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+UNET = {
+    "sample_size": SIDE,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+TRANSFORMER = {
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 2 * WIDTH,
+}
+AUTOENCODER = {"latent_channels": 4}
+FLOW_AUTOENCODER = {  # more channels, shifted, and no 1x1 convolutions around the latents
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """How the tests make a family with few random weights.
+
+    Attributes:
+        denoiser: config of its denoiser class, for latents with sides of SIDE.
+        autoencoder: config of an AutoencoderKL, as far as it is not the same for all.
+        encoders: makes the text encoders and tokenizers, by component of the pipeline.
+        scheduler: makes its scheduler.
+        controlnet: makes a ControlNet beside a denoiser; the second argument: for inpainting.
+        latents: shape of one image's latents in a call of its pipeline.
+        options: further arguments of its pipeline's constructor.
+        missing_kinds: those of KINDS that diffusers does not have.
+    """
+
+    denoiser: dict[str, Any]
+    autoencoder: dict[str, Any]
+    encoders: Callable[[], dict[str, Any]]
+    scheduler: Callable[[], Any]
+    controlnet: Callable[[Any, bool], Any]
+    latents: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    missing_kinds: tuple[str, ...] = ()
+
+
+TINY = {
+    "sd15": TinyFamily(
+        denoiser=UNET | {"cross_attention_dim": WIDTH},
+        autoencoder=AUTOENCODER,
+        encoders=_sd15_encoders,
+        scheduler=_noise_schedule,
+        controlnet=_unet_controlnet,
+        latents=(4, SIDE, SIDE),
+        options={
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        },
+    ),
+    "sdxl": TinyFamily(
+        denoiser=UNET
+        | {
+            "cross_attention_dim": 2 * WIDTH,
+            "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        },
+        autoencoder=AUTOENCODER,
+        encoders=_sdxl_encoders,
+        scheduler=_noise_schedule,
+        controlnet=_unet_controlnet,
+        latents=(4, SIDE, SIDE),
+        options={"add_watermarker": False},
+    ),
+    "sd3": TinyFamily(
+        denoiser=TRANSFORMER
+        | {
+            "num_layers": 2,
+            "sample_size": SIDE,
+            "in_channels": 16,
+            "out_channels": 16,
+            "pooled_projection_dim": 2 * WIDTH,
+            "caption_projection_dim": 32,
+            "pos_embed_max_size": 2 * SIDE,
+            "dual_attention_layers": (0,),  # as SD3.5 medium
+            "qk_norm": "rms_norm",
+        },
+        autoencoder=FLOW_AUTOENCODER,
+        encoders=_sd3_encoders,
+        scheduler=lambda: _flow_schedule(by_size=False),
+        controlnet=_sd3_controlnet,
+        latents=(16, SIDE, SIDE),
+        missing_kinds=("controlnet_img2img",),
+    ),
+    "flux": TinyFamily(
+        denoiser=TRANSFORMER
+        | {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "in_channels": 64,
+            "pooled_projection_dim": WIDTH,
+            "guidance_embeds": True,  # as FLUX.1-dev
+            "axes_dims_rope": (4, 6, 6),
+        },
+        autoencoder=FLOW_AUTOENCODER,
+        encoders=_flux_encoders,
+        scheduler=lambda: _flow_schedule(by_size=True),
+        controlnet=_flux_controlnet,
+        latents=(SIDE // 2 * SIDE // 2, 64),
+    ),
+}
+
+
+def tiny_denoiser(family: str, **overrides: Any) -> Any:
+    """The denoiser alone, of about 0.1 M parameters, with its family's conditioning.
+
+    Args:
+        family: its name.
+        overrides: other values of its config.
+    """
+    kind = getattr(diffusers, FAMILIES[family].denoiser_class)
+    return kind(**(TINY[family].denoiser | overrides)).eval()
+
+
+def tiny_autoencoder(family: str) -> AutoencoderKL:
+    """The autoencoder alone."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        sample_size=8 * SIDE,
+        **TINY[family].autoencoder,
+    ).eval()
+
+
+def tiny_pipeline(family: str, seed: int = 0) -> Any:
+    """A text-to-image pipeline in float32 on the CPU, progress bar off.
+
+    FLUX has no size of its own: call it with height=64, width=64.
+
+    Args:
+        family: its name.
+        seed: of the weights, which depend on the order in which the networks are made.
+    """
+    tiny = TINY[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if not FAMILIES[family].flow:
-            net = ControlNetModel.from_unet(denoiser, conditioning_channels=3)
-        elif family == "sd3":
-            config = {k: v for k, v in denoiser.config.items() if not k.startswith("_")} | {
-                "num_layers": 1
-            }
-            net = SD3ControlNetModel(
-                **config,
-                force_zeros_for_pooled_projection=False,
-                extra_conditioning_channels=int(inpaint),
-            )
-        else:
-            config = {
-                k: v
-                for k, v in denoiser.config.items()
-                if not k.startswith("_") and k != "out_channels"
-            }
-            net = FluxControlNetModel(**config)
-        for parameter in net.parameters():
+        components = {
+            "vae": tiny_autoencoder(family),
+            FAMILIES[family].denoiser: tiny_denoiser(family),
+            "scheduler": tiny.scheduler(),
+            **tiny.encoders(),
+        }
+    pipe = getattr(diffusers, FAMILIES[family].pipeline)(**components, **tiny.options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_controlnet(family: str, denoiser: Any, seed: int = 2, inpaint: bool = False) -> Any:
+    """A ControlNet that has an effect: all begin with weights of zero where they are added.
+
+    Args:
+        family: of the denoiser.
+        denoiser: the network that it stands beside.
+        seed: of the weights.
+        inpaint: whether it is for inpainting.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = TINY[family].controlnet(denoiser, inpaint)
+        for parameter in network.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.05)
-    return net.eval()
+    return network.eval()
 
 
 def tiny_variant(pipe: Any, kind: str, controlnet: Any = None) -> Any:
-    """A pipeline of another kind (a key of KINDS) around the components of a text-to-image one, which it shares; for SD3 diffusers has
-    no `controlnet_img2img`. controlnet: in place of a new one."""
-    family = family_of(pipe)
+    """A pipeline of another kind around the components of a text-to-image one, which it shares.
+
+    Args:
+        pipe: the text-to-image pipeline.
+        kind: a key of KINDS that its family has.
+        controlnet: in place of a new one.
+    """
     if kind == "text2img":
         return pipe
-    name = family.pipeline.replace("Pipeline", f"{KINDS[kind]}Pipeline").replace(
-        "3ControlNetInpaintP", "3ControlNetInpaintingP"
-    )
+    family = family_of(pipe)
+    denoiser = getattr(pipe, family.denoiser)
     parts = {**pipe.components, "requires_safety_checker": False, "add_watermarker": False}
     if "controlnet" in kind:
-        parts["controlnet"] = controlnet or tiny_controlnet(
-            family.name, getattr(pipe, family.denoiser), inpaint="inpaint" in kind
-        )
-    made = getattr(diffusers, name)
-    variant = made(
-        **{
-            name: parts[name]
-            for name in inspect.signature(made.__init__).parameters
-            if name in parts
-        }
-    )
+        inpaint = "inpaint" in kind
+        parts["controlnet"] = controlnet or tiny_controlnet(family.name, denoiser, inpaint=inpaint)
+
+    pipeline_class = _variant_class(family.pipeline, kind)
+    accepted = inspect.signature(pipeline_class.__init__).parameters
+    variant = pipeline_class(**{name: parts[name] for name in accepted if name in parts})
     variant.set_progress_bar_config(disable=True)
     return variant
+
+
+def _variant_class(pipeline: str, kind: str) -> Any:
+    """diffusers' class of a pipeline of another kind, which sometimes ends in `Inpainting`."""
+    name = pipeline.replace("Pipeline", f"{KINDS[kind]}Pipeline")
+    return getattr(diffusers, name, None) or getattr(
+        diffusers, name.replace("InpaintPipeline", "InpaintingPipeline")
+    )
 
 
 def save_tiny(family: str, folder: Path, seed: int = 0) -> Path:
@@ -293,8 +413,9 @@ def save_tiny(family: str, folder: Path, seed: int = 0) -> Path:
 
 
 def perturbed_denoiser(denoiser: Any, scale: float = 0.1, seed: int = 1) -> Any:
-    """A full anchor: a copy whose weights each moved by `scale` times the spread of their tensor."""
-    anchor, generator = copy.deepcopy(denoiser), torch.Generator().manual_seed(seed)
+    """A full anchor: a copy whose weights moved by `scale` times the spread of their tensor."""
+    anchor = copy.deepcopy(denoiser)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in anchor.parameters():
             spread = parameter.std(unbiased=False).clamp(min=0.05)
@@ -305,19 +426,33 @@ def perturbed_denoiser(denoiser: Any, scale: float = 0.1, seed: int = 1) -> Any:
 def tiny_lora(
     denoiser: Any, rank: int = 4, alpha: float = 8, seed: int = 1, scale: float = 0.1, **config: Any
 ) -> Any:
-    """A LoRA anchor: a copy with a peft adapter "default" whose B, zero in peft's own initialisation, is drawn at random."""
-    anchor, generator = copy.deepcopy(denoiser), torch.Generator().manual_seed(seed)
-    targets = list(
-        next(
-            f for f in FAMILIES.values() if f.denoiser_class == type(denoiser).__name__
-        ).lora_targets
-    )
-    anchor.add_adapter(
-        LoraConfig(**({"r": rank, "lora_alpha": alpha, "target_modules": targets} | config)),
-        adapter_name="default",
-    )
+    """A LoRA anchor: a copy with a peft adapter "default" whose matrices are both random.
+
+    In peft's own initialisation B is zero.
+
+    Args:
+        denoiser: of any family.
+        rank: of the adapter.
+        alpha: of the adapter.
+        seed: of the weights.
+        scale: standard deviation of the weights.
+        config: other settings of peft's LoraConfig.
+    """
+    anchor = copy.deepcopy(denoiser)
+    generator = torch.Generator().manual_seed(seed)
+    targets = list(_family_of_denoiser(denoiser).lora_targets)
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": targets} | config
+    anchor.add_adapter(LoraConfig(**settings), adapter_name="default")
     with torch.no_grad():
         for name, parameter in anchor.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return anchor
+
+
+def _family_of_denoiser(denoiser: Any) -> Any:
+    """The first family with a denoiser of this class."""
+    for family in FAMILIES.values():
+        if family.denoiser_class == type(denoiser).__name__:
+            return family
+    raise ValueError(f"a {type(denoiser).__name__} is of no family")

@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_is_traced_to_its_pair_and_time(tmp_path):
         train_here(PerExample(broken=7), tmp_path)
 
 
-def test_accuracy_is_told_by_band_of_time_and_terms_are_means_over_pairs(tmp_path):
+def test_accuracy_is_averaged_by_band_of_time_and_terms_are_means_over_pairs(tmp_path):
     train_here(PerExample(), tmp_path, rows=20, steps=5, log_every=5)  # one epoch: 20 indices
     (row,) = logged(tmp_path)
     assert row["implicit_accuracy"] == 0.25
@@ -145,7 +145,7 @@ def test_a_signal_checkpoints_and_stops_between_two_steps(tmp_path, signal_numbe
     assert torch.equal(weights(whole), weights(resumed))
 
 
-def test_showing_pictures_does_not_disturb_what_is_trained(tmp_path):
+def test_a_call_of_show_does_not_disturb_what_is_trained(tmp_path):
     class Dropout(Regression):
         def loss(self, network, batch):
             batch["x"] = torch.nn.functional.dropout(batch["x"], 0.2)

@@ -11,7 +11,7 @@ from deradiff.worlds import networks
 from tests.support.objectives import items
 
 
-def test_the_saved_autoencoder_has_white_latents_and_the_same_pictures(tmp_path, images):
+def test_the_saved_autoencoder_has_white_latents_and_the_same_images(tmp_path, images):
     torch.manual_seed(0)
     vae = networks.make_vae()
     objective = Autoencoder(vae, 32, images)

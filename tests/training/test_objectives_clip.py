@@ -13,7 +13,7 @@ def log_softmax(logits, axis):
     return logits - np.log(np.exp(logits).sum(axis, keepdims=True))
 
 
-def test_contrastive_counts_every_picture_of_a_caption_as_its_positive(images):
+def test_contrastive_counts_every_image_of_a_caption_as_its_positive(images):
     objective = Contrastive(*small_clip(images.captions))
     batch = objective.collate(items(images, 24))
     captions = sorted(set(images.captions[:24]))

@@ -121,7 +121,7 @@ def test_the_loss_is_the_same_with_and_without_the_cache(tmp_path, pairs):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_captions_are_dropped_for_both_pictures_at_the_stated_rate(pairs):
+def test_captions_are_dropped_for_both_images_at_the_stated_rate(pairs):
     objective = dpo(tiny_pipeline("sd15"), "full", dropout=0.5)
     captions = []
     for epoch in range(40):
@@ -131,7 +131,7 @@ def test_captions_are_dropped_for_both_pictures_at_the_stated_rate(pairs):
     assert captions.count("") / len(captions) == pytest.approx(0.5, abs=0.1)
 
 
-def test_both_pictures_of_a_pair_share_flip_noise_and_time(pairs):
+def test_both_images_of_a_pair_share_flip_noise_and_time(pairs):
     _, plain = make("sd15", "lora")
     _, objective = make("sd15", "lora", flip=True)
     still = plain.collate(items(pairs, 12))

@@ -121,7 +121,7 @@ class DenoiserObjective:
             rows = {name: row.to(device) for name, row in batch["conditioning"].items()}
             return batch["latents"].float(), rows
         images = batch["images"]
-        latents = encode_images(self.pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        latents = encode_images(self.pipe, images.flatten(0, 1)).unflatten(0, images.shape[:2])
         return latents.float(), self.family.encode_prompts(self.pipe, batch["captions"])
 
     def predict(
