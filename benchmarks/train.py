@@ -1,7 +1,11 @@
-"""`python -m benchmarks.train`: pairs a second and peak memory of a DPO step, as published and with our savings switched on in turn.
+"""`python -m benchmarks.train`: speed and memory of a DPO step, as published and with our savings.
 
-Every variant is a process of its own; they take turns, step by step, so that whatever else the machine does meets all of them alike. The
-networks have random weights: only their sizes matter. `--shape sdxl --device cuda` is SDXL's UNet at 1024 px in bf16, with its MFU.
+Savings are switched on in turn: each variant is the one before it with one more. Every variant is a
+process of its own. They take turns, step by step, so that whatever else the machine does meets all
+of them alike. The networks have random weights, because only their sizes matter.
+
+python -m benchmarks.train                     a small UNet on the CPU
+python -m benchmarks.train --shape sdxl        SDXL's UNet at 1024 px on a GPU, with its MFU
 """
 
 from __future__ import annotations
@@ -16,12 +20,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
 
-SAVINGS = {  # each variant is the one before it with one more saving; the published way is `published`
+from benchmarks.random_pipelines import sd_pipeline, sdxl_pipeline, write_noise_pairs
+from deradiff.anchors.anchor import AnchorCard
+from deradiff.data.cache import Cache
+from deradiff.data.encoders import described_encoders, encoders_key
+from deradiff.data.pairs import Examples, Pairs
+from deradiff.data.reference_errors import ReferenceErrors
+from deradiff.models.base_model import BaseModel
+from deradiff.models.families import family_of
+from deradiff.models.flops import denoiser_flops, dpo_step_flops
+from deradiff.models.published import AUTOENCODER, DENOISERS, MEASURED_TFLOPS
+from deradiff.training.objectives.diffusion import DPO
+
+VARIANTS = {
     "split": "published, winner and loser in forwards of their own",
     "published": "published: a second network, encoders in the loop",
     "cache": "+ latents and texts cached",
@@ -29,133 +49,178 @@ SAVINGS = {  # each variant is the one before it with one more saving; the publi
     "errors": "+ reference errors known",
     "compile": "+ torch.compile of repeated blocks",
 }
-PEAK = 790e12  # FLOP/s that an H200 reaches on large bf16 matrix products
-PAIRS, CAPTIONS = 16, ("a red circle", "a blue square", "a green cross", "a small yellow star")
+METHODS = ("lora", "full")
+PEAK = MEASURED_TFLOPS["H200"] * 1e12  # FLOP/s
+PAIRS = 16
+CAPTIONS = ("a red circle", "a blue square", "a green cross", "a small yellow star")
+RANK = 16
+BETA = 2000.0
 
 
 def variants(method: str) -> list[str]:
-    return [v for v in SAVINGS if v != "adapter" or method == "lora"]
+    """The variants of a method: a full fine-tune has no adapter."""
+    return [name for name in VARIANTS if name != "adapter" or method == "lora"]
 
 
-def prepare(folder: Path, shape: str) -> None:
-    """A base model of random weights, and pairs of noise pictures."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def small_pipeline(channels: tuple[int, ...], autoencoder_channels: tuple[int, ...]) -> Any:
+    """A pipeline of SD1.5's kind for latents of 16 x 16."""
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=channels,
+        layers_per_block=2,
+        cross_attention_dim=256,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=autoencoder_channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        sample_size=128,
+    )
+    return sd_pipeline(unet, vae, CAPTIONS)
 
-    from benchmarks.random_pipelines import sd_pipeline, sdxl_pipeline, write_noise_pairs
-    from deradiff.models.published import AUTOENCODER, DENOISERS
 
+def published_sdxl() -> Any:
+    """SDXL's networks at their published sizes, in bfloat16."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        unet = UNet2DConditionModel.from_config(DENOISERS["sdxl"])
+        vae = AutoencoderKL.from_config(AUTOENCODER)
+    return sdxl_pipeline(unet.to(torch.bfloat16), vae.to(torch.bfloat16), CAPTIONS)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained, and where.
+
+    Attributes:
+        make_pipeline: makes the base model.
+        resolution: of the images, in pixels.
+        device: where it is trained.
+        half: the precision of frozen weights and of autocast; None: float32 everywhere.
+        large: with gradient checkpointing, and the model FLOPs utilisation in the table.
+    """
+
+    make_pipeline: Callable[[], Any]
+    resolution: int = 128
+    device: str = "cpu"
+    half: torch.dtype | None = None
+    large: bool = False
+
+
+SHAPES = {
+    "small": Shape(lambda: small_pipeline((32, 32, 32), (32, 32, 32, 32))),
+    "tiny": Shape(lambda: small_pipeline((96, 192, 384), (32, 64, 128, 128))),
+    "sdxl": Shape(published_sdxl, 1024, "cuda", torch.bfloat16, large=True),
+}
+"""`small` is what a process trains to find the memory that its libraries take."""
+
+
+def prepare(folder: Path, shape: Shape) -> None:
+    """Write a base model of random weights, and pairs of noise images."""
     torch.manual_seed(0)
-    if shape == "sdxl":
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            unet, vae = (
-                UNet2DConditionModel.from_config(DENOISERS["sdxl"]),
-                AutoencoderKL.from_config(AUTOENCODER),
-            )
-        pipe = sdxl_pipeline(unet.to(torch.bfloat16), vae.to(torch.bfloat16), CAPTIONS)
-    else:
-        channels = (32, 32, 32) if shape == "small" else (96, 192, 384)
-        unet = UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=channels,
-            layers_per_block=2,
-            cross_attention_dim=256,
-            attention_head_dim=8,
-            down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
-        )
-        levels = (32,) * 4 if shape == "small" else (32, 64, 128, 128)
-        vae = AutoencoderKL(
-            block_out_channels=levels,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-            sample_size=128,
-        )
-        pipe = sd_pipeline(unet, vae, CAPTIONS)
-    pipe.save_pretrained(folder / "base")
-    write_noise_pairs(folder / "pairs.parquet", PAIRS, 1024 if shape == "sdxl" else 128, CAPTIONS)
+    shape.make_pipeline().save_pretrained(folder / "base")
+    write_noise_pairs(folder / "pairs.parquet", PAIRS, shape.resolution, CAPTIONS)
 
 
 class Worker:
-    """One variant, in the process that is its own."""
+    """One variant, in the process that is its own.
 
-    def __init__(self, variant: str, method: str, folder: Path, shape: str, batch: int) -> None:
-        from peft import LoraConfig
+    Args:
+        variant: a key of VARIANTS.
+        method: `lora` or `full`.
+        folder: of `prepare`.
+        shape: what is trained.
+        batch: pairs of a step.
+    """
 
-        from deradiff.anchors.anchor import AnchorCard
-        from deradiff.data.cache import Cache
-        from deradiff.data.encoders import described_encoders, encoders_key
-        from deradiff.data.pairs import Examples, Pairs
-        from deradiff.data.reference_errors import ReferenceErrors
-        from deradiff.models.base_model import BaseModel
-        from deradiff.models.families import family_of
-        from deradiff.training.objectives.diffusion import DPO
+    def __init__(self, variant: str, method: str, folder: Path, shape: Shape, batch: int) -> None:
+        self.device = torch.device(shape.device)
+        self.half = shape.half
+        self.batch = batch
+        self.steps = 0
+        names = variants(method)
+        savings = names[: names.index(variant) + 1]
+        data = Pairs(str(folder / "pairs.parquet"))
+        base = BaseModel(str(folder / "base"))
+        dtype = shape.half or torch.float32
 
-        self.device, self.batch = torch.device("cuda" if shape == "sdxl" else "cpu"), batch
-        self.half = torch.bfloat16 if shape == "sdxl" else None
-        base, dtype = str(folder / "base"), self.half or torch.float32
-        resolution, data = 1024 if shape == "sdxl" else 128, Pairs(str(folder / "pairs.parquet"))
-        wanted = variants(method)[: variants(method).index(variant) + 1]
-        cache, parts = None, {}
-        if "cache" in wanted:
-            cache = Cache(folder / "cache", encoders_key(BaseModel(base)), data, resolution)
-            cache.build(
-                lambda: BaseModel(base).load_pipeline(dtype, {"unet": None}).to(self.device),
-                progress=False,
-            )
-            parts = described_encoders(BaseModel(base), dtype)
-        pipe = BaseModel(base).load_pipeline(dtype, parts)
-        family, network = family_of(pipe), pipe.unet.to(self.device)
-        self.second = (
-            copy.deepcopy(network).requires_grad_(False)
-            if "adapter" not in wanted and method == "lora"
-            else None
+        # The base model, without its encoders where the data is encoded
+        cache = None
+        parts: dict[str, Any] = {}
+        if "cache" in savings:
+            cache = Cache(folder / "cache", encoders_key(base), data, shape.resolution)
+            cache.build(lambda: self._encoding_pipeline(base, dtype), progress=False)
+            parts = described_encoders(base, dtype)
+        pipe = base.load_pipeline(dtype, parts)
+        self.network = pipe.unet.to(self.device)
+
+        # The published launcher's second network, and what is trained
+        needs_second = method == "lora" and "adapter" not in savings
+        second = copy.deepcopy(self.network).requires_grad_(False) if needs_second else None
+        self._make_trainable(method, family_of(pipe).lora_targets)
+        if shape.large:
+            self.network.enable_gradient_checkpointing()
+        if "compile" in savings:
+            self.network.compile_repeated_blocks()
+
+        # The objective, with the reference's errors where they are known
+        self.examples = Examples(data, 0)
+        self.places = self.examples.places(0, PAIRS)
+        errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in savings else None
+        known = errors is not None and errors.covers(*self.examples.span(0, PAIRS))
+        family = family_of(pipe).name
+        card = AnchorCard(base_model="random", family=family, method=method, beta=BETA)
+        self.objective: Any = DPO(
+            pipe, shape.resolution, cache, 0.0, card=card, errors=errors, complete=known
         )
-        network.requires_grad_(method == "full")
-        if method == "full" and self.half:
-            network.float()
-        if method == "lora":
-            network.add_adapter(
-                LoraConfig(
-                    r=16,
-                    lora_alpha=16,
-                    target_modules=list(family.lora_targets),
-                    init_lora_weights="gaussian",
-                )
-            )
-            for parameter in network.parameters():
-                parameter.data = (
-                    parameter.data.float() if parameter.requires_grad else parameter.data
-                )
-        if shape == "sdxl":
-            network.enable_gradient_checkpointing()
-        if "compile" in wanted:
-            network.compile_repeated_blocks()
-        card = AnchorCard(base_model="random", family=family.name, method=method, beta=2000.0)
-        errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in wanted else None
-        known = errors is not None and errors.covers(*Examples(data, 0).span(0, PAIRS))
-        self.objective = DPO(pipe, resolution, cache, 0.0, card=card, errors=errors, complete=known)
-        if self.second is not None:
-            self.objective.copy = self.second
+        if second is not None:
+            self.objective.copy = second
         if variant == "split":
-            self._split()
+            self._split_forwards()
         for module in self.objective.frozen:
             module.to(self.device)
-        self.places = Examples(data, 0).places(0, PAIRS)
-        self.examples, self.network, self.steps = Examples(data, 0), network, 0
-        self.trained = [p for p in network.parameters() if p.requires_grad]
+
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
 
-    def _split(self) -> None:
+    def _encoding_pipeline(self, base: BaseModel, dtype: torch.dtype) -> Any:
+        return base.load_pipeline(dtype, {"unet": None}).to(self.device)
+
+    def _make_trainable(self, method: str, lora_targets: tuple[str, ...]) -> None:
+        """All weights, or an adapter; what is trained is in float32."""
+        self.network.requires_grad_(method == "full")
+        if method == "lora":
+            config = LoraConfig(
+                r=RANK,
+                lora_alpha=RANK,
+                target_modules=list(lora_targets),
+                init_lora_weights="gaussian",
+            )
+            self.network.add_adapter(config)
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _split_forwards(self) -> None:
+        """Evaluate winner and loser one after the other."""
         whole = self.objective.predict
-        self.objective.predict = lambda network, noisy, *more: torch.cat(
-            [whole(network, part, *more) for part in noisy.split(1)]
-        )  # type: ignore[method-assign]
+
+        def predict(network: Any, noisy: Any, *more: Any) -> Any:
+            return torch.cat([whole(network, part, *more) for part in noisy.split(1)])
+
+        self.objective.predict = predict
 
     def step(self) -> None:
+        """One optimiser step."""
         start = self.steps * self.batch % PAIRS
-        batch = self.examples.batch(self.objective.collate, self.places[start : start + self.batch])
-        batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        places = self.places[start : start + self.batch]
+        batch = self.examples.batch(self.objective.collate, places)
+        for key, value in batch.items():
+            if torch.is_tensor(value):
+                batch[key] = value.to(self.device)
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
             loss, _ = self.objective.loss(self.network, batch)
         loss.backward()
@@ -165,44 +230,35 @@ class Worker:
         self.steps += 1
 
     def serve(self, base: float) -> None:
-        """A line for a line: how many steps, and then their seconds and the peak memory (bytes) above the bare process's."""
+        """Answer each line of the standard input with a line.
+
+        A line asks for a number of steps. The answer has their seconds and the peak memory.
+
+        Args:
+            base: bytes of the process without a model, which are subtracted.
+        """
         for line in sys.stdin:
             start = time.perf_counter()
             for _ in range(int(line)):
                 self.step()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            print(
-                json.dumps(
-                    {"seconds": time.perf_counter() - start, "memory": _peak(self.device) - base}
-                ),
-                flush=True,
-            )
+            seconds = time.perf_counter() - start
+            answer = {"seconds": seconds, "memory": peak_memory(self.device) - base}
+            print(json.dumps(answer), flush=True)
 
 
-def _peak(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
+    """The most bytes that this process has held since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * float(
-        next(
-            x.split()[1]
-            for x in Path("/proc/self/status").read_text().splitlines()
-            if x.startswith("VmHWM")
-        )
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(line for line in lines if line.startswith("VmHWM"))
+    return 1024 * float(peak.split()[1])
 
 
-def _process(options: argparse.Namespace) -> float:
-    """Bytes of a process that has trained and holds no model: its libraries, a page of which is memory when it is first used."""
-    worker = Worker("published", options.method, options.folder / "small", "small", options.batch)
-    worker.step()
-    del worker
-    _forget_peak(torch.device("cpu"))
-    return _peak(torch.device("cpu"))
-
-
-def _forget_peak(device: torch.device) -> None:
-    """What was held while loading is given back: a training run is as large as its steps."""
+def forget_peak(device: torch.device) -> None:
+    """Give back what was held while loading: a training run is as large as its steps."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -212,92 +268,102 @@ def _forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def memory_without_model(options: argparse.Namespace) -> float:
+    """Bytes of a process that has trained and holds no model: those of its libraries.
+
+    A page of a library is memory once it is used, so that a small model is trained first.
+    """
+    folder = options.folder / "small"
+    worker = Worker("published", options.method, folder, SHAPES["small"], options.batch)
+    worker.step()
+    del worker
+    forget_peak(torch.device("cpu"))
+    return peak_memory(torch.device("cpu"))
+
+
 def work(options: argparse.Namespace) -> None:
-    import peft  # noqa: F401
-    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    """The process of a variant."""
+    shape = SHAPES[options.shape]
+    base = memory_without_model(options) if shape.device == "cpu" else 0.0
+    worker = Worker(options.work, options.method, options.folder, shape, options.batch)
 
-    import deradiff.training.objectives.diffusion  # noqa: F401
-
-    base = 0.0 if options.shape == "sdxl" else _process(options)
-    worker = Worker(options.work, options.method, options.folder, options.shape, options.batch)
-    for _ in range(PAIRS // options.batch):  # compiles, fills the errors of a first sitting
+    # The first epoch compiles, and fills the store of the reference's errors
+    for _ in range(PAIRS // options.batch):
         worker.step()
     if worker.objective.errors:
         worker.objective.errors.flush()
-    _forget_peak(worker.device)
+    forget_peak(worker.device)
     print("ready", flush=True)
     worker.serve(base)
 
 
 def measure(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Median seconds of a step and peak memory of each variant, in turns; one variant at a time holds the GPU's memory there."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.train",
-        "--method",
-        method,
-        "--folder",
-        str(options.folder),
-    ]
-    command += ["--shape", options.shape, "--batch", str(options.batch)]
-    subprocess.run(
-        [*command, "--work", "errors"], input="", text=True, check=True, stdout=subprocess.DEVNULL
-    )  # an earlier run of another beta
-    workers = {}
+    """Median seconds of a step and peak memory of each variant."""
+    command = [sys.executable, "-m", "benchmarks.train", "--method", method]
+    command += ["--folder", str(options.folder), "--shape", options.shape]
+    command += ["--batch", str(options.batch)]
+
+    # An earlier run, of another beta, leaves the reference's errors behind
+    first = [*command, "--work", "errors"]
+    subprocess.run(first, input="", text=True, check=True, stdout=subprocess.DEVNULL)
+
+    workers: dict[str, Any] = {}
     for name in variants(method):
         workers[name] = subprocess.Popen(
             [*command, "--work", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         if workers[name].stdout.readline() != "ready\n":
             raise RuntimeError(f"the variant {name} did not start")
+
+    # One step of each in turn
     seconds: dict[str, list[float]] = {name: [] for name in workers}
-    memory = {}
+    memory: dict[str, float] = {}
     for _ in range(options.rounds):
         for name, worker in workers.items():
             print(1, file=worker.stdin, flush=True)
-            told = json.loads(worker.stdout.readline())
-            seconds[name].append(told["seconds"])
-            memory[name] = told["memory"]
+            answer = json.loads(worker.stdout.readline())
+            seconds[name].append(answer["seconds"])
+            memory[name] = answer["memory"]
+
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    return [
-        {"variant": n, "seconds": statistics.median(seconds[n]), "memory": memory[n]}
-        for n in workers
-    ]
+    rows = []
+    for name in workers:
+        median = statistics.median(seconds[name])
+        rows.append({"variant": name, "seconds": median, "memory": memory[name]})
+    return rows
 
 
 def table(method: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    base = next(r for r in rows if r["variant"] == "published")
+    """The rows of `measure` as a markdown table, beside the published way."""
+    published = next(row for row in rows if row["variant"] == "published")
     lines = [
         f"| {method} | pairs/s | x published | peak memory, GB | x published |",
         "|---|---|---|---|---|",
     ]
-    for r in rows:
-        pace, speed, share = (
-            options.batch / r["seconds"],
-            base["seconds"] / r["seconds"],
-            r["memory"] / base["memory"],
-        )
-        lines.append(
-            f"| {SAVINGS[r['variant']]} | {pace:.2f} | {speed:.2f} | {r['memory'] / 1e9:.2f} | {share:.2f} |"
-        )
-    if options.shape == "sdxl":
-        from deradiff.models.flops import denoiser_flops, dpo_step_flops
-        from deradiff.models.published import DENOISERS
-
-        forward = denoiser_flops(DENOISERS["sdxl"], 128, 128)
-        flops = dpo_step_flops(
-            forward, options.batch, method, False, True
-        )  # recomputation is no use: it is not counted
-        lines.append(
-            f"\nMFU of the last row against {PEAK / 1e12:.0f} TFLOP/s: {100 * flops / rows[-1]['seconds'] / PEAK:.1f} %"
-        )
+    for row in rows:
+        pace = options.batch / row["seconds"]
+        speed = published["seconds"] / row["seconds"]
+        gigabytes = row["memory"] / 1e9
+        share = row["memory"] / published["memory"]
+        name = VARIANTS[row["variant"]]
+        lines.append(f"| {name} | {pace:.2f} | {speed:.2f} | {gigabytes:.2f} | {share:.2f} |")
+    if SHAPES[options.shape].large:
+        mfu = flops_of_a_step(method, options.batch) / rows[-1]["seconds"] / PEAK
+        lines.append(f"\nMFU of the last row against {PEAK / 1e12:.0f} TFLOP/s: {100 * mfu:.1f} %")
     return "\n".join(lines)
 
 
+def flops_of_a_step(method: str, pairs: int) -> float:
+    """FLOPs of SDXL's step with known reference errors. Recomputation is no use: not counted."""
+    config = DENOISERS["sdxl"]
+    forward = denoiser_flops(config, config["sample_size"], config["sample_size"])
+    return dpo_step_flops(forward, pairs, method, stored_reference=True)
+
+
 def main() -> None:
+    """Measure and print a table for each method; with --work, be the process of a variant."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -306,7 +372,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
     parser.add_argument("--rounds", type=int, default=12, help="measured steps of each variant")
-    parser.add_argument("--method", choices=("lora", "full"), help="of one worker; both otherwise")
+    parser.add_argument("--method", choices=METHODS, help="both, if not given")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -316,10 +382,10 @@ def main() -> None:
         parser.error(f"--batch must divide {PAIRS}")
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
-        prepare(options.folder, options.shape)
-        if options.shape == "tiny":
-            prepare(options.folder / "small", "small")
-        for method in [options.method] if options.method else ["lora", "full"]:
+        prepare(options.folder, SHAPES[options.shape])
+        if SHAPES[options.shape].device == "cpu":
+            prepare(options.folder / "small", SHAPES["small"])
+        for method in [options.method] if options.method else METHODS:
             print(table(method, measure(method, options), options) + "\n", flush=True)
 
 

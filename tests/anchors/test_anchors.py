@@ -300,7 +300,7 @@ def test_a_file_of_the_hub_is_told_by_its_header(monkeypatch):
         "deradiff.hub.listing", lambda repo, revision: (repo, [*headers, "README.md"])
     )
     monkeypatch.setattr(
-        "huggingface_hub.parse_safetensors_file_metadata",
+        "deradiff.anchors.anchor.parse_safetensors_file_metadata",
         lambda repo, name, revision: SimpleNamespace(tensors=dict.fromkeys(headers[name])),
     )
     lora, model = (load_anchor(f"org/aligned/{name}") for name in headers)

@@ -1,0 +1,87 @@
+"""The hub by stand-ins for its client: the suite has no network."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+from httpx import ConnectTimeout
+from huggingface_hub import constants
+
+from deradiff import hub
+from deradiff.models.base_model import BaseModel, check_autoencoder
+from tests.support.tiny_pipelines import save_tiny
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cached copy of `org/base`, a pipeline; its folder."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--org--base"
+    save_tiny("sd15", repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    return repo
+
+
+def test_the_cached_copy_serves_where_nobody_answers(cache):
+    assert BaseModel("org/base").family.name == "sd15"
+    assert hub.commit_of(BaseModel("org/base").index_file) == COMMIT
+    repo, names = hub.listing("org/base")
+    assert repo.endswith(COMMIT)
+    assert "unet/config.json" in names
+
+
+def test_nothing_is_waited_for(cache, monkeypatch):
+    timeouts = []
+
+    def no_answer(url, timeout):
+        timeouts.append(timeout)
+        raise ConnectTimeout("no network")
+
+    def retries(*_, **__):
+        pytest.fail("this one retries")
+
+    monkeypatch.setattr("deradiff.hub.get_hf_file_metadata", no_answer)
+    monkeypatch.setattr("deradiff.hub.hf_hub_download", retries)
+    start = time.monotonic()
+
+    message = r"org/none is no local folder and could not be read from the hub \(ConnectTimeout\)"
+    with pytest.raises(ValueError, match=message):
+        _ = BaseModel("org/none").family
+    with pytest.raises(ValueError, match=message):
+        check_autoencoder("org/none")
+    assert BaseModel("org/base").family.name == "sd15"
+
+    assert time.monotonic() - start < 2
+    assert len(timeouts) == 3
+    assert all(timeout <= 10 for timeout in timeouts)
+
+
+def test_an_answering_hub_is_asked_for_the_file(cache, monkeypatch):
+    file = cache / "snapshots" / COMMIT / "model_index.json"
+    answer = SimpleNamespace(commit_hash="new")
+    monkeypatch.setattr("deradiff.hub.get_hf_file_metadata", lambda url, timeout: answer)
+    monkeypatch.setattr("deradiff.hub.hf_hub_download", lambda repo, name, **_: str(file))
+    assert BaseModel("org/other", "v2").family.name == "sd15"
+
+
+@pytest.mark.parametrize("text", ["org/name", "org/name-1.0", "a_b/c.d"])
+def test_a_hub_id_has_an_owner_and_a_name(text):
+    assert hub.is_hub_id(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name", "a/b/c", "", "/a", "./a", "../a", "~/a", "runs/a", "asset:shapes/base", "a b/c"],
+)
+def test_paths_and_assets_are_no_hub_ids(text):
+    assert not hub.is_hub_id(text)
+
+
+def test_a_file_outside_the_cache_is_of_no_commit(tmp_path):
+    assert hub.commit_of(tmp_path / "model_index.json") is None
+    assert hub.commit_of(tmp_path / "snapshots" / "file") is None
