@@ -1,7 +1,8 @@
-"""From what a user typed to a CLIP checkpoint: found, its layout told apart and checked, before a weight is read.
+"""From what a user named to a CLIP checkpoint: found, and checked before a weight is read.
 
-Two layouts exist: a Hugging Face folder (config.json of model_type `clip`, weights in CLIPModel's names) and a file that holds an open_clip
-state dict (HPSv2's, and open_clip's own). The second is brought under the first's names; from there on there is one path.
+Two layouts exist: a Hugging Face folder (config.json of model_type `clip`, weights in CLIPModel's
+names) and a file that holds an open_clip state dict (HPSv2's, and open_clip's own). The second is
+brought under the first's names; from there on there is one path.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import glob
 import json
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -23,141 +27,195 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from deradiff.files import locate
 from deradiff.hub import is_hub_id
 from deradiff.scorers import open_clip
-from deradiff.scorers.recipes import Recipe
+from deradiff.scorers.published import PublishedCLIP
 
-FILES = (".pt", ".pth", ".bin", ".safetensors")
-SHARDS = (
+ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
+
+WEIGHT_PATTERNS = (
     "model.safetensors",
     "model-*-of-*.safetensors",
     "pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
-)  # of a Hugging Face folder
-TOKENIZER = ["tokenizer.json", "vocab.json"]  # either is enough
-PROCESSOR = ["preprocessor_config.json", "processor_config.json"]
-# older files carry these constants; transformers and open_clip make them themselves
+)
+"""Weights of a Hugging Face folder, in the order of preference."""
+
+SMALL_FILES = ["*.json", "merges.txt"]
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json"]
+"""Either is enough."""
+
+PROCESSOR_FILES = ["preprocessor_config.json", "processor_config.json"]
+
 CONSTANTS = (
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
     "attn_mask",
 )
+"""Older files carry these; transformers and open_clip make them themselves."""
+
+OLD_EOS_TOKEN = 2
+"""How old configs say "the highest id"."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a checkpoint lies. said: as the user typed it. repo: a hub id, where the weights are yet to come from there.
-    folder: on this machine. file: the state dict's name, or None for a Hugging Face folder."""
+class CheckpointLocation:
+    """Where a checkpoint lies.
 
-    said: str
+    Attributes:
+        source: as the user named it.
+        repo: a hub id, where the weights are yet to come from there.
+        folder: on this machine.
+        file: the state dict's name; None for a Hugging Face folder.
+    """
+
+    source: str
     repo: str | None
     folder: Path
     file: str | None
 
     def weights(self) -> list[Path]:
         """The weight files, downloaded if need be. Raises ValueError where there are none."""
-        for pattern in [glob.escape(self.file)] if self.file else SHARDS:
+        patterns = [glob.escape(self.file)] if self.file else WEIGHT_PATTERNS
+        for pattern in patterns:
             folder = snapshot(self.repo, [pattern]) if self.repo else self.folder
-            if found := sorted(folder.glob(pattern)):
-                return found
-        raise ValueError(
-            f"the checkpoint {self.said} holds no {self.file or 'model.safetensors or pytorch_model.bin'}"
-        )
+            files = sorted(folder.glob(pattern))
+            if files:
+                return files
+        wanted = self.file or "model.safetensors or pytorch_model.bin"
+        raise ValueError(f"the checkpoint {self.source} holds no {wanted}")
+
+    def has_any(self, names: Sequence[str]) -> bool:
+        """Whether it is a Hugging Face folder that holds one of these files."""
+        return self.file is None and any((self.folder / name).is_file() for name in names)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose configuration (a CLIPConfig), tokenizer and image processor are read, and whose weights are not.
+    """A checkpoint whose small files are read, and whose weights are not.
 
-    read: the files that these were read from."""
+    Attributes:
+        location: where it lies.
+        config: a CLIPConfig.
+        tokenizer: of the prompts.
+        processor: of the images.
+        small_files: what these were read from.
+    """
 
-    place: Place
+    location: CheckpointLocation
     config: Any
     tokenizer: Any
     processor: Any
-    read: tuple[Path, ...]
+    small_files: tuple[Path, ...]
 
     def files(self) -> list[Path]:
-        """All that decides what the network computes: its weights, and what was read."""
-        return [*self.place.weights(), *self.read]
+        """All that decides what the network computes: its weights, and the small files."""
+        return [*self.location.weights(), *self.small_files]
 
     def load(self) -> Any:
-        """The network, a CLIPModel in float32, in evaluation mode. Raises ValueError where the weights are of another layout or size."""
-        state = self._state("cpu")
-        return CLIPModel.from_pretrained(
+        """The network, a CLIPModel in float32, in evaluation mode.
+
+        Raises:
+            ValueError: where the weights are of another layout or size.
+        """
+        state = self._read_state("cpu")
+        network = CLIPModel.from_pretrained(
             None, config=self.config, state_dict=state, dtype=torch.float32
-        ).eval()
+        )
+        return network.eval()
 
     def check_weights(self) -> None:
-        """Names and shapes of the weights against the configuration. Raises ValueError naming the first that differs."""
-        self._state("meta")
+        """Compare names and shapes of the weights with the configuration.
 
-    def _state(self, device: str) -> dict[str, Tensor]:
-        files = self.place.weights()
-        state = {
-            name: tensor
-            for file in files
-            for name, tensor in read_state(file, device).items()
-            if name not in CONSTANTS
-        }
-        if self.place.file:
+        Raises:
+            ValueError: naming the first that differs.
+        """
+        self._read_state("meta")
+
+    def _read_state(self, device: str) -> dict[str, Tensor]:
+        state = read_states(self.location.weights(), device)
+        state = {name: tensor for name, tensor in state.items() if name not in CONSTANTS}
+        layout = "the CLIPModel of its config.json"
+        if self.location.file:
             state = open_clip.convert(state)
+            layout = "an open_clip state dict of that model (set model_config=)"
         with torch.device("meta"):
-            wanted = {
-                name: tensor.shape for name, tensor in CLIPModel(self.config).state_dict().items()
-            }
-        layout = (
-            "an open_clip state dict of that model (set model_config=)"
-            if self.place.file
-            else "the CLIPModel of its config.json"
-        )
-        check_shapes(state, wanted, f"{self.place.said} is not {layout}")
+            network = CLIPModel(self.config)
+        wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        check_shapes(state, wanted, f"{self.location.source} is not {layout}")
         return state
 
 
 def check_shapes(state: dict[str, Tensor], wanted: dict[str, torch.Size], what: str) -> None:
-    """Raise a ValueError that begins with `what` and names the first tensor that is there and not wanted, or wanted and not there so."""
+    """Compare a state dict with the names and shapes that a network wants.
+
+    Raises:
+        ValueError: it begins with `what` and names the first tensor that differs.
+    """
     held = {name: tensor.shape for name, tensor in state.items()}
     for name in sorted(wanted | held):
         if held.get(name) != wanted.get(name):
-            there, needed = (
-                f"{list(shapes[name])}" if name in shapes else "nothing"
-                for shapes in (held, wanted)
-            )
+            there = list(held[name]) if name in held else "nothing"
+            needed = list(wanted[name]) if name in wanted else "nothing"
             raise ValueError(f"{what}: {name} is {there} there, not {needed}")
 
 
+def read_states(files: Sequence[Path], device: str) -> dict[str, Tensor]:
+    """The tensors of several weight files together, as `read_state` reads one."""
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(read_state(file, device))
+    return state
+
+
 def read_state(file: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of a weight file by name; on the device `meta` only their shapes, unread. Nothing is unpickled. Raises ValueError."""
+    """The tensors of a weight file by name; on the device `meta` only their shapes.
+
+    Nothing is unpickled.
+
+    Raises:
+        ValueError: where the file holds anything but tensors.
+    """
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as held:
-                if device != "meta":
-                    return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (it is no dict)
-                return {
-                    name: torch.empty(held.get_slice(name).get_shape(), device="meta")
-                    for name in held.keys()
-                }  # noqa: SIM118
-        state = torch.load(
-            file, weights_only=True, map_location=device, mmap=zipfile.is_zipfile(file)
-        )
+            return _read_safetensors(file, device)
+        is_mappable = zipfile.is_zipfile(file)
+        state = torch.load(file, weights_only=True, map_location=device, mmap=is_mappable)
     except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{file} holds no plain tensors, and deradiff unpickles nothing else ({type(error).__name__})"
+            f"{file} holds no plain tensors, and deradiff unpickles nothing else "
+            f"({type(error).__name__})"
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    are_tensors = isinstance(state, dict) and all(
         isinstance(value, Tensor) for value in state.values()
-    ):
+    )
+    if not are_tensors:
         raise ValueError(
-            f"{file} is no state dict: give a file of tensors by name, with or without a state_dict key around them"
+            f"{file} is no state dict: give a file of tensors by name, with or without a state_dict "
+            "key around them"
         )
     return state
 
 
-def snapshot(repo: str, patterns: list[str]) -> Path:
-    """The local folder of a hub repository with the files that match. Raises ValueError where it cannot be read."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _read_safetensors(file: Path, device: str) -> dict[str, Tensor]:
+    state = {}
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+        for name in names:
+            if device == "meta":
+                shape = opened.get_slice(name).get_shape()
+                state[name] = torch.empty(shape, device="meta")
+            else:
+                state[name] = opened.get_tensor(name)
+    return state
 
+
+def snapshot(repo: str, patterns: list[str]) -> Path:
+    """The local folder of a hub repository with the files that match.
+
+    Raises:
+        ValueError: where it cannot be read.
+    """
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -166,104 +224,126 @@ def snapshot(repo: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def place(checkpoint: str) -> Place:
-    """Where a checkpoint lies: an `asset:`, a folder or file, else a hub id `org/name` or a file there `org/name/file.pt`. ValueError."""
+def locate_checkpoint(checkpoint: str) -> CheckpointLocation:
+    """Where a checkpoint lies.
+
+    Args:
+        checkpoint: an `asset:`, a folder or file, a hub id `org/name`, or a file there,
+            `org/name/file.pt`.
+
+    Raises:
+        ValueError: where it is none of these.
+    """
     checkpoint = locate(checkpoint)
     path = Path(checkpoint)
     if path.is_dir():
-        return Place(checkpoint, None, path, None)
+        return CheckpointLocation(checkpoint, None, path, None)
     if path.is_file():
-        if path.suffix not in FILES:
+        if path.suffix not in ENDINGS:
             raise ValueError(
-                f"the checkpoint {checkpoint} must be a folder, or a {', '.join(FILES[:-1])} or {FILES[-1]} file"
+                f"the checkpoint {checkpoint} must be a folder, or a {', '.join(ENDINGS[:-1])} or "
+                f"{ENDINGS[-1]} file"
             )
-        return Place(checkpoint, None, path.parent, path.name)
+        return CheckpointLocation(checkpoint, None, path.parent, path.name)
+
     *organisation, last = checkpoint.split("/")
-    file = last if path.suffix in FILES else None
+    file = last if path.suffix in ENDINGS else None
     repo = "/".join(organisation if file else [*organisation, last])
     if not is_hub_id(repo):
         raise ValueError(
-            f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id such as org/name"
+            f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id such "
+            "as org/name"
         )
-    return Place(checkpoint, repo, snapshot(repo, ["*.json", "merges.txt"]), file)
+    return CheckpointLocation(checkpoint, repo, snapshot(repo, SMALL_FILES), file)
 
 
-def find(
-    recipe: Recipe, checkpoint: str | None, tokenizer: str | None, model_config: str | None
+def find_checkpoint(
+    published: PublishedCLIP,
+    checkpoint: str | None,
+    tokenizer: str | None,
+    model_config: str | None,
 ) -> Checkpoint:
-    """The checkpoint of a scorer (arguments as `load_scorer`), checked as far as can be without reading weights. Raises ValueError."""
-    where = place(checkpoint or recipe.checkpoint)
-    if model_config and not where.file:
+    """The checkpoint of a scorer, checked as far as can be without reading weights.
+
+    Args:
+        published: where its published files are.
+        checkpoint: as of `load_scorer`.
+        tokenizer: as of `load_scorer`.
+        model_config: as of `load_scorer`.
+
+    Raises:
+        ValueError: where something is missing or does not fit.
+    """
+    location = locate_checkpoint(checkpoint or published.checkpoint)
+    if model_config and not location.file:
         raise ValueError(
-            f"model_config describes an open_clip state dict, but {where.said} is a folder with a config.json: leave it out"
+            f"model_config describes an open_clip state dict, but {location.source} is a folder with "
+            "a config.json: leave it out"
         )
-    settings = (
-        None if where.file else _huggingface_config(where)
-    )  # first of all, for it is the quickest to be wrong
-    words, vocabulary = _tokenizer(tokenizer, where, recipe)
-    if settings is None:
-        settings = open_clip.clip_config(
-            open_clip.read_model_config(model_config) if model_config else open_clip.VIT_H_14,
-            eos_token_id=words.eos_token_id,
-        )
-    sizes = (
-        [Path(model_config)]
-        if model_config
-        else []
-        if where.file
-        else [where.folder / "config.json"]
-    )
-    described = [
-        where.folder / name
-        for name in PROCESSOR
-        if where.file is None and (where.folder / name).is_file()
-    ]
-    found = Checkpoint(
-        where, settings, words, _processor(where, settings), (*sizes, *described, *vocabulary)
-    )
+
+    # The config first where it lies in the folder: it is the quickest to be wrong
+    config = None if location.file else _huggingface_config(location)
+    words, vocabulary = _tokenizer(tokenizer, location, published)
+    if config is None:
+        sizes = open_clip.read_model_config(model_config) if model_config else open_clip.VIT_H_14
+        config = open_clip.clip_config(sizes, eos_token_id=words.eos_token_id)
+
+    # What the small files are, for the scorer's version
+    small_files: list[Path] = []
+    if model_config:
+        small_files.append(Path(model_config))
+    elif not location.file:
+        small_files.append(location.folder / "config.json")
+    if not location.file:
+        described = [location.folder / name for name in PROCESSOR_FILES]
+        small_files += [file for file in described if file.is_file()]
+    small_files += vocabulary
+
+    processor = _processor(location, config)
+    found = Checkpoint(location, config, words, processor, tuple(small_files))
     _check_vocabulary(found)
-    if where.repo is None:
+    if location.repo is None:
         found.check_weights()
     return found
 
 
-def _huggingface_config(where: Place) -> CLIPConfig:
-    file = where.folder / "config.json"
+def _huggingface_config(location: CheckpointLocation) -> CLIPConfig:
+    file = location.folder / "config.json"
     settings = json.loads(file.read_text()) if file.is_file() else {}
     if settings.get("model_type") != "clip":
         raise ValueError(
-            f"{where.said} is no CLIPModel folder: it needs a config.json of model_type clip; or name a state dict file in it"
+            f"{location.source} is no CLIPModel folder: it needs a config.json of model_type clip; "
+            "or name a state dict file in it"
         )
     return CLIPConfig.from_dict(settings)
 
 
-def _tokenizer(tokenizer: str | None, where: Place, recipe: Recipe) -> tuple[Any, list[Path]]:
-    if (
-        tokenizer is None
-        and where.file is None
-        and any((where.folder / name).is_file() for name in TOKENIZER)
-    ):
-        folder = where.folder
+def _tokenizer(
+    tokenizer: str | None, location: CheckpointLocation, published: PublishedCLIP
+) -> tuple[Any, list[Path]]:
+    """The tokenizer and its files: the user's, the folder's own, or the published one."""
+    if tokenizer is None and location.has_any(TOKENIZER_FILES):
+        folder = location.folder
     else:
-        tokenizer = tokenizer or recipe.tokenizer
-        folder = (
-            Path(tokenizer)
-            if Path(tokenizer).is_dir()
-            else snapshot(tokenizer, ["*.json", "merges.txt"])
-        )
-    if not any((folder / name).is_file() for name in TOKENIZER):
+        tokenizer = tokenizer or published.tokenizer
+        is_folder = Path(tokenizer).is_dir()
+        folder = Path(tokenizer) if is_folder else snapshot(tokenizer, SMALL_FILES)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
-            f"{tokenizer} holds no CLIP tokenizer: give tokenizer= a hub id, or a folder with a tokenizer.json"
+            f"{tokenizer} holds no CLIP tokenizer: give tokenizer= a hub id, or a folder with a "
+            "tokenizer.json"
         )
-    return CLIPTokenizer.from_pretrained(folder), [
-        folder / name for name in [*TOKENIZER, "merges.txt"] if (folder / name).is_file()
-    ]
+    files = [folder / name for name in [*TOKENIZER_FILES, "merges.txt"]]
+    return CLIPTokenizer.from_pretrained(folder), [file for file in files if file.is_file()]
 
 
-def _processor(where: Place, config: Any) -> Any:
-    # the PIL one by name: the automatic choice asks for torchvision, and differs from it by up to .03 a pixel
-    if where.file is None and any((where.folder / name).is_file() for name in PROCESSOR):
-        return CLIPImageProcessorPil.from_pretrained(where.folder)
+def _processor(location: CheckpointLocation, config: Any) -> Any:
+    """The image processor, the PIL one by name.
+
+    The automatic choice asks for torchvision, and differs from it by up to .03 a pixel.
+    """
+    if location.has_any(PROCESSOR_FILES):
+        return CLIPImageProcessorPil.from_pretrained(location.folder)
     side = config.vision_config.image_size
     return CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
@@ -271,17 +351,18 @@ def _processor(where: Place, config: Any) -> Any:
 
 
 def _check_vocabulary(found: Checkpoint) -> None:
-    text, words = found.config.text_config, found.tokenizer
+    """Raises ValueError for a tokenizer of another network; warns where prompts are not read."""
+    text = found.config.text_config
+    words = found.tokenizer
+    source = found.location.source
     if len(words) > text.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(words)} tokens and {found.place.said} knows {text.vocab_size}: give tokenizer= the folder of its own"
+            f"the tokenizer has {len(words)} tokens and {source} knows {text.vocab_size}: give "
+            "tokenizer= the folder of its own"
         )
-    if text.eos_token_id not in (
-        2,
-        words.eos_token_id,
-    ):  # 2 is how old configs say "the highest id"
+    if text.eos_token_id not in (OLD_EOS_TOKEN, words.eos_token_id):
         warnings.warn(
-            f"the scores of {found.place.said} ignore the prompt: its text_config has eos_token_id {text.eos_token_id} and its tokenizer "
-            f"{words.eos_token_id}",
+            f"the scores of {source} ignore the prompt: its text_config has eos_token_id "
+            f"{text.eos_token_id} and its tokenizer {words.eos_token_id}",
             stacklevel=2,
         )

@@ -15,11 +15,25 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 
 from deradiff.scorers.aesthetic import head_shapes, linear_chain
 from deradiff.scorers.base import BatchedScorer, digest
-from deradiff.scorers.checkpoints import Place, check_shapes, place, read_state, snapshot
+from deradiff.scorers.checkpoints import (
+    CheckpointLocation,
+    check_shapes,
+    locate_checkpoint,
+    read_states,
+    snapshot,
+)
 from deradiff.scorers.preparation import centre_crop, normalised
+from deradiff.scorers.spec import ScorerSpec
 
 CHECKPOINT, TOKENIZER = "THUDM/ImageReward/ImageReward.pt", "google-bert/bert-base-uncased"
 MEAN, DEVIATION = (
@@ -78,8 +92,6 @@ def _layers(state: dict[str, Tensor], stem: str) -> int:
 
 def networks(state: dict[str, Tensor], device: str) -> tuple[Any, Any]:
     """BlipVisionModel and BlipTextModel of the sizes of a converted state dict, on the device; not its weights. Raises KeyError."""
-    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
     patches, words = (
         state["vision.embeddings.patch_embedding.weight"],
         state["text.embeddings.word_embeddings.weight"],
@@ -120,23 +132,17 @@ def networks(state: dict[str, Tensor], device: str) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ImageRewardCheckpoint:
     """ImageReward's file and BERT's tokenizer, found; the weights are yet to be read. vocabulary: the file of the tokenizer."""
 
-    place: Place
+    location: CheckpointLocation
     tokenizer: Any
     vocabulary: Path
 
     def read(self, device: str) -> tuple[dict[str, Tensor], Any, Any]:
         """The converted state dict and, without its weights, its two networks. Raises ValueError where it is of another layout or size."""
-        state = convert(
-            {
-                name: tensor
-                for file in self.place.weights()
-                for name, tensor in read_state(file, device).items()
-            }
-        )
-        what = f"{self.place.said} is not ImageReward's state dict"
+        state = convert(read_states(self.location.weights(), device))
+        what = f"{self.location.source} is not ImageReward's state dict"
         try:
             vision, text = networks(state, device)
         except KeyError as missing:
@@ -155,19 +161,17 @@ class Checkpoint:
         check_shapes(state, wanted, what)
         if len(self.tokenizer) > text.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} tokens and {self.place.said} knows {text.config.vocab_size}"
+                f"the tokenizer has {len(self.tokenizer)} tokens and {self.location.source} knows {text.config.vocab_size}"
             )
         return state, vision, text
 
 
-def find(checkpoint: str | None, tokenizer: str | None) -> Checkpoint:
+def find_imagereward(checkpoint: str | None, tokenizer: str | None) -> ImageRewardCheckpoint:
     """What `ImageRewardScorer` needs, checked as far as can be without reading weights. Raises ValueError."""
-    from transformers import BertTokenizer
-
-    where, words = place(checkpoint or CHECKPOINT), tokenizer or TOKENIZER
+    where, words = locate_checkpoint(checkpoint or CHECKPOINT), tokenizer or TOKENIZER
     if where.file is None:
         raise ValueError(
-            f"{where.said} is a folder: give ImageReward's file, such as {CHECKPOINT} or a path that ends in ImageReward.pt"
+            f"{where.source} is a folder: give ImageReward's file, such as {CHECKPOINT} or a path that ends in ImageReward.pt"
         )
     folder = (
         Path(words)
@@ -179,7 +183,7 @@ def find(checkpoint: str | None, tokenizer: str | None) -> Checkpoint:
         raise ValueError(
             f"{words} holds no BERT tokenizer: give tokenizer= a hub id, or a folder with a vocab.txt"
         )
-    found = Checkpoint(where, BertTokenizer.from_pretrained(folder), vocabulary)
+    found = ImageRewardCheckpoint(where, BertTokenizer.from_pretrained(folder), vocabulary)
     if where.repo is None:
         found.read("meta")
     return found
@@ -191,7 +195,7 @@ class ImageRewardScorer(BatchedScorer):
     name = "imagereward"
     scale = "standardised reward"
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+    def __init__(self, checkpoint: ImageRewardCheckpoint, device: str = "cpu") -> None:
         state, vision, text = checkpoint.read("cpu")
         part = lambda stem: {
             n.removeprefix(stem): t.float() for n, t in state.items() if n.startswith(stem)
@@ -205,7 +209,7 @@ class ImageRewardScorer(BatchedScorer):
             device,
             self.vision.config.image_size,
         )
-        self.version = digest([*checkpoint.place.weights(), checkpoint.vocabulary])
+        self.version = digest([*checkpoint.location.weights(), checkpoint.vocabulary])
         self.preprocessing = (
             f"picture: RGB, bicubic, shortest side to {self.side}, centre crop, CLIP mean and deviation; "
             f"prompt: BERT's lower-case words, the first {CONTEXT} tokens"
@@ -229,3 +233,13 @@ class ImageRewardScorer(BatchedScorer):
             encoder_hidden_states=seen,
         )
         return (self.head(read.last_hidden_state[:, 0]).squeeze(-1) - MEAN) / DEVIATION
+
+
+def check(spec: ScorerSpec) -> None:
+    """Raises ValueError where `load` would, without reading a weight."""
+    find_imagereward(spec.checkpoint, spec.tokenizer)
+
+
+def load(spec: ScorerSpec, device: str) -> ImageRewardScorer:
+    """The scorer of a spec."""
+    return ImageRewardScorer(find_imagereward(spec.checkpoint, spec.tokenizer), device)

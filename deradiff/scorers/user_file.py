@@ -1,4 +1,7 @@
-"""A scorer of the user's own: one class in one Python file of theirs, run as their own code because they named it; never from a hub."""
+"""A scorer of the user's own: one class in one Python file.
+
+It is run as their own code because they named it; it is never fetched from a hub.
+"""
 
 from __future__ import annotations
 
@@ -16,40 +19,47 @@ from PIL import Image
 from torch import Tensor
 
 from deradiff.scorers.base import digest
+from deradiff.scorers.spec import ScorerSpec
 
 STATED = ("scale", "preprocessing")
+"""What the class must say of itself."""
 
 
-def check_own(file: str) -> str:
+def scorer_class(file: str) -> str:
     """The name of the scorer class that a file holds, read without running it.
 
-    The class has a `__call__`, and `scale` and `preprocessing`, strings in its body. Raises ValueError where there is not one such class.
+    The class has a `__call__`, and `scale` and `preprocessing`, strings in its body.
+
+    Raises:
+        ValueError: where there is not one such class.
     """
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(
-            f"there is no Python file {file}: give file= a local file that ends in .py and holds your scorer class"
+            f"there is no Python file {file}: give file= a local file that ends in .py and holds "
+            "your scorer class"
         )
     try:
         tree = ast.parse(path.read_bytes(), filename=file)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{file} is no Python that can be read: {error}") from error
-    classes = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and "__call__" in _methods(node)
-    ]
-    if len(classes) != 1:
-        found = f"{len(classes)} ({', '.join(c.name for c in classes)})" if classes else "none"
+
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    scorers = [node for node in classes if "__call__" in _methods(node)]
+    if len(scorers) != 1:
+        names = ", ".join(node.name for node in scorers)
+        count = f"{len(scorers)} ({names})" if scorers else "none"
         raise ValueError(
-            f"{file} must hold one class with a __call__(self, images, prompts), and holds {found}"
+            f"{file} must hold one class with a __call__(self, images, prompts), and holds {count}"
         )
-    missing = [name for name in STATED if name not in _assigned(classes[0])]
+    (scorer,) = scorers
+    missing = [name for name in STATED if name not in _assigned(scorer)]
     if missing:
         raise ValueError(
-            f"the class {classes[0].name} in {file} must state its {' and '.join(missing)}: write {missing[0]} = '...' in its body"
+            f"the class {scorer.name} in {file} must state its {' and '.join(missing)}: write "
+            f"{missing[0]} = '...' in its body"
         )
-    return classes[0].name
+    return scorer.name
 
 
 def _methods(node: ast.ClassDef) -> set[str]:
@@ -57,17 +67,21 @@ def _methods(node: ast.ClassDef) -> set[str]:
 
 
 def _assigned(node: ast.ClassDef) -> set[str]:
-    targets = [t for child in node.body if isinstance(child, ast.Assign) for t in child.targets]
-    targets += [
-        child.target
-        for child in node.body
-        if isinstance(child, ast.AnnAssign) and child.value is not None
-    ]
-    names = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
-    return {n.id for n in names if isinstance(n, ast.Name)}
+    """The names that a class's body assigns."""
+    targets: list[ast.expr] = []
+    for child in node.body:
+        if isinstance(child, ast.Assign):
+            targets += child.targets
+        elif isinstance(child, ast.AnnAssign) and child.value is not None:
+            targets.append(child.target)
+    names = set()
+    for target in targets:
+        elements = target.elts if isinstance(target, ast.Tuple) else [target]
+        names.update(element.id for element in elements if isinstance(element, ast.Name))
+    return names
 
 
-def _module(path: Path, version: str) -> ModuleType:
+def _load_module(path: Path, version: str) -> ModuleType:
     name = f"_own_scorer_{path.stem}_{version}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -77,33 +91,57 @@ def _module(path: Path, version: str) -> ModuleType:
     return module
 
 
-class OwnScorer:
+class UserScorer:
     """The user's class behind the `Scorer` protocol.
 
-    Its `__init__`, if it takes anything, takes the device (`cpu`, `cuda:0`). It is called with RGB pictures and their prompts and gives a
-    number for each: a list, an array or a tensor. version: a digest of the file, and the class's own `version` where it has one, to be
-    changed with what the file does not hold, such as weights.
+    Its `__init__`, if it takes anything, takes the device (`cpu`, `cuda:0`). It is called with RGB
+    images and their prompts and gives a number for each: a list, an array or a tensor. The version
+    is a digest of the file, and the class's own `version` where it has one, to be changed with what
+    the file does not hold, such as weights.
+
+    Args:
+        name: of the scorer.
+        file: the user's.
+        device: of its network.
     """
 
     def __init__(self, name: str, file: str, device: str = "cpu") -> None:
-        own, path = check_own(file), Path(file)
-        self.name, self.version = name, digest([path])
-        kind = getattr(_module(path, self.version), own)
-        self.scale, self.preprocessing = str(kind.scale), str(kind.preprocessing)
-        if hasattr(kind, "version"):
-            self.version += f"-{kind.version}"
-        self.scorer: Any = kind(device) if inspect.signature(kind).parameters else kind()
+        class_name = scorer_class(file)
+        path = Path(file)
+        self.name = name
+        self.version = digest([path])
+        user_class = getattr(_load_module(path, self.version), class_name)
+        self.scale = str(user_class.scale)
+        self.preprocessing = str(user_class.preprocessing)
+        if hasattr(user_class, "version"):
+            self.version += f"-{user_class.version}"
+        takes_device = bool(inspect.signature(user_class).parameters)
+        self.scorer: Any = user_class(device) if takes_device else user_class()
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Scores (N,), float32 on the CPU. Raises ValueError where the user's class does not give one for each picture."""
+        """Scores (N,), float32 on the CPU.
+
+        Raises:
+            ValueError: where the user's class does not give one for each image.
+        """
         if not images:
             return torch.empty(0)
-        scores = torch.as_tensor(
-            self.scorer([image.convert("RGB") for image in images], list(prompts))
-        )
+        rgb = [image.convert("RGB") for image in images]
+        scores = torch.as_tensor(self.scorer(rgb, list(prompts)))
         if scores.shape != (len(images),):
             raise ValueError(
-                f"{type(self.scorer).__name__} gave scores of shape {[*scores.shape]} for {len(images)} pictures, not one for each"
+                f"{type(self.scorer).__name__} gave scores of shape {[*scores.shape]} for "
+                f"{len(images)} images, not one for each"
             )
         return scores.float().cpu()
+
+
+def check(spec: ScorerSpec) -> None:
+    """Raises ValueError where the file holds no scorer; it is read and not run."""
+    scorer_class(str(spec.file))
+
+
+def load(spec: ScorerSpec, device: str) -> UserScorer:
+    """The scorer of a spec."""
+    return UserScorer(spec.name, str(spec.file), device)
