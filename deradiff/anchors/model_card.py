@@ -1,4 +1,4 @@
-"""The README of an anchor folder, which makes it a complete repository on the hub."""
+"""The README of an anchor folder, with which the folder is a complete repository on the hub."""
 
 from __future__ import annotations
 
@@ -9,42 +9,41 @@ from deradiff.anchors.anchor import AnchorCard
 from deradiff.files import write_atomic
 from deradiff.hub import is_hub_id
 from deradiff.models.families import FAMILIES
+from deradiff.models.family import Family
 
+README = "README.md"
 GRID = "grid.png"
 LOCAL = "path/to/this/folder"
-TEXT = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-{front}tags:
-- deradiff
-- diffusion-dpo
-- {family}
-{lora}---
+"""What stands for the anchor's place where it is not made for the hub."""
+
+TEMPLATE = """---
+{front_matter}
+---
 
 # {title}
 
-An **anchor** for DeRaDiff (ICLR 2026): {base}, aligned once by Diffusion-DPO at beta = {beta}. While sampling, `lam` sets how strongly
-it is aligned: 0 is the base model, 1 this anchor, and `lam` imitates a model that was trained at beta / `lam`.
+An **anchor** for DeRaDiff (ICLR 2026): {base}, aligned once by Diffusion-DPO at beta = {beta}.
+While sampling, `lam` sets how strongly it is aligned: 0 is the base model, 1 this anchor, and `lam`
+imitates a model that was trained at beta / `lam`.
 
 {grid}```python
-with deradiff.realign(pipe, "{repo}", lam=0.5):
+with deradiff.realign(pipe, "{place}", lam=0.5):
     image = pipe("a red fox in the snow").images[0]
 ```
 
 where `pipe` is the base model as diffusers loads it:
 
 ```python
-import deradiff
-{imports}
-pipe = {pipeline}.from_pretrained({loaded})
+{load_base}
 ```
 
-Without deradiff, at lambda = 1: `{stock}`.
+Without deradiff, at lambda = 1: `{load_anchor}`.
 
 ## Beta
 
-{beta}, in the convention `{convention}`: it multiplies half the difference of the errors, each a mean over channels, height
-and width, as the published code has it; diffusers' example calls half of this number beta.
+{beta}, in the convention `{convention}`: it multiplies half the difference of the errors, each a
+mean over channels, height and width, as the published code has it; diffusers' example calls half of
+this number beta.
 
 ## Recipe
 
@@ -54,31 +53,87 @@ and width, as the published code has it; diffusers' example calls half of this n
 
 ## Cost
 
-{hours:.3g} GPU-hours on {device}; {flops:.3g} FLOPs (forward and backward passes of the denoisers, counted on the model's own config).
+{hours:.3g} GPU-hours on {device}; {flops:.3g} FLOPs (forward and backward passes of the denoisers,
+counted on the model's own config).
 """
 
 
 def write_model_card(
     folder: Path, card: AnchorCard, recipe: Mapping[str, object], repo: str | None = None
 ) -> None:
-    """`README.md` of an anchor folder. recipe: rows of its table, besides what the card knows. repo: the hub repository that it is for."""
-    family, where = FAMILIES[card.family], repo or LOCAL
-    pipeline = {"pipeline": family.pipeline, "repo": where, "base": card.base_model}
-    if card.method == "lora":
-        stock = f'pipe.load_lora_weights("{where}")'
-    else:
-        stock = f'pipe.{family.denoiser} = type(pipe.{family.denoiser}).from_pretrained("{where}", subfolder="{family.denoiser}")'
-    # The hub takes nothing but ids of its own there; a folder of one machine, or what ships with deradiff, is told in the text alone.
-    on_hub = is_hub_id(card.base_model) and not Path(card.base_model).exists()
-    relation = "adapter" if card.method == "lora" else "finetune"
-    front = f"base_model: {card.base_model}\nbase_model_relation: {relation}\n" if on_hub else ""
-    shipped, imports = (
-        card.base_model.startswith("asset:"),
-        f"from diffusers import {family.pipeline}\n",
+    """Write the `README.md` of an anchor folder.
+
+    Args:
+        folder: the anchor folder. A `grid.png` in it is shown.
+        card: the anchor's card.
+        recipe: what the table of the training says besides what the card knows.
+        repo: the hub repository that the folder is for; None: it stays local.
+    """
+    family = FAMILIES[card.family]
+    place = repo or LOCAL
+    beta = "unknown" if card.beta is None else f"{card.beta:g}"
+    title = place.split("/")[-1] if repo else f"{card.family}, beta {beta}"
+    grid = ""
+    if (folder / GRID).is_file():
+        grid = f"![Prompts down, lambda across]({GRID})\n\n"
+    text = TEMPLATE.format(
+        front_matter=_front_matter(card),
+        title=title,
+        base=card.base_model,
+        beta=beta,
+        grid=grid,
+        place=place,
+        load_base=_load_base(card, family),
+        load_anchor=_load_anchor(card, family, place),
+        convention=card.beta_convention,
+        recipe=_recipe_rows(card, recipe),
+        hours=card.gpu_hours,
+        device=card.device,
+        flops=card.flops,
     )
-    loaded = f'locate("{card.base_model}")' if shipped else f'"{card.base_model}"'
-    loaded += f', revision="{card.base_revision}"' if card.base_revision else ""
-    rows = {
+    write_atomic(folder / README, text)
+
+
+def _front_matter(card: AnchorCard) -> str:
+    """The YAML that the hub reads."""
+    lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+
+    # The hub links a base model of its own, and takes nothing else here: no folder of one machine,
+    # and nothing that ships with deradiff.
+    if is_hub_id(card.base_model) and not Path(card.base_model).exists():
+        relation = "adapter" if card.method == "lora" else "finetune"
+        lines += [f"base_model: {card.base_model}", f"base_model_relation: {relation}"]
+
+    lines += ["tags:", "- deradiff", "- diffusion-dpo", f"- {card.family}"]
+    if card.method == "lora":
+        lines.append("- lora")
+    return "\n".join(lines)
+
+
+def _load_base(card: AnchorCard, family: Family) -> str:
+    """The lines of Python that load the base model."""
+    lines = ["import deradiff"]
+    source = f'"{card.base_model}"'
+    if card.base_model.startswith("asset:"):
+        lines.append("from deradiff.files import locate")
+        source = f"locate({source})"
+    lines.append(f"from diffusers import {family.pipeline}")
+    revision = f', revision="{card.base_revision}"' if card.base_revision else ""
+    lines += ["", f"pipe = {family.pipeline}.from_pretrained({source}{revision})"]
+    return "\n".join(lines)
+
+
+def _load_anchor(card: AnchorCard, family: Family, place: str) -> str:
+    """The line of Python that loads the anchor into a stock pipeline."""
+    if card.method == "lora":
+        return f'pipe.load_lora_weights("{place}")'
+    network = f"pipe.{family.denoiser}"
+    return f'{network} = type({network}).from_pretrained("{place}", subfolder="{family.denoiser}")'
+
+
+def _recipe_rows(card: AnchorCard, recipe: Mapping[str, object]) -> str:
+    """The rows of the table of the training."""
+    values = {
         "method": card.method,
         "objective": card.objective,
         "data": card.dataset,
@@ -89,23 +144,4 @@ def write_model_card(
         "code": card.git_commit or "not a checkout",
         **card.versions,
     }
-    beta = "unknown" if card.beta is None else f"{card.beta:g}"
-    grid = f"![Prompts down, lambda across]({GRID})\n\n" if (folder / GRID).is_file() else ""
-    text = TEXT.format(
-        **pipeline,
-        front=front,
-        imports="from deradiff.files import locate\n" * shipped + imports,
-        loaded=loaded,
-        family=card.family,
-        stock=stock,
-        grid=grid,
-        title=where.split("/")[-1] if repo else f"{card.family}, beta {beta}",
-        lora="- lora\n" if card.method == "lora" else "",
-        beta=beta,
-        convention=card.beta_convention,
-        recipe="\n".join(f"| {k} | {v} |" for k, v in rows.items()),
-        hours=card.gpu_hours,
-        device=card.device,
-        flops=card.flops,
-    )
-    write_atomic(folder / "README.md", text)
+    return "\n".join(f"| {key} | {value} |" for key, value in values.items())

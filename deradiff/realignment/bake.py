@@ -1,6 +1,8 @@
-"""One lambda as plain weights: mode `weights` written once, for programs that know nothing of deradiff, at the cost of one model.
+"""One lambda as plain weights, for programs that know nothing of deradiff.
 
-A LoRA anchor becomes a LoRA whose strength 1 is that lambda; a full one a whole denoiser, theta_ref + lam (theta_anchor - theta_ref).
+It is mode `weights` of `realign`, written once: sampling then costs what one model costs. A LoRA
+anchor becomes a LoRA whose strength 1 is that lambda; a full anchor becomes a whole denoiser,
+theta_ref + lam (theta_anchor - theta_ref).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from deradiff.anchors.anchor import (
@@ -23,15 +26,16 @@ from deradiff.anchors.anchor import (
     check_anchor_family,
     load_anchor,
 )
-from deradiff.files import anchor_digest, locate, write_atomic
+from deradiff.anchors.model_card import README
+from deradiff.files import anchor_digest, write_atomic
 from deradiff.method.lambdas import validated
 from deradiff.models.base_model import BaseModel
-from deradiff.models.families import family_of
+from deradiff.models.families import FAMILIES, family_of
 from deradiff.models.family import Family
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.networks import FullAnchor, base_parameters
 
-NOTE, README = "bake.json", "README.md"
+NOTE = "bake.json"
 
 
 def bake(
@@ -41,47 +45,65 @@ def bake(
     base: str | None = None,
     base_revision: str | None = None,
 ) -> Path:
-    """Write what mode `weights` samples from at `lam` as a folder of its own, and return it.
+    """Write what mode `weights` samples from at one lambda, as a folder of its own.
 
-    anchor: what `load_anchor` takes. base: the pipeline it was aligned from; None takes the one that its card names.
-    A LoRA is `pytorch_lora_weights.safetensors` with lam and alpha multiplied into it: in kohya's names for SD1.5 and SDXL, in diffusers'
-    for SD3 and FLUX. A full anchor is `unet/` or `transformer/` as diffusers saves it, in float32. Beside it `anchor.json`, with
-    beta / lam as its beta, so that the folder is an anchor itself; `bake.json`, what it was made from; and README.md, how to load it.
+    The folder holds:
 
-    The folder appears whole or not at all; the same again is left as it is. Raises ValueError, in one sentence, for a lam that is no
-    number above 0, a folder that holds something else, and an anchor whose lam times is no plain weights (DoRA).
+    - of a LoRA, `pytorch_lora_weights.safetensors` with lam and alpha multiplied into it: in
+      kohya's names for SD1.5 and SDXL, in diffusers' names for SD3 and FLUX;
+    - of a full anchor, `unet/` or `transformer/` as diffusers saves it, in float32;
+    - `anchor.json` with beta / lam as its beta, so that the folder is an anchor itself;
+    - `bake.json`: what it was made from;
+    - `README.md`: how to load it.
+
+    It appears whole or not at all. The same call again leaves it as it is.
+
+    Args:
+        anchor: as `load_anchor` takes it.
+        lam: a number above 0.
+        path: the folder to write.
+        base: the pipeline that the anchor was aligned from; None: the one that its card names.
+        base_revision: its branch, tag or commit on the hub, if `base` is given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for another kind of lam, for a folder that holds something else, for an anchor
+            without a card where `base` is not given, and for an anchor whose multiple is no plain
+            weights (DoRA).
     """
-    anchor, path = load_anchor(anchor), Path(path)
-    if isinstance(validated(lam), Tensor) or callable(lam) or not lam > 0:
-        raise ValueError(f"a bake has one lam, a number above 0, not {lam!r}")
-    if base is None and anchor.card is None:
-        raise ValueError(
-            f"{anchor.source} has no card to name its base: give base=<pipeline folder or hub id>"
-        )
-    if base is None:
-        base, base_revision = anchor.card.base_model, anchor.card.base_revision  # type: ignore[union-attr]
-    family = BaseModel(base, base_revision).family
+    path = Path(path)
+    anchor = load_anchor(anchor)
+    lam = _checked_lam(lam)
+    model = _base_model(anchor, base, base_revision)
+    family = model.family
     check_anchor_family(anchor, family.name)
-    made_from = {
+    origin = {
         "anchor": anchor.source,
         "anchor_sha256": anchor_digest(Path(anchor.root) / anchor.weights),
-        "lam": float(lam),
-        "base_model": base,
-        "base_revision": base_revision,
+        "lam": lam,
+        "base_model": model.source,
+        "base_revision": model.revision,
         "family": family.name,
         "method": anchor.method,
     }
-    if _is_there(path, made_from):
+    if _holds_bake(path, origin):
         return path
+
+    # The folder is written aside and renamed when it is complete.
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        pipe = _denoiser_alone(base, base_revision, family)
-        (_bake_lora if anchor.method == "lora" else _bake_full)(pipe, anchor, float(lam), aside)
-        card = _card(anchor, float(lam), base, base_revision, family)
+        pipe = _load_denoiser_alone(model)
+        if anchor.method == "lora":
+            _bake_lora(pipe, anchor, lam, aside)
+        else:
+            _bake_full(pipe, anchor, lam, aside)
+        card = _baked_card(anchor, lam, model)
         write_atomic(aside / CARD, json.dumps(asdict(card), indent=2) + "\n")
-        write_note(aside, made_from | {"beta_target": card.beta})
+        write_note(aside, origin | {"beta_target": card.beta})
         os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -89,67 +111,100 @@ def bake(
 
 
 def write_note(path: Path, note: dict[str, Any]) -> None:
-    """`bake.json`, and what it says in README.md; `compared`: how far the baked images are from mode exact."""
+    """Write `bake.json`, and the README.md that says the same in words.
+
+    Args:
+        path: the folder of the bake.
+        note: what it was made from, and under `compared`, where it was measured, how far the baked
+            images are from mode exact.
+    """
     write_atomic(path / NOTE, json.dumps(note, indent=2) + "\n")
     write_atomic(path / README, _readme(note))
 
 
-def _is_there(path: Path, made_from: dict[str, Any]) -> bool:
-    """Whether the folder holds this very bake. Raises ValueError where it holds anything else."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return False
-    note = json.loads((path / NOTE).read_text()) if (path / NOTE).is_file() else {}
-    if any(note.get(key) != value for key, value in made_from.items()):
+def _checked_lam(lam: Any) -> float:
+    value = validated(lam)
+    if isinstance(value, Tensor) or callable(value) or not value > 0:
+        raise ValueError(f"a bake has one lam, a number above 0, not {lam!r}")
+    return float(value)
+
+
+def _base_model(anchor: Anchor, base: str | None, revision: str | None) -> BaseModel:
+    """The given base model, or the one that the anchor's card names. Raises ValueError."""
+    if base is not None:
+        return BaseModel(base, revision)
+    if anchor.card is None:
         raise ValueError(
-            f"{path} is there already and holds something else than this bake: give another folder, or remove that one"
+            f"{anchor.source} has no card to name its base: give base=<pipeline folder or hub id>"
         )
+    return BaseModel(anchor.card.base_model, anchor.card.base_revision)
+
+
+def _holds_bake(path: Path, origin: dict[str, Any]) -> bool:
+    """Whether the folder holds this very bake. Raises ValueError where it holds anything else."""
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if not path.exists() or is_empty_folder:
+        return False
+    note = {}
+    if (path / NOTE).is_file():
+        note = json.loads((path / NOTE).read_text())
+    for key, value in origin.items():
+        if note.get(key) != value:
+            raise ValueError(
+                f"{path} is there already and holds something else than this bake: give another "
+                "folder, or remove that one"
+            )
     return True
 
 
-def _denoiser_alone(base: str, revision: str | None, family: Family) -> Any:
-    """The base's pipeline without its text encoders and autoencoder: baking needs their names, not their gigabytes."""
-    import diffusers
-
-    index = BaseModel(base, revision).index
-    unneeded = [
-        name
-        for name, value in index.items()
-        if isinstance(value, list) and name not in (family.denoiser, "scheduler")
-    ]
-    options: dict[str, Any] = dict.fromkeys(unneeded)
-    return getattr(diffusers, family.pipeline).from_pretrained(
-        locate(base), revision=revision, dtype=torch.float32, **options
-    )
+def _load_denoiser_alone(model: BaseModel) -> Any:
+    """The base's pipeline without text encoders and autoencoder, whose weights are not needed."""
+    needed = (model.family.denoiser, "scheduler")
+    parts: dict[str, Any] = {}
+    for name, value in model.index.items():
+        if isinstance(value, list) and name not in needed:
+            parts[name] = None
+    return model.load_pipeline(torch.float32, parts)
 
 
 def _bake_lora(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    adapter, family = Adapter(pipe, anchor, 0), family_of(pipe)
+    """Write a LoRA with lam and its own scale multiplied into its B."""
+    family = family_of(pipe)
+    adapter = Adapter(pipe, anchor, 0)
     if adapter.is_variant:
         raise ValueError(
-            f"{anchor.source} is a DoRA, and lam times one is no LoRA: sample it with mode='weights' instead"
+            f"{anchor.source} is a DoRA, and lam times one is no LoRA: sample it with "
+            "mode='weights' instead"
         )
     state: dict[str, Tensor] = {}
-    for name, layer in adapter.layers.items():
-        down, up = layer.lora_A[adapter.name], layer.lora_B[adapter.name]
+    for path, layer in adapter.layers.items():
+        down = layer.lora_A[adapter.name]
+        up = layer.lora_B[adapter.name]
         if up.bias is not None:
             raise ValueError(
-                f"{anchor.source} has biases in its LoRA layers, which other programs do not read: use mode='weights'"
+                f"{anchor.source} has biases in its LoRA layers, which other programs do not read: "
+                "use mode='weights'"
             )
-        strength = lam * layer.scaling[adapter.name]
-        scaled = (strength * up.weight.detach().float()).to(up.weight.dtype).contiguous()
-        state |= _named(name, family, down.weight.detach().contiguous(), scaled)
+        scale = lam * layer.scaling[adapter.name]
+        scaled = (scale * up.weight.detach().float()).to(up.weight.dtype)
+        state |= _named(path, family, down.weight.detach().contiguous(), scaled.contiguous())
     save_file(state, folder / LORA_FILE, metadata={"format": "pt"})
 
 
 def _named(layer: str, family: Family, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    """A layer's matrices under the names that ComfyUI, A1111 and diffusers all read; alpha = rank, so that strength 1 is the lambda."""
-    if family.flow:
-        return {
-            f"transformer.{layer}.lora_A.weight": down,
-            f"transformer.{layer}.lora_B.weight": up,
-        }
+    """A layer's matrices under the names that ComfyUI, A1111 and diffusers all read.
+
+    Alpha is the rank, so that strength 1 is the lambda.
+
+    Args:
+        layer: its path in the network.
+        family: of the pipeline.
+        down: A, (rank, in, ...).
+        up: B, (out, rank, ...).
+    """
+    if family.lora_format == "diffusers":
+        key = f"{family.denoiser}.{layer}"
+        return {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
     key = f"lora_unet_{layer.replace('.', '_')}"
     return {
         f"{key}.lora_down.weight": down,
@@ -159,89 +214,111 @@ def _named(layer: str, family: Family, down: Tensor, up: Tensor) -> dict[str, Te
 
 
 def _bake_full(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
+    """Write the weighted sum of the reference's and the anchor's weights."""
     family = family_of(pipe)
     denoiser = getattr(pipe, family.denoiser)
-    theirs = dict(
-        FullAnchor(denoiser, anchor, family.name)
-        .network(denoiser.device, denoiser.dtype)
-        .named_parameters()
-    )
+    full = FullAnchor(denoiser, anchor, family.name)
+    network = full.network(denoiser.device, denoiser.dtype)
+    theirs = dict(network.named_parameters())
     with torch.no_grad():
         for name, parameter in base_parameters(denoiser).items():
-            parameter.copy_((1 - lam) * parameter + lam * theirs[name])  # as mode weights sums them
+            # In the order of mode weights, which rounds alike.
+            parameter.copy_((1 - lam) * parameter + lam * theirs[name])
     denoiser.save_pretrained(folder / family.denoiser)
 
 
-def _card(
-    anchor: Anchor, lam: float, base: str, revision: str | None, family: Family
-) -> AnchorCard:
-    """The anchor's card at beta / lam. Its objective says that nobody trained this: it is no target to hold others against."""
-    card = anchor.card or AnchorCard(
-        base_model=base, family=family.name, method=anchor.method, beta=None, objective="unknown"
-    )
+def _baked_card(anchor: Anchor, lam: float, model: BaseModel) -> AnchorCard:
+    """The anchor's card at beta / lam.
+
+    Its objective says that nobody trained this: it is no target to compare others with.
+    """
+    card = anchor.card
+    if card is None:
+        card = AnchorCard(
+            base_model=model.source,
+            family=model.family.name,
+            method=anchor.method,
+            beta=None,
+            objective="unknown",
+        )
     return replace(
         card,
-        base_model=base,
-        base_revision=revision,
+        base_model=model.source,
+        base_revision=model.revision,
         beta=card.beta / lam if card.beta else None,
         objective=f"{card.objective}, baked at lam {lam:g}",
     )
 
 
 def _readme(note: dict[str, Any]) -> str:
-    flow, lora = note["family"] in ("sd3", "flux"), note["method"] == "lora"
-    denoiser = "transformer" if flow else "unet"
-    target = f", which stands for beta {note['beta_target']:g}" if note["beta_target"] else ""
+    """The text of README.md."""
+    target = ""
+    if note["beta_target"]:
+        target = f", which stands for beta {note['beta_target']:g}"
     lines = [
         f"# {note['anchor']} at lambda {note['lam']:g}{target}",
         "",
-        f"Written by deradiff for {note['base_model']}: its mode `weights`, the first order of the realigned chain.",
+        f"Written by deradiff for {note['base_model']}: its mode `weights`, the first order of the "
+        "realigned chain.",
         "",
-        *_how_to_load(lora, flow, denoiser),
     ]
-    if compared := note.get("compared"):
-        rms, share, apart = (
-            compared[key]
-            for key in ("rms_from_exact", "percent_of_distance", "rms_reference_anchor")
-        )
-        lines += [
-            "",
-            "## How far from mode exact",
-            "",
-            f"{compared['prompts']} prompts x {compared['seeds']} seeds ({compared['settings']}), same noise, RMS over pixels of 0..255:",
-            f"baked to exact {_interval(rms)}, reference to anchor {_interval(apart)}; baked to exact is {_interval(share)} % of that",
-            "(95 %, paired bootstrap over prompts).",
-        ]
+    family = FAMILIES[note["family"]]
+    if note["method"] == "lora":
+        lines += _loading_a_lora(family)
+    else:
+        lines += _loading_a_network(family)
+    if note.get("compared"):
+        lines += _comparison(note["compared"])
     return "\n".join(lines) + "\n"
 
 
-def _how_to_load(lora: bool, flow: bool, denoiser: str) -> list[str]:
-    if lora:
-        others = "ComfyUI: put the .safetensors file into models/loras, under a name of your own, and load it with strength 1."
-        a1111 = (
-            []
-            if flow
-            else ["A1111: put it into models/Lora, and write <lora:name:1> into the prompt."]
-        )
-        return [
-            "- diffusers: `pipe.load_lora_weights(<this folder>)`",
-            f"- {others}",
-            *(f"- {line}" for line in a1111),
-        ]
-    file = f"{denoiser}/diffusion_pytorch_model.safetensors"
-    single = f"{'' if flow else 'A1111 reads single checkpoints alone: put the folder in place of the base pipeline’s own, and '}"
-    script = (
-        "convert that with diffusers' scripts/convert_diffusers_to_original_*.py."
-        if not flow
-        else ""
-    )
+def _comparison(compared: dict[str, Any]) -> list[str]:
+    """How far the baked images are from mode exact."""
+    baked = _interval(compared["rms_from_exact"])
+    percent = _interval(compared["percent_of_distance"])
+    distance = _interval(compared["rms_reference_anchor"])
     return [
-        f"- diffusers: `<Pipeline>.from_pretrained(<base>, {denoiser}=<the network's class>.from_pretrained(<this folder>, "
-        f"subfolder='{denoiser}'))`",
-        f"- ComfyUI: put {file} into models/diffusion_models and load it with Load Diffusion Model, which reads diffusers' names.",
-        *([f"- {single}{script}"] if single else []),
+        "",
+        "## How far from mode exact",
+        "",
+        f"{compared['prompts']} prompts x {compared['seeds']} seeds ({compared['settings']}), same "
+        "noise, RMS over pixels of 0..255:",
+        f"baked to exact {baked}, reference to anchor {distance}; baked to exact is {percent} % of "
+        "that",
+        "(95 %, paired bootstrap over prompts).",
     ]
 
 
+def _loading_a_lora(family: Family) -> list[str]:
+    lines = [
+        "- diffusers: `pipe.load_lora_weights(<this folder>)`",
+        "- ComfyUI: put the .safetensors file into models/loras, under a name of your own, and "
+        "load it with strength 1.",
+    ]
+    if family.lora_format == "kohya":
+        lines.append("- A1111: put it into models/Lora, and write <lora:name:1> into the prompt.")
+    return lines
+
+
+def _loading_a_network(family: Family) -> list[str]:
+    denoiser = family.denoiser
+    file = f"{denoiser}/diffusion_pytorch_model.safetensors"
+    lines = [
+        f"- diffusers: `<Pipeline>.from_pretrained(<base>, {denoiser}=<the network's class>."
+        f"from_pretrained(<this folder>, subfolder='{denoiser}'))`",
+        f"- ComfyUI: put {file} into models/diffusion_models and load it with Load Diffusion "
+        "Model, which reads diffusers' names.",
+    ]
+    if not family.flow:
+        lines.append(
+            "- A1111 reads single checkpoints alone: put the folder in place of the base "
+            "pipeline’s own, and convert that with diffusers' "
+            "scripts/convert_diffusers_to_original_*.py."
+        )
+    return lines
+
+
 def _interval(values: list[float]) -> str:
-    return f"{values[0]:.3g} [{values[1]:.3g}, {values[2]:.3g}]"
+    """A value with its interval: `1.2 [1.1, 1.3]`."""
+    value, low, high = values
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
