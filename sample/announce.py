@@ -101,7 +101,7 @@ def kl_unit(config: SampleConfig, base: BaseModel) -> float | None:
         vae = base.read_json("vae/config.json")
         denoiser = base.read_json(f"{family.denoiser}/config.json")
         published = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
-        shrinking = 2 ** (len(vae["block_out_channels"]) - 1)
+        shrinking = family.pixels_per_latent(vae)
         side = denoiser.get("sample_size", family.latent_side)
         sides = []
         for pixels in (config.height, config.width):
