@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor
 
 from deradiff.method.chain import realigned_chain
-from deradiff.method.samplers import FlowMatchSDEScheduler
+from deradiff.method.schedulers import FlowMatchSDEScheduler
 from deradiff.worlds.beds import (
     BOUNDED,
     LIN,

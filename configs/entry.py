@@ -1,7 +1,11 @@
-"""From a command line to `run(config, run_dir)`: Hydra, one `OmegaConf.to_object`, and mistakes told in one sentence."""
+"""From a command line to `run(config, run_dir)`: Hydra, and mistakes answered in one sentence.
+
+The stage itself is imported after its config is valid, so a typo is answered before torch loads.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -23,34 +27,45 @@ from deradiff.training.preemption import REQUEUE, Preempted
 
 CONFIGS = str(Path(__file__).parent)
 
+MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
+"""What a user can mend: it ends the process with a sentence, not with a traceback."""
 
-def entry(
-    stage: str, schema: type, run: Callable[[Any, Path], Any], configs: str = CONFIGS
-) -> Callable[[], None]:
-    """The `main` of a stage: composes `<configs>/<stage>.yaml` over the dataclass `schema` and calls `run` with plain dataclasses.
+MISTAKE_STATUS = 2
+INTERRUPTED_STATUS = 130
 
-    What a user can mend (ValueError, OSError, a loss that is not finite) ends the process with a sentence and status 2; a signal that asks
-    for a stop, when the work is safe, with status 75; else: a traceback. Under submitit, Hydra calls the task itself, in the cluster's job.
+
+def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callable[[], None]:
+    """The `main` of a stage.
+
+    It composes `<configs>/<stage>.yaml` over the schema and calls `run` with plain dataclasses. What
+    a user can mend ends the process with a sentence and status 2; a signal that asks for a stop,
+    once the work is safe, with status 75; anything else with a traceback. Under submitit, Hydra
+    calls the task itself, in the cluster's job.
+
+    Args:
+        stage: its name: of the command, the config file and the folder of its runs.
+        schema: the config's dataclass.
+        run: where the stage's function is, `module:name`. It takes the config and the run
+            directory, and is imported after the config is valid.
+        configs: the folder of the config files.
     """
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
-    composed: list[
-        DictConfig
-    ] = []  # one; none in a multirun, whose launcher starts a process per value
+    # One config; none in a multirun, whose launcher starts a process for each value
+    composed: list[DictConfig] = []
 
     def call(cfg: DictConfig) -> None:
-        # Merged into the schema once more, because Hydra lets +key=... add what no field would ever read.
-        config: Any = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg))
-        )
-        run(config, Path(config.runs) / stage / config.run_name())
+        # Merged into the schema once more, because Hydra lets +key=... add what no field would read
+        typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg))
+        config: Any = OmegaConf.to_object(typed)
+        run_dir = Path(config.runs) / stage / config.run_name()
+        function_at(run)(config, run_dir)
 
-    # Hydra only composes. What follows runs outside of it, because it would add lines of its own to an error of ours.
+    # Hydra only composes. The stage runs outside of it, because Hydra would add lines to our errors
     @hydra.main(version_base="1.3", config_path=configs, config_name=stage)
     def compose(cfg: DictConfig) -> None:
-        if (
-            HydraConfig.get().mode == RunMode.MULTIRUN
-        ):  # a launcher that is not ours, in the process that it made for this value
-            _in_cluster_job(lambda: call(cfg))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            # A launcher that is not ours, in the process that it made for this value
+            _run_in_cluster_job(lambda: call(cfg))
         else:
             composed.append(cfg)
 
@@ -58,12 +73,10 @@ def entry(
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(stage, schema, Path(configs)))
             return
-        logging.getLogger("transformers.utils.import_utils").setLevel(
-            logging.ERROR
-        )  # advises torchvision, which we do without
-        os.environ["HYDRA_FULL_ERROR"] = (
-            "1"  # Hydra would print a trimmed traceback and exit itself; told to raise, it leaves the sentence to us
-        )
+        # transformers advises torchvision, which we do without
+        logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
+        # Hydra would print a trimmed traceback and exit; told to raise, it leaves the sentence to us
+        os.environ["HYDRA_FULL_ERROR"] = "1"
         try:
             composed.clear()
             compose()
@@ -72,68 +85,86 @@ def entry(
         except Preempted as stop:
             print(f"{stage}: {stop}", file=sys.stderr)
             sys.exit(REQUEUE)
-        except (
-            ValueError,
-            OSError,
-            FloatingPointError,
-            HydraException,
-            OmegaConfBaseException,
-        ) as error:
+        except MISTAKES as error:
             print(f"{stage}: {_sentence(error, schema, Path(configs))}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(MISTAKE_STATUS)
         except KeyboardInterrupt:
             print(f"{stage}: interrupted; the same command resumes", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(INTERRUPTED_STATUS)
 
     return main
 
 
-def _in_cluster_job(task: Callable[[], None]) -> None:
-    """Run one task of a submitit job: a process per GPU, which finds the others by what submitit knows of the job."""
+def function_at(place: str) -> Callable[..., Any]:
+    """The function at `module:name`, its module imported now."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _run_in_cluster_job(task: Callable[[], None]) -> None:
+    """Run one task of a submitit job: a process for each GPU.
+
+    The processes find each other by what submitit knows of the job.
+    """
     from submitit.helpers import TorchDistributedEnvironment
 
-    # accelerate chooses the GPU by its local rank, so every task must see all of its node's
+    # accelerate chooses the GPU by its local rank, so every task must see all GPUs of its node
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     try:
         task()
-    except Preempted as stop:  # the checkpoint is written: submitit's own handler, in its place again, puts the job back into the queue
+    except Preempted as stop:
+        # The checkpoint is written. submitit's own handler is in its place again, and puts the job
+        # back into the queue
         os.kill(os.getpid(), stop.signal_number)
 
 
 def _sentence(error: BaseException, schema: type, configs: Path) -> str:
-    """The first cause's first line, with Hydra's field name kept: "Key 'bta' not in 'DPOConfig' (dpo.bta)"; and what was likely meant."""
+    """An error as one sentence: what is wrong, where, and what was probably meant."""
     cause = error
     while cause.__cause__ is not None and isinstance(
         cause, HydraException | OmegaConfBaseException
     ):
         cause = cause.__cause__
     text = str(cause).strip() or type(cause).__name__
-    first = text.splitlines()[0]
+    first_line = text.splitlines()[0]
+
     if isinstance(cause, OverrideParseException):
-        return f"cannot read {cause.override}: write key=value, and quote a value that holds a comma or a bracket: \"prompts=['a fox, red']\""
-    if match := re.search(r"full_key: (\S+)", text):
-        key = match[1]
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{key} is missing: give {key}=..."
-        if is_list(key, schema):
-            given = next(
-                (
-                    a.partition("=")[2]
-                    for a in sys.argv[1:]
-                    if a.lstrip("+").partition("=")[0] == key
-                ),
-                "...",
-            )
-            return f"{key} is a list: give {key}=[{given}]"
-        return f"{first} ({key})" + (
-            suggestion(key, schema, configs) if first.startswith("Key ") else ""
-        )
-    if "Ambiguous value" in first:
         return (
-            f"{first}: for a sweep put --multirun before the overrides, for a list write key=[1,2]"
+            f"cannot read {cause.override}: write key=value, and quote a value that holds a comma "
+            "or a bracket: \"prompts=['a fox, red']\""
         )
-    if options := re.search(
+    full_key = re.search(r"full_key: (\S+)", text)
+    if full_key:
+        return _sentence_about_key(full_key[1], cause, first_line, schema, configs)
+    if "Ambiguous value" in first_line:
+        return (
+            f"{first_line}: for a sweep put --multirun before the overrides, for a list write "
+            "key=[1,2]"
+        )
+    options = re.search(
         r"Available options in '.*?':\s+(.*?)\n\s*Config search path", text, re.DOTALL
-    ):
-        return f"{first}; there are {', '.join(options[1].split())}"
-    return first
+    )
+    if options:
+        return f"{first_line}; there are {', '.join(options[1].split())}"
+    return first_line
+
+
+def _sentence_about_key(
+    key: str, cause: BaseException, first_line: str, schema: type, configs: Path
+) -> str:
+    """A mistake in one key, by the key's full name."""
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key} is missing: give {key}=..."
+    if is_list(key, schema):
+        return f"{key} is a list: give {key}=[{_typed_value(key)}]"
+    meant = suggestion(key, schema, configs) if first_line.startswith("Key ") else ""
+    return f"{first_line} ({key}){meant}"
+
+
+def _typed_value(key: str) -> str:
+    """The value that the user typed for a key."""
+    for argument in sys.argv[1:]:
+        name, _, value = argument.partition("=")
+        if name.lstrip("+") == key:
+            return value
+    return "..."

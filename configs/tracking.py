@@ -1,4 +1,4 @@
-"""Where a stage's numbers and pictures go besides its run directory: Weights & Biases, TensorBoard, or nowhere."""
+"""Where a stage's numbers and images go besides its run directory: W&B, TensorBoard, or nowhere."""
 
 from __future__ import annotations
 
@@ -12,45 +12,55 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-LARGEST_ARTIFACT = 1_000_000_000  # bytes; a full SDXL is ten times that, for every beta
+from configs.settings import setting
+
+KINDS = ("wandb", "tensorboard", "none")
+MODES = ("online", "offline")
+
+LARGEST_ARTIFACT = 1_000_000_000
+"""Bytes. A full SDXL is ten times that, for every beta."""
+
+LONGEST_NAME = 128
+"""Characters that W&B takes for a group or an id."""
 
 
 @dataclass
 class TrackingConfig:
-    """kind: `wandb`, `tensorboard` or `none`. mode: W&B's, `online` or `offline`; null: online with a key. project: the W&B project.
+    """Where a run is tracked."""
 
-    group: runs of one experiment, linked in W&B's view; empty: those of one base model.
-    """
-
-    kind: str = "wandb"
-    mode: str | None = None
-    project: str = "deradiff"
-    group: str = ""
+    kind: str = setting("wandb", "wandb, tensorboard or none")
+    mode: str | None = setting(None, "of W&B: online or offline; null: online where a key is set")
+    project: str = setting("deradiff", "the W&B project")
+    group: str = setting(
+        "", "runs of one experiment, linked in W&B; empty: those of one base model"
+    )
 
     def __post_init__(self) -> None:
-        if self.kind not in ("wandb", "tensorboard", "none"):
+        if self.kind not in KINDS:
             raise ValueError(f"tracking must be wandb, tensorboard or none, not {self.kind!r}")
-        if self.mode not in (None, "online", "offline"):
+        if self.mode not in (None, *MODES):
             raise ValueError(
-                f"tracking.mode must be online or offline, not {self.mode!r}; tracking=none turns tracking off"
+                f"tracking.mode must be online or offline, not {self.mode!r}; tracking=none turns "
+                "tracking off"
             )
         if self.kind == "tensorboard" and find_spec("tensorboard") is None:
             raise ValueError(
-                "tracking=tensorboard needs a package that is not installed: type pip install tensorboard"
+                "tracking=tensorboard needs a package that is not installed: type pip install "
+                "tensorboard"
             )
 
 
 class Tracker:
-    """A tracker that tracks nothing; also the interface, so that a stage never asks whether it is tracked."""
+    """A tracker that tracks nothing; also the interface, so no stage asks whether it is tracked."""
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
         """Numbers of one step."""
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """A table; a cell that is a `Path` to a picture is shown as the picture."""
+        """A table; a cell that is a `Path` to an image is shown as the image."""
 
     def image(self, name: str, path: Path, caption: str = "") -> None:
-        """One picture file (png, or svg shown as html)."""
+        """One image file: png, or svg shown as html."""
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
         """A folder or file as a versioned artifact."""
@@ -60,34 +70,41 @@ class Tracker:
 
 
 class WandbTracker(Tracker):
-    def __init__(self, run: Any) -> None:
-        import wandb
+    """A Weights & Biases run.
 
-        self.run, self.wandb = run, wandb
+    Args:
+        run: the run.
+        wandb: the package, which is imported only where it is used.
+    """
+
+    def __init__(self, run: Any, wandb: Any) -> None:
+        self.run = run
+        self.wandb = wandb
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
+        """Numbers of one step."""
         self.run.log(values, step=step)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        shown = [
-            [self.wandb.Image(str(c)) if isinstance(c, Path) else c for c in row] for row in rows
-        ]
-        self.run.log({name: self.wandb.Table(columns=[*columns], data=shown)})
+        """A table with its images."""
+        cells = [[self._cell(cell) for cell in row] for row in rows]
+        self.run.log({name: self.wandb.Table(columns=[*columns], data=cells)})
+
+    def _cell(self, cell: Any) -> Any:
+        return self.wandb.Image(str(cell)) if isinstance(cell, Path) else cell
 
     def image(self, name: str, path: Path, caption: str = "") -> None:
-        shown = (
-            self.wandb.Html(path.read_text())
-            if path.suffix == ".svg"
-            else self.wandb.Image(str(path), caption=caption or None)
-        )
-        self.run.log({name: shown})
+        """One image file."""
+        if path.suffix == ".svg":
+            panel = self.wandb.Html(path.read_text())
+        else:
+            panel = self.wandb.Image(str(path), caption=caption or None)
+        self.run.log({name: panel})
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
-        size = (
-            sum(file.stat().st_size for file in path.rglob("*"))
-            if path.is_dir()
-            else path.stat().st_size
-        )
+        """A folder or file, unless it is too large to upload."""
+        files = path.rglob("*") if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files)
         if size > LARGEST_ARTIFACT:
             print(
                 f"W&B: {path} is not uploaded as an artifact: it has {size / 1e9:.1f} GB",
@@ -95,68 +112,94 @@ class WandbTracker(Tracker):
             )
             return
         artifact = self.wandb.Artifact(name, type=kind)
-        (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
+        if path.is_dir():
+            artifact.add_dir(str(path))
+        else:
+            artifact.add_file(str(path))
         self.run.log_artifact(artifact)
 
     def uses(self, name: str, kind: str) -> None:
-        self.run.config.update(
-            {"inputs": sorted({*self.run.config.get("inputs", []), name})}, allow_val_change=True
-        )
-        if not self.run.offline:  # W&B can link runs only where it can look the other one up
+        """The artifact as an input of this run."""
+        inputs = sorted({*self.run.config.get("inputs", []), name})
+        self.run.config.update({"inputs": inputs}, allow_val_change=True)
+        # W&B can link runs only where it can look the other one up
+        if not self.run.offline:
             self.run.use_artifact(f"{name}:latest", type=kind)
 
 
 class TensorBoardTracker(Tracker):
-    """Numbers and pictures as event files in the run directory; TensorBoard has no artifacts."""
+    """Numbers and images as event files in the run directory; TensorBoard has no artifacts.
+
+    Args:
+        writer: a `SummaryWriter`.
+    """
 
     def __init__(self, writer: Any) -> None:
-        self.writer, self.step = writer, 0
+        self.writer = writer
+        self.step = 0
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
+        """Numbers of one step."""
         self.step = self.step if step is None else step
         for key, value in values.items():
             self.writer.add_scalar(key, value, self.step)
 
     def image(self, name: str, path: Path, caption: str = "") -> None:
-        if path.suffix != ".svg":
-            import numpy as np
-            from PIL import Image
+        """One image file; svg files are left out."""
+        if path.suffix == ".svg":
+            return
+        # Loaded here, so that a config does not load them
+        import numpy as np
+        from PIL import Image
 
-            self.writer.add_image(
-                name, np.asarray(Image.open(path).convert("RGB")), self.step, dataformats="HWC"
-            )
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        self.writer.add_image(name, pixels, self.step, dataformats="HWC")
 
 
-class Guarded(Tracker):
-    """A tracker whose failures are told, each kind once, and do not stop the run: its own files hold everything that is tracked."""
+class GuardedTracker(Tracker):
+    """A tracker whose failures are said, each kind once, and do not stop the run.
+
+    The run's own files hold everything that is tracked.
+
+    Args:
+        tracker: the tracker.
+        stage: for the message.
+    """
 
     def __init__(self, tracker: Tracker, stage: str) -> None:
-        self.tracker, self.stage, self.told = tracker, stage, set[str]()
+        self.tracker = tracker
+        self.stage = stage
+        self._failed: set[str] = set()
 
     def _try(self, method: str, *arguments: Any) -> None:
         try:
             getattr(self.tracker, method)(*arguments)
         except Exception as error:  # whatever a tracker raises
-            if method not in self.told:
+            if method not in self._failed:
                 print(
                     f"{self.stage}: the tracker failed ({method}: {error}); going on without it",
                     file=sys.stderr,
                 )
-            self.told.add(method)
+            self._failed.add(method)
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
+        """Numbers of one step."""
         self._try("log", values, step)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table."""
         self._try("table", name, columns, rows)
 
     def image(self, name: str, path: Path, caption: str = "") -> None:
+        """One image file."""
         self._try("image", name, path, caption)
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
+        """A folder or file."""
         self._try("artifact", name, kind, path)
 
     def uses(self, name: str, kind: str) -> None:
+        """An artifact of an earlier stage."""
         self._try("uses", name, kind)
 
 
@@ -169,14 +212,25 @@ def tracker(
     main_process: bool = True,
     group: str = "",
 ) -> Iterator[Tracker]:
-    """The stage's tracker. group: where the config names none. W&B writes offline where no key is set; a tracker that cannot start or
-    fails on the way is named and the run goes on without it."""
+    """The stage's tracker, while the context lasts.
+
+    W&B writes offline where no key is set. A tracker that cannot start, or fails on the way, is
+    named, and the run goes on without it.
+
+    Args:
+        tracking: which one.
+        stage: the stage's name.
+        run_dir: of the run.
+        config: nested settings, for the tracker's own record.
+        main_process: other processes are not tracked.
+        group: of the run, where the config names none.
+    """
     if tracking.kind == "none" or not main_process:
         yield Tracker()
         return
     with ExitStack() as stack:
+        start = _start_wandb if tracking.kind == "wandb" else _start_tensorboard
         try:
-            start = _wandb if tracking.kind == "wandb" else _tensorboard
             started: Tracker = start(tracking, stage, run_dir, config, group, stack)
         except Exception as error:
             print(
@@ -184,10 +238,10 @@ def tracker(
                 file=sys.stderr,
             )
             started = Tracker()
-        yield Guarded(started, stage)
+        yield GuardedTracker(started, stage)
 
 
-def _wandb(
+def _start_wandb(
     tracking: TrackingConfig,
     stage: str,
     run_dir: Path,
@@ -197,24 +251,24 @@ def _wandb(
 ) -> Tracker:
     import wandb
 
-    keyed = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
-    mode: Any = tracking.mode or (None if keyed else "offline")
+    has_key = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
+    mode: Any = tracking.mode or (None if has_key else "offline")
     run = wandb.init(
         project=tracking.project,
-        group=(tracking.group or group)[:128] or None,
+        group=(tracking.group or group)[:LONGEST_NAME] or None,
         job_type=stage,
         name=run_dir.name,
-        id=f"{stage}-{run_dir.name}"[:128],
+        id=f"{stage}-{run_dir.name}"[:LONGEST_NAME],
         dir=str(run_dir),
         config=config,
         mode=mode,
         resume="allow",
         settings=wandb.Settings(silent=True),
     )
-    return WandbTracker(stack.enter_context(run))
+    return WandbTracker(stack.enter_context(run), wandb)
 
 
-def _tensorboard(
+def _start_tensorboard(
     tracking: TrackingConfig,
     stage: str,
     run_dir: Path,
@@ -226,5 +280,6 @@ def _tensorboard(
 
     writer = SummaryWriter(str(run_dir / "tensorboard"))
     stack.callback(writer.close)
-    writer.add_text("config", json.dumps(config, indent=1, default=str).replace("\n", "  \n"))
+    text = json.dumps(config, indent=1, default=str)
+    writer.add_text("config", text.replace("\n", "  \n"))
     return TensorBoardTracker(writer)

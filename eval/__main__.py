@@ -1,4 +1,9 @@
-from eval.stage import main
+"""`python -m eval`: evaluate samples. The stage is imported once its config is valid."""
+
+from configs.entry import entry
+from eval.config import EvalConfig
+
+main = entry("eval", EvalConfig, "eval.stage:run")
 
 if __name__ == "__main__":
     main()

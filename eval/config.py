@@ -1,35 +1,43 @@
-"""What `python -m eval` is told. Imports nothing heavy: a typo is refused before torch is loaded."""
+"""The eval stage's config: what is evaluated, by which scorers, and what counts as close.
+
+It imports nothing heavy: a mistake in a command is answered before torch is loaded.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
+from deradiff.scorers.spec import ScorerSpec
 
 
 @dataclass
 class ScorerConfig:
-    """One column of scores. name: which scorer it is, where its label does not say so; checkpoint, tokenizer, model_config: hub id, path or
-    `asset:` name. head: of the aesthetic scorer; null: the published one. file: a Python file of yours with one scorer class in it."""
+    """One column of scores."""
 
-    name: str = ""
-    file: str | None = None
-    head: str | None = None
-    checkpoint: str | None = None
-    tokenizer: str | None = None
-    model_config: str | None = None
+    name: str = setting("", "which scorer; empty: the one that the label names")
+    file: str | None = setting(None, "a Python file of yours with one scorer class")
+    head: str | None = setting(None, "of the aesthetic scorer: its linear layers")
+    checkpoint: str | None = setting(None, "of the network: hub id, path or asset:...")
+    tokenizer: str | None = setting(None, "a folder or hub id")
+    model_config: str | None = setting(None, "an open_clip config of other sizes")
+
+    def spec(self) -> ScorerSpec:
+        """The scorer for the library."""
+        return ScorerSpec(**asdict(self))
 
 
 @dataclass
 class SelectConfig:
-    """score: the scorer to choose lambda by; null: the first. path_kl: the largest mean path KL to the reference, in nats; null: any."""
+    """How lambda is chosen."""
 
-    score: str | None = None
-    path_kl: float | None = None
+    score: str | None = setting(None, "the scorer to choose lambda by; null: the first")
+    path_kl: float | None = setting(None, "largest mean path KL, in nats; null: any")
 
     def __post_init__(self) -> None:
         if self.path_kl is not None and not self.path_kl >= 0:
@@ -40,39 +48,53 @@ class SelectConfig:
 
 @dataclass
 class EvalConfig:
-    """What is evaluated, by whom, and what counts as close.
+    """One run of the eval stage."""
 
-    samples: run directories of the sample stage, whose realigned models are evaluated. references: more of them, whose models at lam = 1
-    serve as from-scratch targets and at lam = 0 as the reference, and as nothing else. scorers: by label. select: how lambda is chosen.
-    margin: in % of the distance from reference to target, within which a realigned model counts as equivalent to its target.
-    threshold: in % of the mean score; the share of errors at most that is reported. batch_size: images scored at once.
-    """
-
-    samples: list[str] = field(default_factory=list)
-    references: list[str] = field(default_factory=list)
-    scorers: dict[str, ScorerConfig] = field(default_factory=dict)
-    select: SelectConfig = field(default_factory=SelectConfig)
-    margin: float = 5.0
-    threshold: float = 0.217
-    batch_size: int = 32
-    runs: str = "runs"
-    name: str | None = None
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    samples: list[str] = setting([], "run directories of the sample stage")
+    references: list[str] = setting(
+        [], "more of them, that serve as targets (lam = 1) and as the reference (lam = 0) alone"
+    )
+    scorers: dict[str, ScorerConfig] = setting({}, "by label; the group scorers= fills it")
+    select: SelectConfig = setting(SelectConfig(), "how lambda is chosen")
+    margin: float = setting(
+        5.0, "% of the distance within which a realigned model counts as equivalent"
+    )
+    threshold: float = setting(0.217, "% of the mean; the share of errors below it is reported")
+    batch_size: int = setting(32, "images scored at once")
+    runs: str = setting("runs", "folder of all runs")
+    name: str | None = setting(None, "folder below runs/eval; null: composed from the samples")
+    tracking: TrackingConfig = setting(TrackingConfig(), "where tables and figures go")
 
     def __post_init__(self) -> None:
+        self._check_runs()
+        self._check_scorers()
+        for name in ("margin", "threshold"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0 %, not {value:g}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+
+    def _check_runs(self) -> None:
+        """Raises ValueError for no samples, and for a run that is named twice."""
         if not self.samples:
             raise ValueError(
                 "no samples to evaluate; type samples=[runs/sample/<a>,runs/sample/<b>]"
             )
-        given = [str(Path(s)) for s in [*self.samples, *self.references]]
-        twice = sorted({s for s in given if given.count(s) > 1})
+        named = [str(Path(run)) for run in [*self.samples, *self.references]]
+        twice = sorted({run for run in named if named.count(run) > 1})
         if twice:
             raise ValueError(
-                f"samples and references name {', '.join(twice)} more than once; name each run directory once, in one of them"
+                f"samples and references name {', '.join(twice)} more than once; name each run "
+                "directory once, in one of them"
             )
+
+    def _check_scorers(self) -> None:
+        """Give every scorer its name; raises ValueError for none, or for an unknown choice."""
         if not self.scorers:
             raise ValueError(
-                "no scorers to score with; type scorers=shapes, scorers=published or scorers=[clip,pickscore]"
+                "no scorers to score with; type scorers=shapes, scorers=published or "
+                "scorers=[clip,pickscore]"
             )
         for label, scorer in self.scorers.items():
             scorer.name = scorer.name or label
@@ -80,23 +102,20 @@ class EvalConfig:
             self.select.score = next(iter(self.scorers))
         if self.select.score not in self.scorers:
             raise ValueError(
-                f"select.score={self.select.score} is not among the scorers {', '.join(self.scorers)}; name one of them"
+                f"select.score={self.select.score} is not among the scorers "
+                f"{', '.join(self.scorers)}; name one of them"
             )
-        for name in ("margin", "threshold"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0 %, not {getattr(self, name):g}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
 
     def run_name(self) -> str:
-        """The first sample's name, how many more there are, and a digest of which samples and scorers they are."""
+        """The first sample's name, how many more there are, and a digest of all that is named."""
         if self.name:
             return slug(self.name)
-        runs = [
-            sorted(str(Path(s)) for s in named)
-            for named in (self.samples, self.references)
-            if named
-        ]
-        told = json.dumps([*runs, {k: asdict(v) for k, v in self.scorers.items()}], sort_keys=True)
+        runs = []
+        for named in (self.samples, self.references):
+            if named:
+                runs.append(sorted(str(Path(run)) for run in named))
+        scorers = {label: asdict(scorer) for label, scorer in self.scorers.items()}
+        text = json.dumps([*runs, scorers], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         more = f"+{len(self.samples) - 1}" if len(self.samples) > 1 else ""
-        return f"{slug(Path(self.samples[0]).name)}{more}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        return f"{slug(Path(self.samples[0]).name)}{more}-{digest}"

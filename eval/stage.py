@@ -1,66 +1,116 @@
-"""`python -m eval`: scores of the images that the sample stage left, the paper's tables, figures, the choice of lambda, and one report."""
+"""`python -m eval`: scores, the paper's tables and figures, the choice of lambda, and one report.
+
+Everything that computes is in `deradiff.evaluation`; the stage checks, tracks and prints.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from configs.entry import entry
-from configs.tracking import tracker
+from configs.tracking import Tracker, tracker
+from deradiff.evaluation import Comparison, Evaluation, Options, evaluate, read_samples, write
+from deradiff.evaluation.manifest import read_cards
+from deradiff.evaluation.pairing import pair_up
+from deradiff.evaluation.results import REPORT
+from deradiff.evaluation.scoring import process_state, score_images, write_scores
 from deradiff.files import claim, slug
+from deradiff.scorers import check_spec
 from eval.config import EvalConfig
 
-DERIVED = (
-    "batch_size",
-    "runs",
-    "name",
-    "tracking",
-    "select",
-    "margin",
-    "threshold",
-)  # no score depends on these
+DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold")
+"""Keys that no score depends on."""
+
+SCORES = "scores.parquet"
+SUMMARY_NUMBERS = ("error", "percent_of_mean", "share")
+CHOSEN_NUMBERS = ("lam", "mean", "gain", "path_kl")
 
 
 def run(config: EvalConfig, run_dir: Path) -> Path:
-    """Evaluate sample runs into `run_dir`; the same command resumes. Returns the path of report.html.
+    """Evaluate sample runs; the same command resumes.
 
-    Everything that can be refused is refused before a scorer's weights load. Under torchrun or accelerate launch the ranks share the
-    images, and the first does the rest. Raises ValueError, in one sentence.
+    Everything that can be refused is refused before a scorer's weights load. Under torchrun or
+    accelerate launch the processes share the images, and the first does the rest.
+
+    Args:
+        config: of the run.
+        run_dir: where scores, tables, figures and the report go.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ValueError: in one sentence.
     """
-    # torch and pandas load here, after the config has been checked
-    import deradiff.scorers
-    from deradiff.evaluation.manifest import read_cards, read_samples
-    from deradiff.evaluation.pairing import pair_up
-    from deradiff.evaluation.scoring import score_images, settings, state, write_scores
-    from eval.evaluation import evaluate, track, write
-
-    for scorer in config.scorers.values():
-        deradiff.scorers.check_scorer(*settings(scorer))
+    # What is evaluated
+    specs = {label: scorer.spec() for label, scorer in config.scorers.items()}
+    for spec in specs.values():
+        check_spec(spec)
     samples = read_samples(config.samples, config.references)
     cards = read_cards(samples)
     cells, missing = pair_up(samples, cards)
-    main_process = state().is_main_process
-    if main_process:
+    is_main = process_state().is_main_process
+    if is_main:
         claim(run_dir, asdict(config), ignore=DERIVED)
+
     group = slug(str(samples["base_model"].iloc[0])) if "base_model" in samples else ""
-    with tracker(config.tracking, "eval", run_dir, asdict(config), main_process, group) as tracked:
+    with tracker(config.tracking, "eval", run_dir, asdict(config), is_main, group) as track:
         for sampled in [*config.samples, *config.references]:
-            tracked.uses(f"samples-{Path(sampled).name}", "samples")
-        scores = score_images(
-            samples, config.scorers, config.batch_size, Path(config.runs) / "cache" / "scores"
-        )
+            track.uses(f"samples-{Path(sampled).name}", "samples")
+
+        # Score
+        cache = Path(config.runs) / "cache" / "scores"
+        scores = score_images(samples, specs, config.batch_size, cache)
         if scores is None:
-            return run_dir / "report.html"
-        write_scores(scores, run_dir / "scores.parquet")
-        made = evaluate(config, samples, scores, cards, cells, missing)
-        write(run_dir, config, samples, scores, made, missing)
-        track(tracked, run_dir, made)
+            return run_dir / REPORT
+        write_scores(scores, run_dir / SCORES)
+
+        # Compare
+        options = Options(
+            config.margin, config.threshold, config.select.score, config.select.path_kl
+        )
+        comparison = Comparison(samples, scores, cells, missing, cards, list(specs), options)
+        evaluation = evaluate(comparison)
+        report = write(run_dir, evaluation, specs)
+        track_results(track, run_dir, evaluation)
+
     for sentence in missing:
         print(f"eval: missing: {sentence}")
-    for sentence in made.verdicts:
+    for sentence in evaluation.verdicts:
         print(f"eval: {sentence}")
-    print(f"eval: report at {run_dir / 'report.html'}")
-    return run_dir / "report.html"
+    print(f"eval: report at {report}")
+    return report
 
 
-main = entry("eval", EvalConfig, run)
+def track_results(track: Tracker, run_dir: Path, evaluation: Evaluation) -> None:
+    """Give the tracker the summary as numbers, the tables, figures and images, and the files."""
+    # Numbers
+    for row in evaluation.tables["summary"].data.to_dict("records"):
+        stem = f"{row['range']}/{row['scorer']}/{row['mode']}/{row['what']}"
+        track.log({f"{stem}/{name}": row[name] for name in SUMMARY_NUMBERS})
+    candidates = evaluation.answer.table
+    if not candidates.is_empty:
+        chosen = candidates.data[candidates.data["chosen"]]
+        for row in chosen.to_dict("records"):
+            track.log({f"chosen/{name}": row[name] for name in CHOSEN_NUMBERS})
+
+    # Tables
+    for table in evaluation.tables.values():
+        if not table.is_empty:
+            shown = table.shown
+            track.table(table.name, list(shown.columns), shown.to_numpy().tolist())
+
+    # Images and figures
+    for grid in evaluation.grids[:1]:
+        rows: list[list[Any]] = []
+        for line in grid.lines:
+            cells = [Path(file) if file else "" for file in line.files]
+            rows.append([line.prompt, *cells])
+        track.table("pictures", ["prompt", *(f"lam={head.lam}" for head in grid.heads)], rows)
+    for name in evaluation.figures:
+        track.image(name, run_dir / "plots" / f"{name}.svg")
+
+    # Files
+    for file in (REPORT, SCORES):
+        track.artifact(f"eval-{Path(file).stem}", "eval", run_dir / file)

@@ -1,4 +1,9 @@
-from sample.stage import main
+"""`python -m sample`: sample an anchor, realigned. The stage is imported once its config is valid."""
+
+from configs.entry import entry
+from sample.config import SampleConfig
+
+main = entry("sample", SampleConfig, "sample.stage:run")
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,7 @@
-"""manifest.jsonl: a line an image, written so that a killed run, and several processes at once, lose none."""
+"""manifest.jsonl: a line an image, written so that neither a kill nor several processes lose one.
+
+What a line holds is `deradiff.evaluation.manifest.ImageRecord`.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,25 @@ MANIFEST = "manifest.jsonl"
 
 
 def image_path(lam: float, prompt_id: str, seed: int) -> str:
-    """Of one image, relative to the run directory. Two decimals of lambda, or as many as tell it from every other."""
-    two = f"{lam:.2f}"
-    return f"lam={two if float(two) == lam else repr(lam)}/{prompt_id}-s{seed}.png"
+    """The file of one image, relative to the run directory.
+
+    Two decimals of lambda, or as many as tell it from every other.
+    """
+    rounded = f"{lam:.2f}"
+    shown = rounded if float(rounded) == lam else repr(lam)
+    return f"lam={shown}/{prompt_id}-s{seed}.png"
 
 
 def save_image(run_dir: Path, rank: int, png: bytes, record: Record) -> None:
-    """Write an image, then its line: a line in the manifest means that the image is there in full.
+    """Write an image, then its line: a line in the manifest means that the image is complete.
 
     Each process appends to a part of its own, which `merge` folds into the manifest.
+
+    Args:
+        run_dir: the run directory.
+        rank: of the process.
+        png: the image's file.
+        record: the line without the file's digest.
     """
     write_atomic(run_dir / record["image"], png)
     line = json.dumps(record | {"sha256": hashlib.sha256(png).hexdigest()})
@@ -34,19 +47,23 @@ def save_image(run_dir: Path, rank: int, png: bytes, record: Record) -> None:
 
 
 def merge(run_dir: Path) -> list[Record]:
-    """Fold the parts of all processes, this run's or a killed one's, into manifest.jsonl; returns its records.
+    """Fold the parts of all processes, this run's or a killed one's, into manifest.jsonl.
 
-    The newest line of an image counts, and lines without their image are dropped. For one process at a time.
+    The newest line of an image counts, and lines without their image are dropped. Only one process
+    may do it at a time.
+
+    Returns:
+        The manifest's records, by prompt, seed and lambda.
     """
     parts = sorted(run_dir.glob("manifest.*.part"))
-    newest = {
-        record["image"]: record for file in [run_dir / MANIFEST, *parts] for record in _read(file)
-    }
-    records = sorted(
-        (r for r in newest.values() if (run_dir / r["image"]).is_file()),
-        key=lambda r: (r["prompt_id"], r["seed"], r["lam"]),
-    )
-    write_atomic(run_dir / MANIFEST, "".join(json.dumps(record) + "\n" for record in records))
+    newest: dict[str, Record] = {}
+    for file in [run_dir / MANIFEST, *parts]:
+        for record in _read(file):
+            newest[record["image"]] = record
+    records = [record for record in newest.values() if (run_dir / record["image"]).is_file()]
+    records.sort(key=lambda record: (record["prompt_id"], record["seed"], record["lam"]))
+    lines = [json.dumps(record) + "\n" for record in records]
+    write_atomic(run_dir / MANIFEST, "".join(lines))
     for part in parts:
         part.unlink()
     return records
@@ -54,21 +71,25 @@ def merge(run_dir: Path) -> list[Record]:
 
 def intact(run_dir: Path) -> set[str]:
     """The images of the manifest whose file has the bytes that the manifest says."""
-    return {
-        r["image"]
-        for r in _read(run_dir / MANIFEST)
-        if _sha256(run_dir / r["image"]) == r["sha256"]
-    }
+    images = set()
+    for record in _read(run_dir / MANIFEST):
+        if _sha256(run_dir / record["image"]) == record["sha256"]:
+            images.add(record["image"])
+    return images
 
 
 def _sha256(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    if not file.is_file():
+        return None
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _read(file: Path) -> list[Record]:
-    lines = file.read_text().split("\n") if file.is_file() else [""]
-    *whole, rest = (
-        lines  # a line counts when its end was written: what a kill cut short is sampled again
-    )
-    del rest
-    return [json.loads(line) for line in whole]
+    """The complete lines of a manifest or a part.
+
+    A line counts once its end was written. What a kill cut short is sampled again.
+    """
+    if not file.is_file():
+        return []
+    lines = file.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]

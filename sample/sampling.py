@@ -1,4 +1,8 @@
-"""Images of one process: a stock diffusers pipeline inside `deradiff.realign`, batch by batch, all lambdas on the same noise."""
+"""Images of one process: a stock diffusers pipeline inside `deradiff.realign`.
+
+Batch by batch, all lambdas on the same noise. An image depends on its prompt, seed and lambda, and
+neither on its place in a batch nor on the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from functools import wraps
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,184 +20,188 @@ from deradiff import realign
 from deradiff.anchors.anchor import Anchor
 from deradiff.data.prompts import Prompt
 from deradiff.data.tables import encode_png
-from deradiff.files import locate
-from deradiff.method.samplers import FlowMatchSDEScheduler
+from deradiff.method.schedulers import make_scheduler
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
-from deradiff.realignment.registry import LABELS, SETTINGS
-from sample.config import SAMPLERS, SampleConfig
+from deradiff.realignment.dial import Dial
+from deradiff.realignment.registry import MODES
+from sample.config import SampleConfig
 from sample.manifest import Record, image_path
 
-Wanted = tuple[Prompt, int]  # prompt and seed: an image for each lambda
+
+class PromptSeed(NamedTuple):
+    """A prompt and a seed: an image for each lambda."""
+
+    prompt: Prompt
+    seed: int
+
+    def image(self, lam: float) -> str:
+        """The image's file at a lambda, relative to the run directory."""
+        return image_path(lam, self.prompt.prompt_id, self.seed)
+
+    @property
+    def generator_seed(self) -> int:
+        """63 bits that depend on prompt and seed alone."""
+        text = f"{self.prompt.prompt_id}\n{self.seed}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
-def load_sampler(config: SampleConfig, device: torch.device) -> Any:
-    """The reference pipeline on its device, with the scheduler that `config.sampler` names."""
-    import diffusers
-
-    dtype = getattr(torch, config.dtype or "float32")
-    pipe = BaseModel(config.model.base or "", config.model.revision).load_pipeline(dtype)
-    if config.model.vae:
-        pipe.vae = diffusers.AutoencoderKL.from_pretrained(locate(config.model.vae), dtype=dtype)
-    if family_of(pipe).sliced_decoding:
-        pipe.vae.enable_slicing()  # four megapixels decoded at once would need more memory than two denoisers
+def load_sampler(config: SampleConfig, base: BaseModel, device: torch.device) -> Any:
+    """The reference pipeline on its device, with the scheduler of `config.sampler`."""
+    pipe = base.load_pipeline(getattr(torch, config.dtype or "float32"))
+    if base.family.sliced_decoding:
+        pipe.vae.enable_slicing()
     pipe.scheduler = make_scheduler(config.sampler or "", pipe.scheduler.config)
     return pipe.to(device)
 
 
-def make_scheduler(sampler: str, published: Any) -> Any:
-    """A scheduler on the noise schedule of the base's own, from what its file says: what that leaves open is the new class's default."""
-    import diffusers
-
-    chosen = SAMPLERS[sampler]
-    scheduler = (
-        FlowMatchSDEScheduler if sampler == "flow_sde" else getattr(diffusers, chosen.scheduler)
-    )
-    return scheduler.from_config(published, **dict(chosen.options))
-
-
 def timesteps_digest(scheduler: Any) -> str:
-    """Of the timesteps that a call resolved: two runs on unlike noise levels must not be compared, whatever their configs say."""
-    return hashlib.sha256(json.dumps([float(t) for t in scheduler.timesteps]).encode()).hexdigest()[
-        :16
-    ]
+    """A digest of the timesteps that a call resolved.
 
-
-def generator_seed(prompt_id: str, seed: int) -> int:
-    """63 bits that depend on prompt and seed alone, and so does the image: not on its place in a batch, nor on the number of processes."""
-    return int.from_bytes(hashlib.sha256(f"{prompt_id}\n{seed}".encode()).digest()[:8]) >> 1
-
-
-class Noise:
-    """The generators of a call's rows, also for a scheduler that its pipeline hands none: SD3's and FLUX's steps of the SDE would
-    otherwise draw from torch's global generator, and an image would depend on its batch."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self.generators: list[torch.Generator] = []
-        if isinstance(scheduler, FlowMatchSDEScheduler):
-            step = scheduler.step
-            scheduler.step = wraps(step)(
-                lambda *args, **kwargs: step(*args, **{**kwargs, "generator": self.generators})
-            )
-
-    def seeded(self, images: list[Wanted], particles: int) -> list[torch.Generator]:
-        """A generator for each image, on the CPU: the same numbers on every device. An image's particles draw from it in turn."""
-        seeds = [generator_seed(prompt.prompt_id, seed) for prompt, seed in images]
-        self.generators = [
-            generator
-            for seed in seeds
-            for generator in [torch.Generator().manual_seed(seed)] * particles
-        ]
-        return self.generators
-
-
-def sample_images(
-    pipe: Any, config: SampleConfig, anchor: Anchor, wanted: list[Wanted], done: set[str]
-) -> Iterator[tuple[bytes, Record]]:
-    """Yield (PNG, record) of every image of `wanted`, over all lambdas, that is not in `done`."""
-    assert config.batch_size and config.steps  # `resolve` decided them
-    noise, particles = Noise(pipe.scheduler), config.particles
-    options: dict[str, Any] = {
-        "every": config.every,
-        "particles": particles,
-        "trust_region": config.trust_region,
-    }
-    options |= {"batched": config.batched, "shared_start": True}  # of a sweep, only lambda changes
-    with realign(
-        pipe, anchor, config.lambdas[0], config.mode, bool(config.path_kl), **options
-    ) as dial:
-        for start in range(0, len(wanted), config.batch_size):
-            batch = wanted[start : start + config.batch_size]
-            embeddings = _encode(pipe, config, batch)  # once for all lambdas
-            for lam in config.lambdas:
-                rows = [
-                    i
-                    for i, (prompt, seed) in enumerate(batch)
-                    if image_path(lam, prompt.prompt_id, seed) not in done
-                ]
-                if not rows:
-                    continue
-                dial.lam, started = lam, time.monotonic()
-                generators = noise.seeded([batch[i] for i in rows], particles)
-                images = _call(
-                    pipe,
-                    config,
-                    {name: tensor[rows] for name, tensor in embeddings.items()},
-                    generators,
-                )
-                common = {
-                    "timesteps_sha256": timesteps_digest(pipe.scheduler),
-                    "evaluations": dial.evaluations,
-                    "seconds": (time.monotonic() - started) / len(rows),
-                }
-                # Of particles, the mean: an estimate of what the steps spent before they were weighed.
-                path_kl = dial.path_kl.view(len(rows), -1).mean(1).tolist()
-                ess = dial.ess.tolist() if particles > 1 else [None] * len(rows)
-                for i, image, kl, size in zip(rows, images, path_kl, ess, strict=True):
-                    measured = common | {"path_kl": kl if math.isfinite(kl) else None, "ess": size}
-                    yield (
-                        encode_png(image),
-                        _record(config, anchor, *batch[i], lam, image) | measured,
-                    )
-
-
-def _encode(pipe: Any, config: SampleConfig, batch: list[Wanted]) -> dict[str, Tensor]:
-    """The encoded prompts as keyword arguments of the pipeline's call, a row each."""
-    guided = config.guidance_scale is not None and config.guidance_scale > 1  # as pipelines decide
-    return family_of(pipe).call_arguments(pipe, [prompt.text for prompt, _ in batch], guided)
-
-
-def _call(
-    pipe: Any,
-    config: SampleConfig,
-    embeddings: dict[str, Tensor],
-    generators: list[torch.Generator],
-) -> list[Any]:
-    """One call of the stock pipeline, with a row for each particle; an image is its first."""
-    repeated = {
-        name: tensor.repeat_interleave(config.particles, dim=0)
-        for name, tensor in embeddings.items()
-    }
-    sampling = {
-        "num_inference_steps": config.steps,
-        "guidance_scale": config.guidance_scale,
-        "height": config.height,
-        "width": config.width,
-    }
-    eta = {} if family_of(pipe).flow else {"eta": config.eta}
-    return pipe(**repeated, **sampling, **eta, generator=generators).images[:: config.particles]
-
-
-def _record(
-    config: SampleConfig, anchor: Anchor, prompt: Prompt, seed: int, lam: float, image: Any
-) -> Record:
-    beta = anchor.card.beta if anchor.card else None
-    return {
-        "image": image_path(lam, prompt.prompt_id, seed),
-        "prompt_id": prompt.prompt_id,
-        "prompt": prompt.text,
-        "seed": seed,
-        "anchor": config.anchor,
-        "base_model": config.model.base,
-        "beta": beta,
-        "lam": lam,
-        "beta_target": beta / lam if beta and lam else None,
-        "mode": config.mode_name,
-        **mode_options(config),
-        "sampler": config.sampler,
-        "eta": config.eta,
-        "steps": config.steps,
-        "guidance_scale": config.guidance_scale,
-        "height": image.height,
-        "width": image.width,
-        "generator_seed": generator_seed(prompt.prompt_id, seed),
-    }
+    Runs on unlike noise levels must not be compared, whatever their configs say.
+    """
+    times = [float(time) for time in scheduler.timesteps]
+    return hashlib.sha256(json.dumps(times).encode()).hexdigest()[:16]
 
 
 def mode_options(config: SampleConfig) -> dict[str, Any]:
-    """The options of `realign` that tell two runs of a mode apart; null for those of other modes."""
-    options: dict[str, Any] = dict.fromkeys(SETTINGS)
-    setting = LABELS[config.mode_name].setting
-    if setting:
-        options[setting] = config.mode_setting
-    return options | {"trust_region": config.trust_region}
+    """The options of `realign` that tell a run from another of its mode; None where unused."""
+    return {
+        "every": config.every if MODES[config.mode].label.setting == "every" else None,
+        "particles": config.particles if config.particles > 1 else None,
+        "trust_region": config.trust_region,
+    }
+
+
+class Images:
+    """The images of one process, sampled batch by batch.
+
+    Args:
+        pipe: the reference pipeline.
+        config: a resolved config.
+        anchor: the anchor.
+        done: images that are there already, relative to the run directory.
+    """
+
+    def __init__(self, pipe: Any, config: SampleConfig, anchor: Anchor, done: set[str]) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.anchor = anchor
+        self.done = done
+        self.family = family_of(pipe)
+
+    def sample(self, wanted: Sequence[PromptSeed]) -> Iterator[tuple[bytes, Record]]:
+        """Yield the PNG and the record of each wanted image that is not there, over all lambdas."""
+        config = self.config
+        assert config.batch_size and config.steps  # decided before
+        with realign(
+            self.pipe,
+            self.anchor,
+            config.lambdas[0],
+            config.mode,
+            bool(config.path_kl),
+            every=config.every,
+            particles=config.particles,
+            trust_region=config.trust_region,
+            batched=config.batched,
+            shared_start=True,  # of a sweep, only lambda changes
+        ) as dial:
+            for start in range(0, len(wanted), config.batch_size):
+                batch = wanted[start : start + config.batch_size]
+                yield from self._sample_batch(dial, batch)
+
+    def _sample_batch(
+        self, dial: Dial, batch: Sequence[PromptSeed]
+    ) -> Iterator[tuple[bytes, Record]]:
+        """One batch of prompts and seeds, at each lambda."""
+        embeddings = self._encode(batch)  # once for all lambdas
+        for lam in self.config.lambdas:
+            rows = [i for i, image in enumerate(batch) if image.image(lam) not in self.done]
+            if not rows:
+                continue
+
+            # One call of the pipeline
+            dial.lam = lam
+            started = time.monotonic()
+            missing = [batch[i] for i in rows]
+            of_rows = {name: tensor[rows] for name, tensor in embeddings.items()}
+            images = self._call(of_rows, self._generators(missing))
+            seconds = (time.monotonic() - started) / len(rows)
+
+            # What was measured: of particles the mean, an estimate of what the steps spent before
+            # they were weighed
+            path_kl = dial.path_kl.view(len(rows), -1).mean(1).tolist()
+            ess = dial.ess.tolist() if self.config.particles > 1 else [None] * len(rows)
+            for one, image, kl, size in zip(missing, images, path_kl, ess, strict=True):
+                measured = {
+                    "timesteps_sha256": timesteps_digest(self.pipe.scheduler),
+                    "evaluations": dial.evaluations,
+                    "seconds": seconds,
+                    "path_kl": kl if math.isfinite(kl) else None,
+                    "ess": size,
+                }
+                yield encode_png(image), self._record(one, lam, image) | measured
+
+    def _encode(self, batch: Sequence[PromptSeed]) -> dict[str, Tensor]:
+        """The encoded prompts as keyword arguments of the pipeline's call, a row each."""
+        guidance = self.config.guidance_scale
+        guided = guidance is not None and guidance > 1  # as pipelines decide it
+        prompts = [image.prompt.text for image in batch]
+        return self.family.call_arguments(self.pipe, prompts, guided)
+
+    def _generators(self, images: Sequence[PromptSeed]) -> list[torch.Generator]:
+        """A generator for each row, on the CPU: the same numbers on every device.
+
+        An image's particles draw from one generator, in turn.
+        """
+        generators = []
+        for image in images:
+            generator = torch.Generator().manual_seed(image.generator_seed)
+            generators += [generator] * self.config.particles
+        if hasattr(self.pipe.scheduler, "generators"):
+            self.pipe.scheduler.generators = generators
+        return generators
+
+    def _call(self, embeddings: dict[str, Tensor], generators: list[torch.Generator]) -> list[Any]:
+        """One call of the stock pipeline, with a row for each particle; an image is its first."""
+        config = self.config
+        particles = config.particles
+        rows = {}
+        for name, tensor in embeddings.items():
+            rows[name] = tensor.repeat_interleave(particles, dim=0)
+        eta = {} if self.family.flow else {"eta": config.eta}
+        output = self.pipe(
+            **rows,
+            **eta,
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            height=config.height,
+            width=config.width,
+            generator=generators,
+        )
+        return output.images[::particles]
+
+    def _record(self, one: PromptSeed, lam: float, image: Any) -> Record:
+        """An image's line in the manifest (`evaluation.manifest.ImageRecord`), not yet measured."""
+        config = self.config
+        beta = self.anchor.card.beta if self.anchor.card else None
+        return {
+            "image": one.image(lam),
+            "prompt_id": one.prompt.prompt_id,
+            "prompt": one.prompt.text,
+            "seed": one.seed,
+            "anchor": config.anchor,
+            "base_model": config.model.base,
+            "beta": beta,
+            "lam": lam,
+            "beta_target": beta / lam if beta and lam else None,
+            "mode": config.mode_name,
+            **mode_options(config),
+            "sampler": config.sampler,
+            "eta": config.eta,
+            "steps": config.steps,
+            "guidance_scale": config.guidance_scale,
+            "height": image.height,
+            "width": image.width,
+            "generator_seed": one.generator_seed,
+        }

@@ -1,4 +1,9 @@
-from train.stage import main
+"""`python -m train`: align a model. The stage is imported once its config is valid."""
+
+from configs.entry import entry
+from train.config import TrainConfig
+
+main = entry("train", TrainConfig, "train.stage:run")
 
 if __name__ == "__main__":
     main()

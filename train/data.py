@@ -217,8 +217,7 @@ def is_cached(config: TrainConfig) -> bool:
 
 def latent_side(config: TrainConfig, base: BaseModel) -> int:
     """Rows, and columns, of the latents."""
-    levels = len(base.vae_config["block_out_channels"])
-    return config.model.resolution // 2 ** (levels - 1)
+    return config.model.resolution // base.family.pixels_per_latent(base.vae_config)
 
 
 def cache_need(config: TrainConfig, base: BaseModel, rows: CaptionedImages) -> tuple[float, float]:

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from configs.entry import entry
 from configs.tracking import tracker
 from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.files import claim, slug
@@ -184,6 +183,3 @@ def _device_name(accelerator: Accelerator) -> str:
     else:
         name = f"cpu ({platform.machine()})"
     return f"{accelerator.num_processes} x {name}"
-
-
-main = entry("train", TrainConfig, run)

@@ -1,12 +1,17 @@
-"""What the sample stage left: manifests read and checked, images that are still the ones that were sampled."""
+"""The manifest: a line an image, written by the sample stage and read here.
+
+`ImageRecord` is its one schema. Reading checks every line, every image, and that what is compared
+belongs together.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -14,146 +19,216 @@ import pandas as pd
 from deradiff.anchors.anchor import AnchorCard, read_card
 from deradiff.realignment.registry import full_name
 
-# The contract of manifest.jsonl: each key with the types it may have. More keys are welcome.
-NUMBER, NONE = (int, float), type(None)
-MANIFEST: dict[str, tuple[type, ...]] = {
-    "image": (str,),
-    "sha256": (str,),
-    "prompt_id": (str,),
-    "prompt": (str,),
-    "seed": (int,),
-    "anchor": (str,),
-    "beta": (*NUMBER, NONE),
-    "lam": NUMBER,
-    "beta_target": (*NUMBER, NONE),
-    "mode": (str,),
-    "sampler": (str,),
-    "eta": NUMBER,
-    "steps": (int,),
-    "guidance_scale": NUMBER,
-    "height": (int,),
-    "width": (int,),
-    "path_kl": (*NUMBER, NONE),
-}
-BENCH = [
-    "sampler",
-    "eta",
-    "steps",
-    "guidance_scale",
-    "height",
-    "width",
-]  # images that differ in any of these are never compared
+MANIFEST = "manifest.jsonl"
+
+SAMPLING_COLUMNS = ["sampler", "eta", "steps", "guidance_scale", "height", "width"]
+"""How images were sampled. Images that differ in any of these are never compared."""
+
+OPTIONAL = {"eta": 0.0, "evaluations": None}
+"""Keys that older manifests lack, with what they mean there."""
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+@dataclass(kw_only=True)
+class ImageRecord:
+    """One image of a sample run: what it is, how it was made, and what it cost.
+
+    A manifest may hold more keys than these.
+
+    Attributes:
+        image: the file, relative to the run directory.
+        prompt_id: the prompt's name, a function of its text.
+        prompt: the prompt.
+        seed: the user's seed.
+        anchor: the anchor as the user named it.
+        beta: the anchor's; None where no card says it.
+        lam: lambda.
+        beta_target: beta / lam; None at lam 0 and without a beta.
+        mode: `exact`, `reuse`, `weights`, or `particles`.
+        sampler: a key of `deradiff.method.samplers.SAMPLERS`.
+        eta: of DDIM.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance.
+        height: in pixels.
+        width: in pixels.
+        path_kl: to the reference's chain, in nats; None where it is not known.
+        evaluations: network evaluations a step.
+        sha256: of the image's file.
+    """
+
+    image: str
+    prompt_id: str
+    prompt: str
+    seed: int
+    anchor: str
+    beta: float | None
+    lam: float
+    beta_target: float | None
+    mode: str
+    sampler: str
+    eta: float
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    path_kl: float | None
+    evaluations: float | None
+    sha256: str
+
+
+def _accepted_types() -> dict[str, tuple[type, ...]]:
+    """The types that a line's value may have, by key. An integer is a number, too."""
+    hints = get_type_hints(ImageRecord)
+    accepted: dict[str, tuple[type, ...]] = {}
+    for field in fields(ImageRecord):
+        types = get_args(hints[field.name]) or (hints[field.name],)
+        accepted[field.name] = (int, *types) if float in types else types
+    return accepted
+
+
+ACCEPTED_TYPES = _accepted_types()
+
+
+def read_manifest(run: str) -> list[dict[str, Any]]:
+    """The lines of `<run>/manifest.jsonl`, each with its `run`.
+
+    An image that is listed twice counts as it was listed last.
+
+    Raises:
+        ValueError: where the run, its manifest or a line is not what it should be.
+    """
+    if not Path(run).is_dir():
+        raise ValueError(
+            f"there is no sample run {run}; type samples=[runs/sample/<name>] with a folder that "
+            "python -m sample wrote"
+        )
+    manifest = Path(run) / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(
+            f"{run} has no {MANIFEST}; run the sample stage to its end, or give another folder in "
+            "samples=[...]"
+        )
+    newest: dict[str, dict[str, Any]] = {}
+    # Not splitlines: a prompt may hold U+2028
+    lines = manifest.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            record = _read_line(line, f"{manifest} line {number}")
+            newest[record["image"]] = record | {"run": run}
+    if not newest:
+        raise ValueError(f"{manifest} is empty; run the sample stage's command again")
+    return list(newest.values())
+
+
+def _read_line(line: str, where: str) -> dict[str, Any]:
+    """One line of a manifest, checked, with its mode's label in place of the mode."""
     try:
-        row = json.loads(line)
+        record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where} is not JSON ({error.msg}); run the sample stage's command again to complete it"
         ) from None
-    if not isinstance(row, dict):
+    if not isinstance(record, dict):
         raise ValueError(f"{where} is not a JSON object; sample that run again")
-    row.setdefault("eta", 0.0)  # of DDIM alone
-    row.setdefault("evaluations", None)  # counted by newer versions
-    for key, types in MANIFEST.items():
-        if key not in row:
+    record = OPTIONAL | record
+    for key, types in ACCEPTED_TYPES.items():
+        if key not in record:
             raise ValueError(f"{where} lacks {key!r}; sample that run again with this version")
-        if not isinstance(row[key], types) or isinstance(row[key], bool):
+        value = record[key]
+        if not isinstance(value, types) or isinstance(value, bool):
+            names = " or ".join(one.__name__ for one in types)
             raise ValueError(
-                f"{where} has {key}={row[key]!r}, which is no {' or '.join(t.__name__ for t in types)}; sample that run again"
+                f"{where} has {key}={value!r}, which is no {names}; sample that run again"
             )
-    return row | {"mode": full_name(row)}
+    return record | {"mode": full_name(record)}
 
 
-def read_manifest(run: str) -> list[dict[str, Any]]:
-    """The rows of `<run>/manifest.jsonl`, each with its `run`; an image listed twice counts as it was listed last. Raises ValueError."""
-    if not Path(run).is_dir():
-        raise ValueError(
-            f"there is no sample run {run}; type samples=[runs/sample/<name>] with a folder that python -m sample wrote"
-        )
-    manifest = Path(run) / "manifest.jsonl"
-    if not manifest.is_file():
-        raise ValueError(
-            f"{run} has no manifest.jsonl; run the sample stage to its end, or give another folder in samples=[...]"
-        )
-    lines = enumerate(
-        manifest.read_text(encoding="utf-8").split("\n"), start=1
-    )  # not splitlines: a prompt may hold U+2028
-    rows = [_row(line, f"{manifest} line {number}") for number, line in lines if line.strip()]
-    if not rows:
-        raise ValueError(f"{manifest} is empty; run the sample stage's command again")
-    return list({row["image"]: row | {"run": run} for row in rows}.values())
+def read_samples(runs: Sequence[str], references: Sequence[str] = ()) -> pd.DataFrame:
+    """The manifests of sample runs as one table, a row an image.
 
+    Args:
+        runs: run directories whose realigned models are evaluated.
+        references: run directories that serve as targets and as the reference, and as nothing else.
 
-def read_samples(runs: list[str], references: Sequence[str] = ()) -> pd.DataFrame:
-    """The manifests of all runs, a row an image: the contract's columns, `run`, `file`, the image's path, and `realigned`, False for
-    images of `references`, which serve as targets alone.
+    Returns:
+        The manifest's keys, `run`, `file` (the image's path), and `realigned`: False for images of
+        `references`.
 
-    Raises ValueError where a run, a line or an image is not what it should be; missing and altered images are counted and named.
+    Raises:
+        ValueError: where a run, a line or an image is not what it should be. Missing and altered
+            images are counted and named.
     """
-    table = pd.DataFrame(
-        [
-            row | {"realigned": run in runs}
-            for run in [*runs, *references]
-            for row in read_manifest(run)
-        ]
-    )
+    rows = []
+    for run in [*runs, *references]:
+        for record in read_manifest(run):
+            rows.append(record | {"realigned": run in runs})
+    table = pd.DataFrame(rows)
     table = table[table["realigned"] | table["lam"].isin([0, 1])].reset_index(drop=True)
     table["file"] = [str(Path(run) / image) for run, image in zip(table["run"], table["image"])]
-    escaped = [
-        image for image in table["image"] if Path(image).is_absolute() or ".." in Path(image).parts
-    ]
-    if escaped:
-        raise ValueError(
-            f"the image path {escaped[0]!r} leads out of its run directory; sample that run again"
-        )
-    missing = [f for f in table["file"] if not Path(f).is_file()]
-    if missing:
-        raise ValueError(
-            f"{_named(missing)} missing; run the sample stage's command again, it makes what is not there"
-        )
-    altered = [
-        f
-        for f, digest in zip(table["file"], table["sha256"])
-        if hashlib.sha256(Path(f).read_bytes()).hexdigest() != digest
-    ]
-    if altered:
-        raise ValueError(
-            f"{_named(altered)} not what the manifest's sha256 says; delete them and run the sample stage's command again"
-        )
+    _check_images(table)
     _check_pairing(table)
     return table
 
 
+def _check_images(table: pd.DataFrame) -> None:
+    """Raises ValueError for images that are elsewhere, missing, or not what was sampled."""
+    for image in table["image"]:
+        if Path(image).is_absolute() or ".." in Path(image).parts:
+            raise ValueError(
+                f"the image path {image!r} leads out of its run directory; sample that run again"
+            )
+    missing = [file for file in table["file"] if not Path(file).is_file()]
+    if missing:
+        raise ValueError(
+            f"{_named(missing)} missing; run the sample stage's command again, it makes what is not "
+            "there"
+        )
+    altered = []
+    for file, sha256 in zip(table["file"], table["sha256"]):
+        if hashlib.sha256(Path(file).read_bytes()).hexdigest() != sha256:
+            altered.append(file)
+    if altered:
+        raise ValueError(
+            f"{_named(altered)} not what the manifest's sha256 says; delete them and run the sample "
+            "stage's command again"
+        )
+
+
 def _named(files: list[str]) -> str:
-    shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-    return f"{len(files)} image{'s are' if len(files) > 1 else ' is'} ({shown})"
+    """How many images, and the first of them."""
+    first = ", ".join(files[:3])
+    more = ", ..." if len(files) > 3 else ""
+    verb = "s are" if len(files) > 1 else " is"
+    return f"{len(files)} image{verb} ({first}{more})"
 
 
 def _check_pairing(table: pd.DataFrame) -> None:
-    """One prompt_id is one prompt, and what is compared started from one noise and took the same steps. Raises ValueError."""
-    one = {
+    """Raises ValueError where images that would be compared do not belong together.
+
+    A prompt_id is one prompt, and what is compared started from one noise and took the same steps.
+    """
+    same_within = {
         "prompt": ["prompt_id"],
         "generator_seed": ["prompt_id", "seed", "height", "width"],
-        "timesteps_sha256": BENCH,
+        "timesteps_sha256": SAMPLING_COLUMNS,
     }
-    for column, within in one.items():
-        if column in table and (counts := table.groupby(within)[column].nunique()).gt(1).any():
-            where = ", ".join(
-                f"{key}={value}"
-                for key, value in zip(
-                    within, np.atleast_1d(np.array(counts.idxmax(), dtype=object))
-                )
-            )
+    for column, keys in same_within.items():
+        if column not in table:
+            continue
+        counts = table.groupby(keys)[column].nunique()
+        if counts.gt(1).any():
+            values = np.atleast_1d(np.array(counts.idxmax(), dtype=object))
+            where = ", ".join(f"{key}={value}" for key, value in zip(keys, values))
             raise ValueError(
-                f"the samples given do not belong together: {column} differs at {where}; evaluate those runs apart"
+                f"the samples given do not belong together: {column} differs at {where}; evaluate "
+                "those runs apart"
             )
 
 
 def read_cards(table: pd.DataFrame) -> dict[str, AnchorCard]:
-    """The cards of those anchors that are local folders with a card, by the manifest's `anchor`."""
-    cards = {
-        anchor: read_card(anchor) for anchor in table["anchor"].unique() if Path(anchor).is_dir()
-    }
-    return {anchor: card for anchor, card in cards.items() if card is not None}
+    """The cards of the anchors that are local folders with a card, by the manifest's `anchor`."""
+    cards = {}
+    for anchor in table["anchor"].unique():
+        card = read_card(anchor) if Path(anchor).is_dir() else None
+        if card is not None:
+            cards[anchor] = card
+    return cards

@@ -1,24 +1,83 @@
-"""Which images stand for which: every realigned model and the model that was aligned from scratch at the beta it targets."""
+"""Which images are compared: every realigned model, and the model it should imitate.
+
+The target of a realigned model is the model that was aligned from scratch at beta / lam.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard
-from deradiff.evaluation.manifest import BENCH
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 
-GROUP = [*BENCH, "anchor", "mode", "lam"]
-ANCHOR = GROUP.index("anchor")
-Group = tuple[Any, ...]  # values of GROUP: one model's images, sampled in one way
-BETA_TOLERANCE = 1e-3  # relative; lam is often typed as .3333
+BETA_TOLERANCE = 1e-3
+"""Relative. lam is often typed as .3333."""
+
+Cards = Mapping[str, AnchorCard]
+"""The cards of anchors, by the manifest's `anchor`."""
 
 
-def short(anchor: str) -> str:
+class SampledModel(NamedTuple):
+    """One model's images, sampled in one way. A key of tables and dictionaries.
+
+    Attributes:
+        sampler: how it was sampled, with the next five.
+        eta: of DDIM.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance.
+        height: in pixels.
+        width: in pixels.
+        anchor: as the manifest names it.
+        mode: the mode's label.
+        lam: lambda.
+    """
+
+    sampler: str
+    eta: float
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    anchor: str
+    mode: str
+    lam: float
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> SampledModel:
+        """The model of a manifest's line, or of a table's row that has these columns."""
+        return cls(*(row[column] for column in cls._fields))
+
+    @property
+    def sampling(self) -> tuple[Any, ...]:
+        """How it was sampled: the values of `SAMPLING_COLUMNS`."""
+        return tuple(self)[: len(SAMPLING_COLUMNS)]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is the reference."""
+        return self.lam == 0
+
+    def is_weaker_than(self, other: SampledModel) -> bool:
+        """Whether it is on the way from the reference to another model: a smaller lambda of it.
+
+        The reference is on the way to every anchor that was sampled alike.
+        """
+        same_source = (self.anchor, self.mode) == (other.anchor, other.mode)
+        is_smaller = self.sampling == other.sampling and self.lam < other.lam
+        return is_smaller and (self.is_reference or same_source)
+
+
+MODEL_COLUMNS = list(SampledModel._fields)
+"""The columns of a table that tell a sampled model."""
+
+
+def anchor_name(anchor: str) -> str:
     """An anchor's name for people: of its training run where it lies in one."""
     path = Path(anchor)
     return path.parent.name if path.name == "anchor" else anchor
@@ -26,166 +85,270 @@ def short(anchor: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the paper's tables: anchor `beta` realigned by `lam` beside the target, from scratch at beta / lam.
+    """One entry of the paper's tables: a realigned model and its target.
 
-    Each group is compared on the (prompt_id, seed) that it shares with the target and the reference: same x_T, same step noise.
+    Models are compared on the (prompt_id, seed) that they share with the target and the reference:
+    same initial noise, same step noise.
+
+    Attributes:
+        beta: the anchor's.
+        beta_target: the target's, beta / lam.
+        lam: lambda.
+        mode: the mode's label.
+        sampling: values of `SAMPLING_COLUMNS`.
+        training_seed: the anchor's; None where no card says it.
+        realigned: the realigned model.
+        target: the model that was aligned from scratch.
+        reference: the reference.
+        anchor: the anchor as it is, lam = 1; None where it was not sampled.
+        second_seeds: the target again, from other training seeds.
     """
 
     beta: float
     beta_target: float
     lam: float
     mode: str
-    bench: tuple[Any, ...]
+    sampling: tuple[Any, ...]
     training_seed: int | None
-    realigned: Group
-    target: Group
-    reference: Group
-    anchor: Group | None  # the anchor as it is, lam = 1
-    second_seeds: tuple[Group, ...]  # the target again, from other training seeds
+    realigned: SampledModel
+    target: SampledModel
+    reference: SampledModel
+    anchor: SampledModel | None
+    second_seeds: tuple[SampledModel, ...]
 
     def __str__(self) -> str:
-        return f"{short(self.realigned[ANCHOR])} at lam={self.lam:g}, mode {self.mode}, for beta={self.beta_target:g}"
+        name = anchor_name(self.realigned.anchor)
+        return f"{name} at lam={self.lam:g}, mode {self.mode}, for beta={self.beta_target:g}"
 
-    def rivals(self) -> list[tuple[str, Group]]:
-        """What is held against the target, by name."""
-        as_is = [("anchor as is", self.anchor)] if self.anchor else []
-        floor = [("seed floor", group) for group in self.second_seeds]
-        return [("realigned", self.realigned), *as_is, ("reference as is", self.reference), *floor]
+    def comparisons(self) -> list[tuple[str, SampledModel]]:
+        """What is compared with the target, by name: the realigned model, and what it must beat."""
+        compared = [("realigned", self.realigned)]
+        if self.anchor:
+            compared.append(("anchor as is", self.anchor))
+        compared.append(("reference as is", self.reference))
+        compared += [("seed floor", model) for model in self.second_seeds]
+        return compared
+
+    def key(self) -> tuple[SampledModel, float, str]:
+        """What cells of several modes share: target, lambda and anchor."""
+        return self.target, self.lam, self.realigned.anchor
 
 
-def pair_up(samples: pd.DataFrame, cards: dict[str, AnchorCard]) -> tuple[list[Cell], list[str]]:
-    """The cells of the realigned samples, whose targets may be any of the samples, and for each that lacks one a sentence that says so.
+def pair_up(samples: pd.DataFrame, cards: Cards) -> tuple[list[Cell], list[str]]:
+    """The cells of all realigned models.
 
-    Raises ValueError where two anchors could be the same target, as they agree in beta and training seed.
+    Args:
+        samples: of `read_samples`. A target may be any of them.
+        cards: of their anchors.
+
+    Returns:
+        The cells, and for each model that lacks something a sentence that says what.
+
+    Raises:
+        ValueError: where two anchors could be the same target, because they agree in beta and
+            training seed.
     """
-    cells, missing = [], []
-    for bench, images in samples.groupby(BENCH):
-        models = images.drop_duplicates(GROUP).sort_values(
-            ["beta", "lam", "mode"]
-        )  # a model of samples and references is of the former
-        ends = {lam: _by_anchor(models[models["lam"] == lam]) for lam in (0, 1)}
-        betas = {a: b for a, b in zip(models["anchor"], models["beta"]) if not pd.isna(b)}
-        for model in models[models["realigned"] & ~models["lam"].isin([0, 1])].to_dict("records"):
-            found = _cell(model, tuple(bench), betas, ends[0], ends[1], cards)
-            if isinstance(found, Cell):
-                alone, all_ = _without_partner(found, images)
-                if alone:
-                    missing.append(
-                        f"{found}: {alone} of {all_} realigned images have no partner of the same prompt and seed, and are left out"
-                    )
-                if alone < all_:
-                    cells.append(found)
-            else:
-                missing.append(found)
+    cells = []
+    missing = []
+    for _, images in samples.groupby(SAMPLING_COLUMNS):
+        bench = _Bench.of(images, cards)
+        for model in bench.realigned_models():
+            cell = bench.find_cell(model)
+            if isinstance(cell, str):
+                missing.append(cell)
+                continue
+            alone, total = _without_partner(cell, images)
+            if alone:
+                missing.append(
+                    f"{cell}: {alone} of {total} realigned images have no partner of the same "
+                    "prompt and seed, and are left out"
+                )
+            if alone < total:
+                cells.append(cell)
     return cells, missing
 
 
 def _without_partner(cell: Cell, images: pd.DataFrame) -> tuple[int, int]:
-    """How many realigned images the target or the reference has no image to compare with for, and of how many."""
-    ids = {
-        group: set(zip(rows["prompt_id"], rows["seed"])) for group, rows in images.groupby(GROUP)
-    }
+    """How many realigned images lack an image of target or reference, and of how many."""
+    ids = {}
+    for values, rows in images.groupby(MODEL_COLUMNS):
+        ids[SampledModel(*values)] = set(zip(rows["prompt_id"], rows["seed"]))
     own = ids[cell.realigned]
-    return len(own - (ids[cell.target] & ids[cell.reference])), len(own)
+    partners = ids[cell.target] & ids[cell.reference]
+    return len(own - partners), len(own)
 
 
-def _cell(
-    model: dict[str, Any],
-    bench: tuple[Any, ...],
-    betas: dict[str, float],
-    references: dict[str, Group],
-    anchors: dict[str, Group],
-    cards: dict[str, AnchorCard],
-) -> Cell | str:
-    """The cell of one realigned model, or what it lacks. references, anchors: the groups at lam = 0 and at lam = 1, by anchor."""
-    anchor, lam = model["anchor"], model["lam"]
-    told = f"{short(anchor)} at lam={lam:g}, mode {model['mode']},"
-    if anchor not in betas:
-        return f"{told} has no target: its anchor names no beta"
-    beta = betas[anchor]
-    told = f"{told} targets beta={beta / lam:g}"
-    fits = [
-        a
-        for a, b in betas.items()
-        if a != anchor
-        and a in anchors
-        and _comparable(a, anchor, cards)
-        and math.isclose(b, beta / lam, rel_tol=BETA_TOLERANCE)
-    ]
-    if not fits:
-        return f"{told}: no sample run of an anchor at that beta, with 1 among its lambdas, is among the samples"
-    target, *others = _by_training_seed(fits, anchor, cards)
-    sources = [
-        a
-        for a in (target, anchor, *references)
-        if a in references and _comparable(a, target, cards)
-    ]
-    if not sources:
-        return f"{told}: no images of the reference are among the samples; sample with 0 among the lambdas"
-    return Cell(
-        beta=beta,
-        beta_target=betas[target],
-        lam=lam,
-        mode=model["mode"],
-        bench=bench,
-        training_seed=_seed(anchor, cards),
-        realigned=tuple(model[key] for key in GROUP),
-        target=anchors[target],
-        reference=references[sources[0]],
-        anchor=anchors.get(anchor),
-        second_seeds=tuple(anchors[a] for a in others),
-    )
+@dataclass(frozen=True)
+class _Bench:
+    """All models that were sampled in one way.
+
+    Attributes:
+        models: a row a model, sorted by beta, lambda and mode.
+        betas: of each anchor that has one.
+        references: each anchor's model at lam = 0.
+        anchors: each anchor's model at lam = 1.
+        cards: of the anchors.
+    """
+
+    models: pd.DataFrame
+    betas: dict[str, float]
+    references: dict[str, SampledModel]
+    anchors: dict[str, SampledModel]
+    cards: Cards
+
+    @classmethod
+    def of(cls, images: pd.DataFrame, cards: Cards) -> _Bench:
+        """The bench of images that were sampled in one way."""
+        # A model of samples and of references counts as one of samples, which come first
+        models = images.drop_duplicates(MODEL_COLUMNS).sort_values(["beta", "lam", "mode"])
+        betas = {}
+        for anchor, beta in zip(models["anchor"], models["beta"]):
+            if not pd.isna(beta):
+                betas[anchor] = beta
+        references = _by_anchor(models[models["lam"] == 0])
+        anchors = _by_anchor(models[models["lam"] == 1])
+        return cls(models, betas, references, anchors, cards)
+
+    def realigned_models(self) -> list[dict[str, Any]]:
+        """Models between and beyond reference and anchor: lam = 1 is an identity and no cell."""
+        models = self.models
+        return models[models["realigned"] & ~models["lam"].isin([0, 1])].to_dict("records")
+
+    def find_cell(self, model: dict[str, Any]) -> Cell | str:
+        """The cell of one realigned model, or a sentence that says what it lacks."""
+        anchor = model["anchor"]
+        lam = model["lam"]
+        name = f"{anchor_name(anchor)} at lam={lam:g}, mode {model['mode']},"
+        if anchor not in self.betas:
+            return f"{name} has no target: its anchor names no beta"
+
+        # The target: an anchor at beta / lam, sampled as it is
+        beta = self.betas[anchor]
+        name = f"{name} targets beta={beta / lam:g}"
+        fitting = self._anchors_at(beta / lam, anchor)
+        if not fitting:
+            return (
+                f"{name}: no sample run of an anchor at that beta, with 1 among its lambdas, is "
+                "among the samples"
+            )
+        target, *others = self._by_training_seed(fitting, anchor)
+
+        # The reference: the target's own where there is one
+        sources = [
+            source
+            for source in (target, anchor, *self.references)
+            if source in self.references and _comparable(source, target, self.cards)
+        ]
+        if not sources:
+            return (
+                f"{name}: no images of the reference are among the samples; sample with 0 among the "
+                "lambdas"
+            )
+        realigned = SampledModel.of_row(model)
+        return Cell(
+            beta=beta,
+            beta_target=self.betas[target],
+            lam=lam,
+            mode=model["mode"],
+            sampling=realigned.sampling,
+            training_seed=_training_seed(anchor, self.cards),
+            realigned=realigned,
+            target=self.anchors[target],
+            reference=self.references[sources[0]],
+            anchor=self.anchors.get(anchor),
+            second_seeds=tuple(self.anchors[other] for other in others),
+        )
+
+    def _anchors_at(self, beta: float, other_than: str) -> list[str]:
+        """Anchors of a beta that were sampled at lam = 1 and are comparable with another one."""
+        fitting = []
+        for anchor, its_beta in self.betas.items():
+            is_other = anchor != other_than and anchor in self.anchors
+            is_close = math.isclose(its_beta, beta, rel_tol=BETA_TOLERANCE)
+            if is_other and is_close and _comparable(anchor, other_than, self.cards):
+                fitting.append(anchor)
+        return fitting
+
+    def _by_training_seed(self, fitting: list[str], anchor: str) -> list[str]:
+        """The target that shares the anchor's training seed first.
+
+        Then both saw the same data in the same order.
+        """
+        seeds = [_training_seed(one, self.cards) for one in fitting]
+        if len(set(seeds)) < len(seeds):
+            names = " and ".join(anchor_name(one) for one in fitting)
+            raise ValueError(
+                f"{names} agree in beta and training seed, so either could be the target; evaluate "
+                "them apart"
+            )
+        own_seed = _training_seed(anchor, self.cards)
+
+        def order(one: str) -> tuple[bool, int]:
+            seed = _training_seed(one, self.cards)
+            return seed != own_seed, seed or 0
+
+        return sorted(fitting, key=order)
 
 
-def _by_anchor(models: pd.DataFrame) -> dict[str, Group]:
-    """One group an anchor; at lam = 0 and 1 every mode gives the same images, so the first serves."""
-    return {
-        model["anchor"]: tuple(model[key] for key in GROUP)
-        for model in reversed(models.to_dict("records"))
-    }
+def _by_anchor(models: pd.DataFrame) -> dict[str, SampledModel]:
+    """One model an anchor. At lam = 0 and 1 every mode gives the same images: the first serves."""
+    first: dict[str, SampledModel] = {}
+    for model in reversed(models.to_dict("records")):
+        first[model["anchor"]] = SampledModel.of_row(model)
+    return first
 
 
-def _seed(anchor: str, cards: dict[str, AnchorCard]) -> int | None:
+def _training_seed(anchor: str, cards: Cards) -> int | None:
     return cards[anchor].seed if anchor in cards else None
 
 
-def _comparable(one: str, other: str, cards: dict[str, AnchorCard]) -> bool:
+def _comparable(one: str, other: str, cards: Cards) -> bool:
     """Whether two anchors were aligned from one base in one way, as far as their cards tell."""
     if one not in cards or other not in cards:
         return True
-    a, b = cards[one], cards[other]
-    return (a.base_model, a.method, a.objective) == (b.base_model, b.method, b.objective)
-
-
-def _by_training_seed(fits: list[str], anchor: str, cards: dict[str, AnchorCard]) -> list[str]:
-    """The target that shares the anchor's training seed first: then both saw the same data in the same order."""
-    seeds = [_seed(a, cards) for a in fits]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"{' and '.join(short(a) for a in fits)} agree in beta and training seed, so either could be the target; evaluate them apart"
-        )
-    return sorted(
-        fits, key=lambda a: (_seed(a, cards) != _seed(anchor, cards), _seed(a, cards) or 0)
+    first, second = cards[one], cards[other]
+    return (first.base_model, first.method, first.objective) == (
+        second.base_model,
+        second.method,
+        second.objective,
     )
 
 
-def by_group(scores: pd.DataFrame) -> dict[Group, pd.DataFrame]:
-    """The scores of each model: rows (prompt_id, seed), a column a scorer, in the order they were scored."""
+def by_model(scores: pd.DataFrame) -> dict[SampledModel, pd.DataFrame]:
+    """The scores of each model.
+
+    Args:
+        scores: a row per image and scorer.
+
+    Returns:
+        For each model, rows (prompt_id, seed) and a column a scorer, in the order of scoring.
+    """
     wide = scores.pivot_table(
-        index=[*GROUP, "prompt_id", "seed"],
+        index=[*MODEL_COLUMNS, "prompt_id", "seed"],
         columns="scorer",
         values="score",
         aggfunc="first",
         sort=False,
     )
-    return {group: rows.droplevel(GROUP) for group, rows in wide.groupby(level=GROUP, sort=False)}
+    models = {}
+    for values, rows in wide.groupby(level=MODEL_COLUMNS, sort=False):
+        models[SampledModel(*values)] = rows.droplevel(MODEL_COLUMNS)
+    return models
 
 
 def per_prompt(
-    groups: dict[Group, pd.DataFrame], chosen: list[Group], scorer: str
+    scores: Mapping[SampledModel, pd.DataFrame], models: Sequence[SampledModel], scorer: str
 ) -> tuple[pd.DataFrame, int]:
-    """Mean scores over seeds, a row a prompt and a column a group, of the images that all groups share; and how many those are."""
-    shared = pd.concat(
-        [groups[group][scorer] for group in chosen], axis=1, join="inner", keys=range(len(chosen))
-    )
+    """Mean scores over seeds, of the images that all models share.
+
+    Args:
+        scores: of `by_model`.
+        models: what is compared.
+        scorer: whose scores.
+
+    Returns:
+        A row a prompt and a column a model; and how many images that is of.
+    """
+    columns = [scores[model][scorer] for model in models]
+    shared = pd.concat(columns, axis=1, join="inner", keys=range(len(models)))
     return shared.groupby(level="prompt_id", sort=True).mean(), len(shared)

@@ -1,82 +1,80 @@
-"""Scores of every image by every scorer. Nothing is scored twice: what was scored before, by any run, lies in a cache."""
+"""Scores of every image by every scorer.
+
+Nothing is scored twice: what was scored before, by any run, lies in a cache. Under torchrun or
+accelerate launch the processes share the images.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-import deradiff.scorers
 from deradiff.files import write_atomic
+from deradiff.scorers import load_spec
 from deradiff.scorers.base import Scorer
 from deradiff.scorers.cache import Key, ScoreCache, key
-from eval.config import ScorerConfig
+from deradiff.scorers.spec import ScorerSpec
 
 
-def state() -> Any:
-    """This process among those of torchrun or accelerate launch (accelerate's PartialState); alone it is the main process."""
-    from accelerate import PartialState
-
+def process_state() -> PartialState:
+    """This process among those of torchrun or accelerate launch; alone it is the main process."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def score_images(
-    samples: pd.DataFrame, scorers: dict[str, ScorerConfig], batch_size: int, cache: Path
+    samples: pd.DataFrame, scorers: Mapping[str, ScorerSpec], batch_size: int, cache: Path
 ) -> pd.DataFrame | None:
-    """A row per image and scorer: the samples' columns but `file`, then `scorer` (the label), `version`, `scale`, `preprocessing`, `score`.
+    """Score every image by every scorer.
 
-    cache: the folder of the scores of all runs. Under torchrun or accelerate launch the ranks share the images, on a GPU each; the main
-    process gets the table and the others None. Killed at any moment, the same command goes on where it stopped. Raises ValueError for a
-    score that is no number.
+    Killed at any moment, the same call goes on where it stopped.
+
+    Args:
+        samples: a row an image.
+        scorers: by label.
+        batch_size: images scored at once.
+        cache: the folder of the scores of all runs.
+
+    Returns:
+        A row per image and scorer: the samples' columns but `file`, then `scorer` (the label),
+        `version`, `scale`, `preprocessing`, `score`. Processes other than the main one get None.
+
+    Raises:
+        ValueError: for a score that is not a finite number.
     """
-    here, tables = state(), []
+    state = process_state()
     rows = samples.drop(columns="file").assign(key=_keys(samples))
-    with tqdm(
-        total=len(samples) * len(scorers),
-        unit="image",
-        disable=None if here.is_main_process else True,
-    ) as progress:
-        for label, config in scorers.items():
+    tables = []
+    total = len(samples) * len(scorers)
+    is_silent = None if state.is_main_process else True
+    with tqdm(total=total, unit="image", disable=is_silent) as progress:
+        for label, spec in scorers.items():
             progress.set_description(label)
-            scorer = deradiff.scorers.load_scorer(*settings(config), device=str(here.device))
-            scores = _complete(
-                scorer, label, samples, batch_size, ScoreCache(cache, scorer), progress
-            )
-            told = {
-                "scorer": label,
-                "version": scorer.version,
-                "scale": scorer.scale,
-                "preprocessing": scorer.preprocessing,
-            }
-            if here.is_main_process:
-                tables.append(
-                    rows.drop(columns="key").assign(**told, score=[scores[k] for k in rows["key"]])
+            scorer = load_spec(spec, device=str(state.device))
+            store = ScoreCache(cache, scorer)
+            run = _ScoringRun(scorer, label, batch_size, store, progress)
+            scores = run.complete(samples)
+            if state.is_main_process:
+                table = rows.drop(columns="key").assign(
+                    scorer=label,
+                    version=scorer.version,
+                    scale=scorer.scale,
+                    preprocessing=scorer.preprocessing,
+                    score=[scores[one] for one in rows["key"]],
                 )
-    return pd.concat(tables, ignore_index=True) if here.is_main_process else None
-
-
-def settings(
-    scorer: ScorerConfig,
-) -> tuple[str, str | None, str | None, str | None, str | None, str | None]:
-    """What `check_scorer` and `load_scorer` are called with."""
-    return (
-        scorer.name,
-        scorer.checkpoint,
-        scorer.tokenizer,
-        scorer.model_config,
-        scorer.head,
-        scorer.file,
-    )
+                tables.append(table)
+    return pd.concat(tables, ignore_index=True) if state.is_main_process else None
 
 
 def write_scores(scores: pd.DataFrame, file: Path) -> None:
-    """The table as parquet: the old file or the new one, never a part."""
+    """Write the table as parquet: the old file or the new one, never a part."""
     buffer = io.BytesIO()
     scores.to_parquet(buffer, index=False)
     write_atomic(file, buffer.getvalue())
@@ -86,57 +84,55 @@ def _keys(samples: pd.DataFrame) -> list[Key]:
     return [key(sha256, prompt) for sha256, prompt in zip(samples["sha256"], samples["prompt"])]
 
 
-def _complete(
-    scorer: Scorer,
-    label: str,
-    samples: pd.DataFrame,
-    batch_size: int,
-    cache: ScoreCache,
-    progress: tqdm,
-) -> dict[Key, float]:
-    """Score what the cache lacks; the ranks share it. The main process returns with every score, the others perhaps without some."""
-    here, images = state(), samples.assign(key=_keys(samples)).drop_duplicates("key")
-    todo = images[[k not in cache.scores for k in images["key"]]]
-    progress.update(len(samples) - len(todo))
-    here.wait_for_everyone()  # nobody writes before everybody has read, and so shares out the same rest
-    _score(
-        scorer,
-        label,
-        todo.iloc[here.process_index :: here.num_processes],
-        batch_size,
-        cache,
-        progress,
-    )
-    here.wait_for_everyone()
-    if here.is_main_process and here.num_processes > 1:
-        cache.read()
-        lost = todo[
-            [k not in cache.scores for k in todo["key"]]
-        ]  # on a file system that is slow to show what others wrote
-        _score(scorer, label, lost, batch_size, cache, progress)
-    return cache.scores
+class _ScoringRun:
+    """One scorer's share of `score_images`."""
 
+    def __init__(
+        self, scorer: Scorer, label: str, batch_size: int, cache: ScoreCache, progress: tqdm
+    ) -> None:
+        self.scorer = scorer
+        self.label = label
+        self.batch_size = batch_size
+        self.cache = cache
+        self.progress = progress
 
-def _score(
-    scorer: Scorer,
-    label: str,
-    images: pd.DataFrame,
-    batch_size: int,
-    cache: ScoreCache,
-    progress: tqdm,
-) -> None:
-    for start in range(0, len(images), batch_size):
-        batch = images.iloc[start : start + batch_size]
-        cache.add(batch["key"], _scores(scorer, label, batch))
-        progress.update(len(batch))
+    def complete(self, samples: pd.DataFrame) -> dict[Key, float]:
+        """Score what the cache lacks; the processes share it.
 
+        The main process returns with every score, the others perhaps without some.
+        """
+        state = process_state()
+        images = samples.assign(key=_keys(samples)).drop_duplicates("key")
+        missing = self._missing(images)
+        self.progress.update(len(samples) - len(missing))
 
-def _scores(scorer: Scorer, label: str, batch: pd.DataFrame) -> list[float]:
-    images = [Image.open(file).convert("RGB") for file in batch["file"]]
-    scores = scorer(images, list(batch["prompt"])).double().cpu().numpy()
-    broken = [file for file, score in zip(batch["file"], scores) if not np.isfinite(score)]
-    if broken:
-        raise ValueError(
-            f"the scorer {label} gave no finite score for {broken[0]}; leave it out of scorers=[...] or give another checkpoint"
-        )
-    return [float(s) for s in scores]
+        # Nobody writes before everybody has read, and so shares out the same rest
+        state.wait_for_everyone()
+        self._score(missing.iloc[state.process_index :: state.num_processes])
+        state.wait_for_everyone()
+
+        # A file system may be slow to show what others wrote
+        if state.is_main_process and state.num_processes > 1:
+            self.cache.read()
+            self._score(self._missing(missing))
+        return self.cache.scores
+
+    def _missing(self, images: pd.DataFrame) -> pd.DataFrame:
+        return images[[one not in self.cache.scores for one in images["key"]]]
+
+    def _score(self, images: pd.DataFrame) -> None:
+        for start in range(0, len(images), self.batch_size):
+            batch = images.iloc[start : start + self.batch_size]
+            self.cache.add(batch["key"], self._scores(batch))
+            self.progress.update(len(batch))
+
+    def _scores(self, batch: pd.DataFrame) -> list[float]:
+        images = [Image.open(file).convert("RGB") for file in batch["file"]]
+        scores = self.scorer(images, list(batch["prompt"])).double().cpu().numpy()
+        for file, score in zip(batch["file"], scores):
+            if not np.isfinite(score):
+                raise ValueError(
+                    f"the scorer {self.label} gave no finite score for {file}; leave it out of "
+                    "scorers=[...] or give another checkpoint"
+                )
+        return [float(score) for score in scores]

@@ -143,7 +143,7 @@ def realign(
         resampling = Resampling(particles, clock, kl) if particles > 1 else None
 
         # The user's side.
-        dial = Dial(networks, clock, kl, resampling, trust_region)
+        dial = Dial(networks, clock, kl, resampling, trust_region, family.patch_size)
         dial.lam = lams  # type: ignore[assignment]
 
         # The pipeline's side: the mode evaluates in place of the reference's own forward.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deradiff.scorers.recipes import AESTHETIC_HEAD, AESTHETIC_TOWER, RECIPES, REWARDS
+from deradiff.scorers.spec import ScorerSpec
 
 if TYPE_CHECKING:
     from deradiff.scorers.base import Scorer
@@ -134,4 +135,18 @@ def load_scorer(
 
     return CLIPScorer(
         RECIPES[name], find(RECIPES[name], checkpoint, tokenizer, model_config), device
+    )
+
+
+def check_spec(spec: ScorerSpec) -> None:
+    """`check_scorer` for a spec."""
+    check_scorer(
+        spec.name, spec.checkpoint, spec.tokenizer, spec.model_config, spec.head, spec.file
+    )
+
+
+def load_spec(spec: ScorerSpec, device: str = "cpu") -> Scorer:
+    """`load_scorer` for a spec."""
+    return load_scorer(
+        spec.name, spec.checkpoint, spec.tokenizer, spec.model_config, spec.head, spec.file, device
     )

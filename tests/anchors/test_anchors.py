@@ -25,7 +25,6 @@ from tests.support.tiny_pipelines import (
     tiny_denoiser,
     tiny_lora,
     tiny_pipeline,
-    tiny_denoiser,
 )
 
 CONTRACT = {
@@ -284,7 +283,9 @@ def test_a_network_with_missing_weights_is_not_filled_with_random_ones(tmp_path)
 def test_a_card_of_another_family_is_seen_without_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("deradiff.hub.fetch", lambda *_: pytest.fail("asked"))
     monkeypatch.setattr("deradiff.hub.listing", lambda *_: pytest.fail("asked"))
-    save_anchor(tmp_path, tiny_lora(tiny_denoiser("sdxl")), card("lora", "sdxl", base_model="org/base"))
+    save_anchor(
+        tmp_path, tiny_lora(tiny_denoiser("sdxl")), card("lora", "sdxl", base_model="org/base")
+    )
     with pytest.raises(ValueError, match="is of family sdxl and the pipeline of sd15"):
         check_anchor_family(tmp_path, "sd15")
 

@@ -13,7 +13,7 @@ import pytest
 import eval.stage
 from configs.tracking import Tracker
 from deradiff.evaluation.figures import image_grids
-from deradiff.evaluation.report.report import verdict
+from deradiff.evaluation.tables.errors import verdict
 from tests.support.sampled_runs import counting, evaluate, read, write_run
 
 FIGURES = {
@@ -128,14 +128,14 @@ def test_every_prompt_has_a_slider_over_every_lambda_of_its_row(drawn):
 
 def test_pictures_stay_few_and_small_however_many_prompts(tmp_path):
     rows = pd.DataFrame([r for beta in (1000, 2000, 4000) for r in _rows(tmp_path, beta)])
-    grids = image_grids.grids(rows)
-    uris = [uri for grid in grids for line in grid["lines"] for uri in line["uris"]]
+    grids = image_grids.image_grids(rows)
+    uris = [uri for grid in grids for line in grid.lines for uri in line.uris]
     assert (
         0 < len(uris) <= image_grids.GRID_IMAGES
-        and max(len(line) for line in (g["lines"] for g in grids)) <= image_grids.GRID_PROMPTS
+        and max(len(g.lines) for g in grids) <= image_grids.GRID_PROMPTS
     )
     assert sum(map(len, uris)) < 8e6
-    shown = [line["prompt"] for line in grids[0]["lines"]]
+    shown = [line.prompt for line in grids[0].lines]
     assert shown[0] == "prompt 0" and int(shown[-1].split()[1]) > 400  # spread over all 500
 
 
@@ -144,7 +144,7 @@ def test_pictures_stay_few_however_many_models(tmp_path):
         [r for beta in range(60) for r in _rows(tmp_path, beta, prompts=2, pixels=(8, 8))]
     )
     uris = [
-        uri for grid in image_grids.grids(rows) for line in grid["lines"] for uri in line["uris"]
+        uri for grid in image_grids.image_grids(rows) for line in grid.lines for uri in line.uris
     ]
     assert len(uris) == image_grids.GRID_IMAGES
 

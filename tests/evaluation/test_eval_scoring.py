@@ -19,12 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-import deradiff.scorers
 from deradiff.evaluation import scoring
 from deradiff.evaluation.scoring import score_images, write_scores
 from deradiff.scorers import cache
 from deradiff.scorers.cache import ScoreCache, key
-from eval.config import ScorerConfig
+from deradiff.scorers.spec import ScorerSpec
 
 
 class Level:
@@ -77,11 +76,11 @@ def scored(monkeypatch, tmp_path):
             device="cpu",
             wait_for_everyone=lambda: meeting(),
         )
-        monkeypatch.setattr(scoring, "state", lambda: here)
-        monkeypatch.setattr(deradiff.scorers, "load_scorer", lambda *a, **k: scorer)
+        monkeypatch.setattr(scoring, "process_state", lambda: here)
+        monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda *a, **k: scorer)
         return score_images(
             samples,
-            {label: ScorerConfig(name=label) for label in labels},
+            {label: ScorerSpec(name=label) for label in labels},
             batch_size,
             tmp_path / "cache",
         )
@@ -263,9 +262,9 @@ class Slow:
 RANK = """
 import sys, pandas as pd
 from pathlib import Path
-from eval.config import ScorerConfig
+from deradiff.scorers.spec import ScorerSpec
 from deradiff.evaluation.scoring import score_images, write_scores
-found = score_images(pd.read_parquet(sys.argv[1]), {"mine": ScorerConfig(name="mine", file=sys.argv[2])}, 2, Path(sys.argv[3]))
+found = score_images(pd.read_parquet(sys.argv[1]), {"mine": ScorerSpec(name="mine", file=sys.argv[2])}, 2, Path(sys.argv[3]))
 if found is not None:
     write_scores(found, Path(sys.argv[4]))
 """

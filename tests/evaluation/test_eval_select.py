@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deradiff.evaluation.manifest import BENCH
-from deradiff.evaluation.pairing import GROUP
-from deradiff.evaluation.tables.selection import select
+from deradiff.evaluation import Comparison, Options
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
+from deradiff.evaluation.pairing import SampledModel
+from deradiff.evaluation.tables import selection
 from eval.config import SelectConfig
 from tests.support.sampled_runs import LAMBDAS, counting, evaluate, read, write_run
 
-SAMPLED = dict(zip(BENCH, ("ddim", 0.0, 20, 7.5, 64, 64)))
+SAMPLED = dict(zip(SAMPLING_COLUMNS, ("ddim", 0.0, 20, 7.5, 64, 64)))
 
 
 def study(effects, prompts=60, noise=0.05, beta=1000.0, text="prompt {}", **columns):
@@ -38,7 +39,7 @@ def study(effects, prompts=60, noise=0.05, beta=1000.0, text="prompt {}", **colu
     common = {scorer: rng.normal(size=prompts) for scorer in effects}
     groups = {}
     for lam in lambdas:
-        group = (*SAMPLED.values(), "a", "exact", lam)
+        group = SampledModel(*SAMPLED.values(), "a", "exact", lam)
         index = pd.MultiIndex.from_product(
             [[f"p{p:03}" for p in range(prompts)], [0]], names=["prompt_id", "seed"]
         )
@@ -47,8 +48,16 @@ def study(effects, prompts=60, noise=0.05, beta=1000.0, text="prompt {}", **colu
             for s, effect in effects.items()
         }
         groups[group] = pd.DataFrame(scores, index=index)
-    assert len(next(iter(groups))) == len(GROUP)
     return samples, groups
+
+
+def select(samples, groups, scorers, config):
+    """The answer for scores that are given by model."""
+    options = Options(score=config.score, path_kl=config.path_kl)
+    nothing = pd.DataFrame()
+    return selection.select(
+        Comparison(samples, nothing, [], [], {}, scorers, options, model_scores=groups)
+    )
 
 
 RISES = {"good": lambda lam: -((lam - 1) ** 2), "other": lambda lam: 0.1 * lam}

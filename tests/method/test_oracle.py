@@ -19,7 +19,7 @@ from scipy.integrate import quad
 from deradiff.method.chain import realigned_chain
 from deradiff.method.gaussian import weighted_mixture
 from deradiff.method.particles import Particles
-from deradiff.method.samplers import FlowMatchSDEScheduler
+from deradiff.method.schedulers import FlowMatchSDEScheduler
 from deradiff.method.transitions import transition
 from deradiff.worlds.beds import (
     BOUNDED,

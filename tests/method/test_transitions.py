@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from deradiff.method.gaussian import geometric_mixture
-from deradiff.method.samplers import FlowMatchSDEScheduler
+from deradiff.method.schedulers import FlowMatchSDEScheduler
 from deradiff.method.steps import step_at
 from deradiff.method.transitions import data_prediction, kl_factors, network_input, transition
 

@@ -14,8 +14,8 @@ from PIL import Image
 from configs.entry import CONFIGS
 from deradiff.evaluation.scoring import settings
 from deradiff.scorers import check_scorer, load_scorer
+from eval.__main__ import main as _registers_the_schema  # noqa: F401
 from eval.config import EvalConfig
-from eval.stage import main as _registers_the_schema  # noqa: F401
 
 BRIGHT = '''
 import numpy as np

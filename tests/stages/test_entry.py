@@ -1,6 +1,5 @@
 """A stage's command line, as a user meets it: what is wrong in one sentence, exit status 2, no traceback."""
 
-
 import pytest
 
 

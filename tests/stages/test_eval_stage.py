@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import deradiff.scorers
+import eval.__main__  # noqa: F401 (it registers the schema)
 from configs.entry import CONFIGS
 from eval.config import EvalConfig, ScorerConfig, SelectConfig
 from eval.stage import run
@@ -203,14 +203,14 @@ def write_run_without_beta(root):
 def test_the_same_command_resumes_after_a_kill(tmp_path, monkeypatch, colourful):
     samples = [write_run(tmp_path, 2000), write_run(tmp_path, 700, lambdas=(0.0, 1.0))]
     killed = Colourful(fail_after=60)
-    monkeypatch.setattr(deradiff.scorers, "load_scorer", lambda *a, **k: killed)
+    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda *a, **k: killed)
     config, run_dir = configured(tmp_path, samples)
     with pytest.raises(KeyboardInterrupt):
         run(config, run_dir)
     assert (
         len(killed.scored) == 64 and not (run_dir / "scores.parquet").exists()
     )  # two batches of 32
-    monkeypatch.setattr(deradiff.scorers, "load_scorer", lambda *a, **k: colourful)
+    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda *a, **k: colourful)
     run(config, run_dir)
     assert (
         len(colourful.scored) == 60 + 12 - 64
@@ -230,7 +230,9 @@ def test_a_scorer_is_loaded_once_and_scores_in_batches(tmp_path, monkeypatch):
             sizes.append(len(images))
             return super().__call__(images, prompts)
 
-    monkeypatch.setattr(deradiff.scorers, "load_scorer", lambda *a, **k: loads.append(a) or Noted())
+    monkeypatch.setattr(
+        "deradiff.evaluation.scoring.load_spec", lambda *a, **k: loads.append(a) or Noted()
+    )
     evaluate(tmp_path, [write_run(tmp_path, 2000), write_run(tmp_path, 700)], batch_size=7)
     assert len(loads) == 1 and max(sizes) == 7
 
@@ -300,7 +302,9 @@ def spoil(path, how):
     ],
 )
 def test_spoilt_samples_are_refused_before_a_scorer_loads(tmp_path, monkeypatch, how, sentence):
-    monkeypatch.setattr(deradiff.scorers, "load_scorer", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "deradiff.evaluation.scoring.load_spec", lambda *a, **k: pytest.fail("loaded")
+    )
     path = write_run(tmp_path, 2000)
     spoil(Path(path), how)
     with pytest.raises(ValueError, match=sentence):

@@ -8,12 +8,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import sample.stage
+import sample.__main__  # noqa: F401 (it registers the schema)
 from configs.entry import CONFIGS
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
 from sample.config import SAMPLING_DEFAULTS, SampleConfig
-from sample.stage import resolve, run
+from sample.resolve import resolve
+from sample.stage import run
 from tests.support.tiny_pipelines import save_tiny, tiny_denoiser, tiny_lora, tiny_pipeline
 
 
@@ -41,7 +42,7 @@ def no_weights(monkeypatch):
         raise AssertionError("weights were loaded")
 
     for name in (
-        "sample.sampling.load_sampler",
+        "sample.sweep.load_sampler",
         "safetensors.torch.load_file",
         "safetensors.safe_open",
         "torch.load",
@@ -162,7 +163,7 @@ def test_ddim_that_would_miss_its_own_next_timestep_is_refused(anchors, no_weigh
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"particles": 2, "mode": "reuse"}, "give mode=exact with particles=2"),
+        ({"particles": 2, "mode": "reuse"}, "give mode=exact"),
         ({"batched": True, "mode": "weights"}, "give mode=exact"),
         ({"trust_region": 1.0, "mode": "weights"}, "give mode=exact or mode=reuse"),
         ({"bake": "x", "lambdas": [0.0]}, "of one lambda"),
@@ -181,8 +182,8 @@ def test_a_folder_of_another_config_or_of_an_anchor_trained_anew_is_refused(
     config = SampleConfig(
         anchor=str(anchors / "sd15/anchor"), prompts=["a fox"], tracking=TrackingConfig("none")
     )
-    monkeypatch.setattr("sample.stage._sample", lambda *arguments: (0, 0.0))
-    monkeypatch.setattr("sample.stage._show", lambda *arguments: None)
+    monkeypatch.setattr("sample.sweep.sample_share", lambda *arguments: (0, 0.0))
+    monkeypatch.setattr("sample.sweep.show", lambda *arguments: None)
     run(config, tmp_path)
     run(
         replace(config, lambdas=[3.0], seeds=[5], prompts=["a cat"], batch_size=1, path_kl=False),
@@ -215,7 +216,7 @@ PUBLISHED = [
 def test_nulls_become_the_published_settings_of_the_base_that_the_card_names(
     anchors, no_weights, family, sampler, steps, guidance, batch
 ):
-    config, anchor = resolve(
+    config, _, anchor = resolve(
         SampleConfig(anchor=str(anchors / family / "anchor"), prompts=["a fox"])
     )
     assert config.model.base == str(anchors / family / "base") and anchor.card.beta == 500
@@ -237,7 +238,9 @@ def test_the_shapes_world_brings_its_prompts_and_its_own_defaults(
 ):
     save_tiny("sd15", tmp_path / "shapes/base")
     monkeypatch.setattr("deradiff.files.ASSETS", tmp_path)
-    config, _ = resolve(replace(composed("anchor=" + str(anchors / "bare/anchor"), "model=shapes")))
+    config, _, _ = resolve(
+        replace(composed("anchor=" + str(anchors / "bare/anchor"), "model=shapes"))
+    )
     assert (config.prompts, config.steps, config.guidance_scale, config.height, config.width) == (
         "shapes",
         20,
@@ -332,8 +335,8 @@ def test_runs_are_called_by_what_makes_their_images_differ():
 def test_the_claimed_config_is_plain(anchors, tmp_path, monkeypatch):
     import yaml
 
-    monkeypatch.setattr("sample.stage._sample", lambda *arguments: (0, 0.0))
-    monkeypatch.setattr("sample.stage._show", lambda *arguments: None)
+    monkeypatch.setattr("sample.sweep.sample_share", lambda *arguments: (0, 0.0))
+    monkeypatch.setattr("sample.sweep.show", lambda *arguments: None)
     run(
         SampleConfig(
             anchor=str(anchors / "sd15/anchor"), prompts=["a fox"], tracking=TrackingConfig("none")

@@ -11,12 +11,14 @@ from PIL import Image
 
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
-from deradiff.data.prompts import prompt_id
+from deradiff.data.prompts import Prompt, prompt_id
+from deradiff.method.samplers import SAMPLERS
 from deradiff.models.families import FAMILIES
-from sample.config import SAMPLERS, SAMPLING_DEFAULTS, SampleConfig
+from sample.config import SAMPLING_DEFAULTS, SampleConfig
 from sample.manifest import image_path
-from sample.sampling import generator_seed, load_sampler
-from sample.stage import resolve, run
+from sample.resolve import resolve
+from sample.sampling import PromptSeed, load_sampler
+from sample.stage import run
 from tests.support.tiny_pipelines import (
     VISIBLE,
     perturbed_denoiser,
@@ -26,6 +28,10 @@ from tests.support.tiny_pipelines import (
 )
 
 PROMPTS = ["a red fox", "a blue cat"]
+
+
+def generator_seed(text, seed):
+    return PromptSeed(Prompt(prompt_id(text), text), seed).generator_seed
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +94,13 @@ def test_every_family_and_sampler_is_the_stock_pipeline_at_both_ends(
 ):
     config = config_of(tiny, f"{family}-lora", sampler=sampler, prompts=PROMPTS[:1], path_kl=False)
     run(config, tmp_path / "run")
-    config, found = resolve(config)
+    config, base, found = resolve(config)
     made, stock = pixels(tmp_path / "run"), {}
     for lam in (0.0, 1.0):
-        pipe = load_sampler(config, torch.device("cpu"))
+        pipe = load_sampler(config, base, torch.device("cpu"))
         if lam:
             pipe.load_lora_weights(found.root)
-        noise = torch.Generator().manual_seed(generator_seed(prompt_id("a red fox"), 0))
+        noise = torch.Generator().manual_seed(generator_seed("a red fox", 0))
         if sampler == "flow_sde":  # its pipelines hand it no generator
             step = pipe.scheduler.step
             pipe.scheduler.step = lambda *args, step=step, noise=noise, **kwargs: step(

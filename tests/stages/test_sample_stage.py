@@ -13,15 +13,17 @@ import torch
 from diffusers import PNDMScheduler
 from PIL import Image
 
-import sample.sampling
-import sample.stage
+import sample.sweep
 from configs.tracking import Tracker, TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
-from deradiff.data.prompts import prompt_id
+from deradiff.data.prompts import Prompt, prompt_id
+from deradiff.evaluation.manifest import ImageRecord
 from deradiff.files import anchor_digest, slug
+from deradiff.method.schedulers import make_scheduler
 from sample.config import SampleConfig
 from sample.manifest import image_path, intact, merge, save_image
-from sample.sampling import generator_seed, load_sampler, make_scheduler, timesteps_digest
+from sample.resolve import resolve
+from sample.sampling import PromptSeed, load_sampler, timesteps_digest
 from sample.stage import run
 from tests.support.tiny_pipelines import (
     VISIBLE,
@@ -33,6 +35,10 @@ from tests.support.tiny_pipelines import (
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red fox", "🦊/../fox", "a red fox"]
+
+
+def generator_seed(text, seed):
+    return PromptSeed(Prompt(prompt_id(text), text), seed).generator_seed
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +91,15 @@ def test_reference_and_anchor_are_the_stock_pipelines(tiny, config, tmp_path, an
         config, anchor=str(tiny / anchor / "anchor"), sampler=sampler, prompts=PROMPTS[:1]
     )
     run(config, tmp_path / "run")
-    config, found = sample.stage.resolve(config)
+    config, base, found = resolve(config)
     images = {}
     for lam in (0.0, 1.0):
-        pipe = load_sampler(config, torch.device("cpu"))
+        pipe = load_sampler(config, base, torch.device("cpu"))
         if lam and found.method == "lora":
             pipe.load_lora_weights(found.root)
         elif lam:
             pipe.unet = type(pipe.unet).from_pretrained(found.root, subfolder="unet")
-        noise = torch.Generator().manual_seed(generator_seed(prompt_id("a red fox"), 0))
+        noise = torch.Generator().manual_seed(generator_seed("a red fox", 0))
         images[lam] = np.asarray(
             pipe("a red fox", num_inference_steps=3, guidance_scale=3.0, generator=[noise]).images[
                 0
@@ -138,9 +144,10 @@ def test_the_manifest_keeps_its_contract(config, tmp_path):
             64,
             64,
         )
-        assert r["anchor"] == config.anchor and r["generator_seed"] == generator_seed(
-            r["prompt_id"], r["seed"]
-        )
+        assert r["anchor"] == config.anchor
+        image = PromptSeed(Prompt(r["prompt_id"], r["prompt"]), r["seed"])
+        assert r["generator_seed"] == image.generator_seed
+        assert set(ImageRecord.__annotations__) <= set(r), "one schema for writer and reader"
         assert r["path_kl"] == 0 if r["lam"] == 0 else r["path_kl"] > 0
     assert intact(tmp_path) == {r["image"] for r in records}
     by_lam = [sorted(r["path_kl"] for r in records if r["lam"] == lam) for lam in (0.5, 1.0)]
@@ -236,13 +243,13 @@ def test_a_killed_run_loses_nothing_and_the_same_command_makes_the_rest(
         made.append(arguments[-1]["image"])
 
     config = replace(config, batch_size=2)
-    monkeypatch.setattr("sample.manifest.save_image", save_some)
+    monkeypatch.setattr("sample.sweep.save_image", save_some)
     with pytest.raises(Killed):
         run(config, tmp_path / "killed")
     assert not manifest(tmp_path / "killed") and len(made) == 4
     first = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in made}
     monkeypatch.setattr(
-        "sample.manifest.save_image", lambda *arguments: save_some(*arguments, limit=99)
+        "sample.sweep.save_image", lambda *arguments: save_some(*arguments, limit=99)
     )
     run(config, tmp_path / "killed")
     assert len(made) == 9 and len(set(made)) == 9, "no image is made twice"
@@ -255,7 +262,7 @@ def test_what_is_done_is_skipped_what_is_damaged_or_new_is_made(config, tmp_path
     before = (tmp_path / "manifest.jsonl").read_bytes()
     loaded = []
     monkeypatch.setattr(
-        "sample.sampling.load_sampler",
+        "sample.sweep.load_sampler",
         lambda *arguments: loaded.append(1) or load_sampler(*arguments),
     )
     run(config, tmp_path)
@@ -367,7 +374,7 @@ def test_the_tracker_gets_pictures_and_where_they_come_from(config, tmp_path, mo
         def __exit__(self, *error):
             pass
 
-    monkeypatch.setattr(sample.stage, "tracker", Opened)
+    monkeypatch.setattr(sample.sweep, "tracker", Opened)
     run(config, tmp_path)
     columns, rows = seen["samples"]
     assert (

@@ -17,8 +17,8 @@ from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import read_card
 from deradiff.worlds import shapes
 from tests.support.train_runs import go
+from train.__main__ import main
 from train.config import DataConfig, FinetuneConfig, ModelConfig, TrainConfig
-from train.stage import main
 
 LORA = "pytorch_lora_weights.safetensors"
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 
-import deradiff.scorers
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.worlds.shapes import BACKGROUNDS, HUES, _hsv, held_out_captions, scene_of
@@ -131,8 +130,8 @@ class Colourful:
 def counting(monkeypatch):
     """Puts one counting scorer in the place of every scorer, and returns it."""
     scorer = Colourful()
-    monkeypatch.setattr(deradiff.scorers, "check_scorer", lambda *a: None)
-    monkeypatch.setattr(deradiff.scorers, "load_scorer", lambda *a, **k: scorer)
+    monkeypatch.setattr("eval.stage.check_spec", lambda spec: None)
+    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda spec, device: scorer)
     return scorer
 
 
@@ -153,7 +152,7 @@ def evaluate(root, samples, *scorers, draw=False, **settings):
     config, run_dir = configured(root, samples, *scorers, **settings)
     with pytest.MonkeyPatch.context() as patch:
         if not draw:
-            patch.setattr("eval.evaluation.draw", lambda *a: {})
+            patch.setattr("deradiff.evaluation.results.draw_figures", lambda *a: {})
         return run(config, run_dir).parent
 
 

@@ -56,4 +56,4 @@ def run(config, run_dir):
         time.sleep(600)
 
 
-main = entry("toy", Toy, run, configs=str(Path(__file__).parents[1] / "conf"))
+main = entry("toy", Toy, "toy.stage:run", configs=str(Path(__file__).parents[1] / "conf"))

@@ -1,4 +1,4 @@
-"""Figures of how close realigned models come: ECDF of the errors, scatter around the identity, Bland-Altman."""
+"""How close realigned models come: ECDF of the errors, scatter, Bland-Altman."""
 
 from __future__ import annotations
 
@@ -6,58 +6,64 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from deradiff.evaluation.agreement import error_ecdf, limits_of_agreement
-from deradiff.evaluation.figures.style import COLOURS, INK, dash, looks, panels
-from deradiff.evaluation.pairing import Cell, Group, short
-from deradiff.evaluation.tables.errors import aligned, first_range
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.figures.style import COLOURS, INK, anchor_styles, dash, panels
+from deradiff.evaluation.pairing import anchor_name
+from deradiff.evaluation.tables.errors import (
+    ANCHOR_AS_IS,
+    REALIGNED,
+    REFERENCE_AS_IS,
+    SEED_FLOOR,
+    aligned,
+    approximation_errors,
+    first_range,
+)
+from deradiff.evaluation.tables.table import ResultTable
 
 HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.4}
-RIVALS = {
-    "realigned": INK,
-    "anchor as is": COLOURS[5],
-    "reference as is": COLOURS[0],
-    "seed floor": COLOURS[2],
+MODEL_COLOURS = {
+    REALIGNED: INK,
+    ANCHOR_AS_IS: COLOURS[5],
+    REFERENCE_AS_IS: COLOURS[0],
+    SEED_FLOOR: COLOURS[2],
 }
+Styles = dict[str, dict[str, Any]]
 
 
-def ecdf(
-    errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], threshold: float
-) -> str:
-    """Share of cells within (0, 1) whose error is at most x % of the target's mean: of the realigned models, and of those that nothing was
-    done to; of cells above 1 where there are no others."""
-    name, within = first_range(errors)
-    errors = errors[errors["lam"].map(within)]
-    shown = {
-        (what, mode): _step(what, mode)
-        for what in RIVALS
-        for mode in errors["mode"].unique()
-        if what == "realigned" or _first(errors, mode)
-    }
-    shown = {key: style for key, style in shown.items() if len(_of(errors, *key))}
+def _errors_of(comparison: Comparison, approximation: ResultTable | None) -> pd.DataFrame:
+    return (approximation or approximation_errors(comparison)).data
+
+
+def ecdf(comparison: Comparison, approximation: ResultTable | None = None) -> Figure | None:
+    """Share of cells whose error is at most x % of the target's mean.
+
+    Of the realigned models within (0, 1), and of those that nothing was done to; of cells above 1
+    where there are no others. None where there is no cell.
+
+    Args:
+        comparison: what is compared.
+        approximation: its approximation errors, where they are known already.
+    """
+    errors = _errors_of(comparison, approximation)
+    if not len(errors):
+        return None
+    threshold = comparison.options.threshold
+    range_name, contains = first_range(errors)
+    errors = errors[errors["lam"].map(contains)]
+    styles = _step_styles(errors)
 
     def draw(panel: Axes, scorer: str) -> None:
         own = errors[errors["scorer"] == scorer]
-        for (what, mode), style in shown.items():
-            chosen = _of(own, what, mode)
-            if not len(chosen):
-                continue
-            model, target, _ = aligned(chosen, cells, groups)
-            scale = 100 / chosen["target_mean"].abs().to_numpy()
-            found = error_ecdf(model * scale, target * scale)
-            panel.step(found.x, 100 * found.share, where="post", **style)
-            if what == "realigned":
-                panel.fill_between(
-                    found.x,
-                    100 * found.low,
-                    100 * found.high,
-                    step="post",
-                    color=style["color"],
-                    alpha=0.15,
-                    lw=0,
-                )
+        for (name, mode), style in styles.items():
+            chosen = _rows_of_model(own, name, mode)
+            if len(chosen):
+                is_realigned = name == REALIGNED
+                _draw_steps(panel, comparison, chosen, style, with_band=is_realigned)
         panel.axvline(threshold, color=INK, lw=0.8, linestyle=":")
         panel.set_xscale("symlog", linthresh=threshold / 4)
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -65,109 +71,136 @@ def ecdf(
         panel.set_xlim(left=0)
         panel.set_ylim(0, 102)
 
-    handles = [Line2D([], [], **style) for style in shown.values()]
-    handles.append(
-        Line2D([], [], color=INK, lw=0.8, linestyle=":", label=f"{threshold:g} % of the mean")
-    )
-    return panels(
-        list(errors["scorer"].unique()),
-        draw,
-        "error, % of the target's mean",
-        f"% of the cells, {name}",
-        handles,
-    )
+    handles = [Line2D([], [], **style) for style in styles.values()]
+    label = f"{threshold:g} % of the mean"
+    handles.append(Line2D([], [], color=INK, lw=0.8, linestyle=":", label=label))
+    scorers = list(errors["scorer"].unique())
+    ylabel = f"% of the cells, {range_name}"
+    return panels(scorers, draw, "error, % of the target's mean", ylabel, handles)
 
 
-def _first(errors: pd.DataFrame, mode: str) -> bool:
-    return bool(
-        mode == errors["mode"].iloc[0]
-    )  # a rival to which nothing was done is the same in every mode
+def _step_styles(errors: pd.DataFrame) -> dict[tuple[str, str], dict[str, Any]]:
+    """The lines: realigned models of every mode, and the others once.
+
+    A model that nothing was done to is the same in every mode.
+    """
+    modes = list(errors["mode"].unique())
+    styles = {}
+    for name in MODEL_COLOURS:
+        for mode in modes if name == REALIGNED else modes[:1]:
+            if len(_rows_of_model(errors, name, mode)):
+                styles[name, mode] = _step_style(name, mode)
+    return styles
 
 
-def _of(errors: pd.DataFrame, what: str, mode: str) -> pd.DataFrame:
-    return errors[(errors["what"] == what) & (errors["mode"] == mode)]
-
-
-def _step(what: str, mode: str) -> dict[str, Any]:
-    label = f"realigned, {mode}" if what == "realigned" else what
+def _step_style(name: str, mode: str) -> dict[str, Any]:
+    is_realigned = name == REALIGNED
     return {
-        "color": RIVALS[what],
-        "linestyle": dash(mode) if what == "realigned" else "-",
-        "lw": 2.2 if what == "realigned" else 1.3,
-        "label": label,
+        "color": MODEL_COLOURS[name],
+        "linestyle": dash(mode) if is_realigned else "-",
+        "lw": 2.2 if is_realigned else 1.3,
+        "label": f"realigned, {mode}" if is_realigned else name,
     }
 
 
-def scatter(errors: pd.DataFrame) -> str:
-    """The realigned model's mean score over the target's, a point a cell, and the identity; hollow: lam above 1."""
-    own = errors[errors["what"] == "realigned"]
+def _rows_of_model(errors: pd.DataFrame, name: str, mode: str) -> pd.DataFrame:
+    return errors[(errors["what"] == name) & (errors["mode"] == mode)]
+
+
+def _draw_steps(
+    panel: Axes,
+    comparison: Comparison,
+    chosen: pd.DataFrame,
+    style: dict[str, Any],
+    with_band: bool,
+) -> None:
+    """The distribution of some errors, with its band."""
+    model, target, _ = aligned(comparison, chosen)
+    scale = 100 / chosen["target_mean"].abs().to_numpy()
+    curve = error_ecdf(model * scale, target * scale)
+    panel.step(curve.x, 100 * curve.share, where="post", **style)
+    if with_band:
+        colour = style["color"]
+        low, high = 100 * curve.low, 100 * curve.high
+        panel.fill_between(curve.x, low, high, step="post", color=colour, alpha=0.15, lw=0)
+
+
+def scatter(comparison: Comparison, approximation: ResultTable | None = None) -> Figure | None:
+    """The realigned model's mean score over the target's, a point a cell, and the identity.
+
+    Hollow: lam above 1. None where there is no cell.
+    """
+    errors = _errors_of(comparison, approximation)
+    if not len(errors):
+        return None
+    own = errors[errors["what"] == REALIGNED]
+    styles = anchor_styles(own)
 
     def draw(panel: Axes, scorer: str) -> None:
         rows = own[own["scorer"] == scorer]
-        both = [
-            min(rows["mean"].min(), rows["target_mean"].min()),
-            max(rows["mean"].max(), rows["target_mean"].max()),
-        ]
-        panel.plot(both, both, color=INK, lw=0.8)
+        least = min(rows["mean"].min(), rows["target_mean"].min())
+        most = max(rows["mean"].max(), rows["target_mean"].max())
+        panel.plot([least, most], [least, most], color=INK, lw=0.8)
         panel.xaxis.set_major_locator(MaxNLocator(4))
-        _points(panel, rows, rows["target_mean"], rows["mean"], looks(own))
+        _draw_points(panel, rows, rows["target_mean"], rows["mean"], styles)
 
-    return panels(
-        list(own["scorer"].unique()),
-        draw,
-        "mean score, from scratch",
-        "mean score, realigned",
-        _legend(own),
-    )
+    scorers = list(own["scorer"].unique())
+    legend = _legend(own, styles)
+    return panels(scorers, draw, "mean score, from scratch", "mean score, realigned", legend)
 
 
-def bland_altman(errors: pd.DataFrame) -> str:
-    """Realigned less target, in % of the target's mean, over the mean of the two; the bias of the cells within (0, 1), and 1.96 standard
-    deviations to its sides; of those above 1 where there are no others."""
-    own = errors[errors["what"] == "realigned"]
+def bland_altman(comparison: Comparison, approximation: ResultTable | None = None) -> Figure | None:
+    """Realigned less target, in % of the target's mean, over the mean of the two.
+
+    With the bias of the cells within (0, 1) and 1.96 standard deviations to its sides; of those
+    above 1 where there are no others. None where there is no cell.
+    """
+    errors = _errors_of(comparison, approximation)
+    if not len(errors):
+        return None
+    own = errors[errors["what"] == REALIGNED]
+    styles = anchor_styles(own)
 
     def draw(panel: Axes, scorer: str) -> None:
         rows = own[own["scorer"] == scorer]
         signed = 100 * rows["difference"] / rows["target_mean"].abs()
         panel.axhline(0, color=INK, lw=0.5)
-        if len(within := signed[rows["lam"].map(first_range(rows)[1])]) > 1:
-            found = limits_of_agreement(within.to_numpy())
-            for estimate, style in ((found.bias, "-"), (found.lower, "--"), (found.upper, "--")):
-                panel.axhline(estimate.value, color=COLOURS[5], lw=1.2, linestyle=style)
+        _, contains = first_range(rows)
+        within = signed[rows["lam"].map(contains)]
+        if len(within) > 1:
+            limits = limits_of_agreement(within.to_numpy())
+            lines = ((limits.bias, "-"), (limits.lower, "--"), (limits.upper, "--"))
+            for estimate, linestyle in lines:
+                panel.axhline(estimate.value, color=COLOURS[5], lw=1.2, linestyle=linestyle)
         panel.xaxis.set_major_locator(MaxNLocator(4))
-        _points(panel, rows, (rows["mean"] + rows["target_mean"]) / 2, signed, looks(own))
+        _draw_points(panel, rows, (rows["mean"] + rows["target_mean"]) / 2, signed, styles)
 
-    lines = [
+    legend = [
+        *_legend(own, styles),
         Line2D([], [], color=COLOURS[5], label="bias"),
         Line2D([], [], color=COLOURS[5], linestyle="--", label="limits of agreement"),
     ]
-    return panels(
-        list(own["scorer"].unique()),
-        draw,
-        "mean of the two scores",
-        "realigned less target, %",
-        [*_legend(own), *lines],
-    )
+    scorers = list(own["scorer"].unique())
+    ylabel = "realigned less target, %"
+    return panels(scorers, draw, "mean of the two scores", ylabel, legend)
 
 
-def _points(
-    panel: Axes, rows: pd.DataFrame, x: pd.Series, y: pd.Series, look: dict[str, dict[str, Any]]
+def _draw_points(
+    panel: Axes, rows: pd.DataFrame, x: pd.Series, y: pd.Series, styles: Styles
 ) -> None:
-    for anchor in look:
-        for above in (False, True):
-            here = (rows["anchor"] == anchor) & ((rows["lam"] > 1) == above)
-            panel.plot(x[here], y[here], **look[anchor], **(HOLLOW if above else {}), linestyle="")
+    """A point a cell, in its anchor's style; hollow above lam = 1."""
+    for anchor, style in styles.items():
+        for beyond in (False, True):
+            here = (rows["anchor"] == anchor) & ((rows["lam"] > 1) == beyond)
+            hollow = HOLLOW if beyond else {}
+            panel.plot(x[here], y[here], **style, **hollow, linestyle="")
 
 
-def _legend(own: pd.DataFrame) -> list[Line2D]:
-    handles = [
-        Line2D([], [], **style, linestyle="", label=short(anchor))
-        for anchor, style in looks(own).items()
-    ]
+def _legend(own: pd.DataFrame, styles: Styles) -> list[Line2D]:
+    handles = []
+    for anchor, style in styles.items():
+        handles.append(Line2D([], [], **style, linestyle="", label=anchor_name(anchor)))
     if (own["lam"] > 1).any():
-        handles.append(
-            Line2D(
-                [], [], color=INK, marker="o", **HOLLOW, linestyle="", label="hollow: lam above 1"
-            )
-        )
+        label = "hollow: lam above 1"
+        handles.append(Line2D([], [], color=INK, marker="o", **HOLLOW, linestyle="", label=label))
     return handles

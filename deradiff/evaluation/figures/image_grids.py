@@ -1,130 +1,204 @@
-"""Pictures for people: prompts by lambdas, small enough to stand inside one file; and how a small lambda takes reward hacking back."""
+"""Images for people: prompts by lambdas, small enough to stand inside one file.
+
+And how a small lambda takes reward hacking back.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from markupsafe import escape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
-from deradiff.evaluation.figures.style import INK_STYLE, STYLE, look, svg
-from deradiff.evaluation.manifest import BENCH
-from deradiff.evaluation.pairing import GROUP, Group, per_prompt, short
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.figures.style import INK_STYLE, STYLE, line_style
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
+from deradiff.evaluation.pairing import SampledModel, anchor_name
 from deradiff.evaluation.statistics import paired_bootstrap
-from deradiff.evaluation.tables.table import bench
+from deradiff.evaluation.tables.table import describe_sampling
 
-GRID_IMAGES, GRID_PROMPTS = (
-    240,
-    12,
-)  # in all, and in each grid at most: the file stays under a few megabytes
-SMALLEST, LARGEST = 128, 256  # pixels of a picture's longest side in the report
-CELL, WIDTH = 128, 260  # pixels of a picture in the grid's own file, and of the prompts' column
+GRID_IMAGES = 240
+"""Images of all grids together: the report stays under a few megabytes."""
+
+GRID_PROMPTS = 12
+"""Prompts of a grid, at most."""
+
+SMALLEST = 128
+LARGEST = 256
+"""Pixels of the longest side of an image in the report."""
+
+CELL = 128
+"""Pixels of an image in the grid's own file."""
+
+PROMPT_WIDTH = 260
+"""Pixels of the column of prompts in the grid's own file."""
+
+GAP = 6
+HEAD_HEIGHT = 40
+LINE_HEIGHT = 17
+LINE_LENGTH = 34
+LONGEST_PROMPT = 100
 STRIP_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class GridHead:
+    """What stands above a column: lambda, and what it is."""
+
+    lam: str
+    says: str
+
+
+@dataclass(frozen=True)
+class GridLine:
+    """A prompt's images, one for each lambda; None where one was not sampled."""
+
+    prompt: str
+    uris: Sequence[str | None]
+    files: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """One anchor's images, prompts down and lambdas across.
+
+    Attributes:
+        title: anchor, mode and sampling.
+        heads: of the columns.
+        lines: of the prompts that are shown.
+        start: the column that a slider begins at.
+        prompts: how many prompts there are in all.
+    """
+
+    title: str
+    heads: Sequence[GridHead]
+    lines: Sequence[GridLine]
+    start: int
+    prompts: int
 
 
 def data_uri(file: str) -> str:
     """An image file as a JPEG inside a URI, brought to 128 to 256 pixels."""
     image = Image.open(file).convert("RGB")
-    side = min(max(*image.size, SMALLEST), LARGEST)
-    size = (
-        max(1, round(image.width * side / max(image.size))),
-        max(1, round(image.height * side / max(image.size))),
-    )
+    longest = max(image.size)
+    side = min(max(longest, SMALLEST), LARGEST)
+    width = max(1, round(image.width * side / longest))
+    height = max(1, round(image.height * side / longest))
     buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, format="JPEG", quality=85)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    resized.save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def grids(samples: pd.DataFrame) -> list[dict[str, Any]]:
-    """Pictures, prompts down and lambdas across, a grid for each anchor, mode and way of sampling, that of the most lambdas first."""
-    models = sorted(
-        samples.groupby(["anchor", "mode", *BENCH], sort=False),
-        key=lambda model: -model[1]["lam"].nunique(),
-    )
-    across = sum(rows["lam"].nunique() for _, rows in models)
-    count = max(1, min(GRID_PROMPTS, GRID_IMAGES // across))
-    found, left = [], GRID_IMAGES
-    for key, rows in models:
-        lambdas = sorted(rows["lam"].unique())
+def image_grids(samples: pd.DataFrame) -> list[ImageGrid]:
+    """A grid for each anchor, mode and way of sampling, that of the most lambdas first.
+
+    Args:
+        samples: of `read_samples`.
+    """
+    groups = list(samples.groupby(["anchor", "mode", *SAMPLING_COLUMNS], sort=False))
+    groups.sort(key=lambda group: -group[1]["lam"].nunique())
+    columns = sum(rows["lam"].nunique() for _, rows in groups)
+    prompts_a_grid = max(1, min(GRID_PROMPTS, GRID_IMAGES // columns))
+    grids = []
+    left = GRID_IMAGES
+    for (anchor, mode, *sampling), rows in groups:
+        lams = sorted(rows["lam"].unique())
         lines = []
-        for images in spread_out(rows, count):
-            if left < len(lambdas):
+        for images in spread_out(rows, prompts_a_grid):
+            if left < len(lams):
                 break
-            left -= len(lambdas)
-            files = dict(zip(images["lam"], images["file"]))
-            uris = [data_uri(files[lam]) if lam in files else None for lam in lambdas]
-            lines.append(
-                {
-                    "prompt": images["prompt"].iloc[0],
-                    "uris": uris,
-                    "files": [files.get(lam) for lam in lambdas],
-                }
-            )
-        title = f"{short(key[0])}, mode {key[1]}, {bench(dict(zip(BENCH, key[2:])))}"
+            left -= len(lams)
+            lines.append(_grid_line(images, lams))
+        described = describe_sampling(dict(zip(SAMPLING_COLUMNS, sampling)))
         beta = rows["beta"].iloc[0]
-        heads = [{"lam": f"{lam:g}", "says": _says(lam, beta)} for lam in lambdas]
-        start = lambdas.index(1) if 1 in lambdas else len(lambdas) - 1
-        found.append(
-            {
-                "title": title,
-                "heads": heads,
-                "lines": lines,
-                "start": start,
-                "prompts": rows["prompt_id"].nunique(),
-            }
+        grids.append(
+            ImageGrid(
+                title=f"{anchor_name(anchor)}, mode {mode}, {described}",
+                heads=[GridHead(f"{lam:g}", _meaning(lam, beta)) for lam in lams],
+                lines=lines,
+                start=lams.index(1) if 1 in lams else len(lams) - 1,
+                prompts=rows["prompt_id"].nunique(),
+            )
         )
-    return found
+    return grids
+
+
+def _grid_line(images: pd.DataFrame, lams: Sequence[float]) -> GridLine:
+    """One prompt's images."""
+    file_of = dict(zip(images["lam"], images["file"]))
+    files = [file_of.get(lam) for lam in lams]
+    uris = [None if file is None else data_uri(file) for file in files]
+    return GridLine(images["prompt"].iloc[0], uris, files)
 
 
 def spread_out(rows: pd.DataFrame, count: int) -> list[pd.DataFrame]:
-    """The first seed's images of `count` prompts at most, a frame a prompt, spread over all: neighbours in a list are often alike."""
-    by_prompt = [
-        images
-        for _, images in rows[rows["seed"] == rows["seed"].min()].groupby("prompt_id", sort=False)
-    ]
+    """The first seed's images of at most `count` prompts, a frame a prompt.
+
+    Spread over all prompts: neighbours in a list are often alike.
+    """
+    first_seed = rows[rows["seed"] == rows["seed"].min()]
+    by_prompt = [images for _, images in first_seed.groupby("prompt_id", sort=False)]
     return by_prompt[:: math.ceil(len(by_prompt) / count)]
 
 
-def _says(lam: float, beta: float | None) -> str:
+def _meaning(lam: float, beta: float | None) -> str:
+    """What a lambda is, for the head of its column."""
     if lam == 0:
         return "reference"
-    aimed = "" if beta is None or pd.isna(beta) else f"beta {beta / lam:,.6g}"
-    return f"anchor, {aimed}".rstrip(", ") if lam == 1 else aimed
+    target = "" if beta is None or pd.isna(beta) else f"beta {beta / lam:,.6g}"
+    if lam == 1:
+        return f"anchor, {target}" if target else "anchor"
+    return target
 
 
-def grid_svg(grid: dict[str, Any]) -> str:
-    """One grid as a file of its own. Prompts are others' text: escaped, and cut to a line."""
-    heads, lines = grid["heads"], grid["lines"]
-    width, height = WIDTH + len(heads) * (CELL + 6), 40 + len(lines) * (CELL + 6)
+def grid_svg(grid: ImageGrid) -> str:
+    """One grid as a file of its own. Prompts are others' text: escaped, and cut to a length."""
+    width = PROMPT_WIDTH + len(grid.heads) * (CELL + GAP)
+    height = HEAD_HEIGHT + len(grid.lines) * (CELL + GAP)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-size="13" '
-        f'font-family="system-ui, \'DejaVu Sans\', sans-serif" fill="currentColor">{INK_STYLE}'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-size="13" '
+        "font-family=\"system-ui, 'DejaVu Sans', sans-serif\" "
+        f'fill="currentColor">{INK_STYLE}'
     ]
-    for column, head in enumerate(heads):
-        x = WIDTH + column * (CELL + 6)
-        parts.append(
-            f'<text x="{x}" y="14" font-weight="bold">lam {escape(head["lam"])}</text><text x="{x}" y="31">{escape(head["says"])}</text>'
-        )
-    for row, line in enumerate(lines):
-        y = 40 + row * (CELL + 6)
-        words = line["prompt"] if len(line["prompt"]) <= 100 else line["prompt"][:99] + "…"
-        for index in range(0, len(words), 34):
-            parts.append(
-                f'<text x="0" y="{y + 16 + 17 * (index // 34)}">{escape(_printable(words[index : index + 34]))}</text>'
-            )
-        for column, uri in enumerate(line["uris"]):
+    for column, head in enumerate(grid.heads):
+        x = PROMPT_WIDTH + column * (CELL + GAP)
+        parts.append(f'<text x="{x}" y="14" font-weight="bold">lam {escape(head.lam)}</text>')
+        parts.append(f'<text x="{x}" y="31">{escape(head.says)}</text>')
+    for row, line in enumerate(grid.lines):
+        y = HEAD_HEIGHT + row * (CELL + GAP)
+        parts += _prompt_svg(line.prompt, y)
+        for column, uri in enumerate(line.uris):
+            x = PROMPT_WIDTH + column * (CELL + GAP)
             if uri:
                 parts.append(
-                    f'<image x="{WIDTH + column * (CELL + 6)}" y="{y}" width="{CELL}" height="{CELL}" href="{uri}"/>'
+                    f'<image x="{x}" y="{y}" width="{CELL}" height="{CELL}" href="{uri}"/>'
                 )
     return "".join([*parts, "</svg>"])
+
+
+def _prompt_svg(prompt: str, y: int) -> list[str]:
+    """A prompt in lines beside its images."""
+    if len(prompt) > LONGEST_PROMPT:
+        prompt = prompt[: LONGEST_PROMPT - 1] + "…"
+    lines = []
+    for start in range(0, len(prompt), LINE_LENGTH):
+        baseline = y + 16 + LINE_HEIGHT * (start // LINE_LENGTH)
+        words = escape(_printable(prompt[start : start + LINE_LENGTH]))
+        lines.append(f'<text x="0" y="{baseline}">{words}</text>')
+    return lines
 
 
 def _printable(text: str) -> str:
@@ -132,74 +206,83 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def reversal(
-    samples: pd.DataFrame, groups: dict[Group, pd.DataFrame], scorers: list[str]
-) -> str | None:
-    """The anchor of the smallest beta, pulled back from lam = 1 to the reference: every score's gain, and pictures below.
+def first_grid(comparison: Comparison) -> str:
+    """The grid of the most lambdas, as SVG."""
+    return grid_svg(image_grids(comparison.samples)[0])
 
-    A gain is the paired difference to the reference in standard deviations over prompts, so that all scores share one axis. None
-    where no anchor was sampled at 0, 1 and between.
+
+def reversal(comparison: Comparison) -> Figure | None:
+    """The anchor of the smallest beta, pulled back from lam = 1 to the reference.
+
+    Every score's gain, and images below. A gain is the paired difference to the reference in
+    standard deviations over prompts, so that all scores share one axis. None where no anchor was
+    sampled at 0, 1 and between.
     """
-    models = samples[samples["realigned"] & samples["lam"].between(0, 1)].sort_values(
-        "beta", kind="stable"
-    )
-    for _, rows in models.groupby([*BENCH, "beta", "anchor", "mode"], sort=False, dropna=False):
-        lambdas = sorted(rows["lam"].unique(), reverse=True)
-        if len(lambdas) > 2 and {0, 1} <= set(lambdas):
-            own = {
-                row["lam"]: tuple(row[key] for key in GROUP)
-                for row in rows.drop_duplicates("lam").to_dict("records")
-            }
-            return _reversal(rows, [own[lam] for lam in lambdas], lambdas, groups, scorers)
+    samples = comparison.samples
+    is_shown = samples["realigned"] & samples["lam"].between(0, 1)
+    models = samples[is_shown].sort_values("beta", kind="stable")
+    keys = [*SAMPLING_COLUMNS, "beta", "anchor", "mode"]
+    for _, rows in models.groupby(keys, sort=False, dropna=False):
+        lams = sorted(rows["lam"].unique(), reverse=True)
+        if len(lams) > 2 and {0, 1} <= set(lams):
+            return _draw_reversal(comparison, rows, lams)
     return None
 
 
-def _reversal(
-    rows: pd.DataFrame,
-    models: list[Group],
-    lambdas: list[float],
-    groups: dict[Group, pd.DataFrame],
-    scorers: list[str],
-) -> str:
+def _draw_reversal(comparison: Comparison, rows: pd.DataFrame, lams: Sequence[float]) -> Figure:
     prompts = spread_out(rows, STRIP_PROMPTS)[:STRIP_PROMPTS]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(1.35 * len(lambdas) + 1, 3.4 + 1.3 * len(prompts)), layout="constrained"
-        )
-        grid = figure.add_gridspec(
-            1 + len(prompts), len(lambdas), height_ratios=[2.6, *[1] * len(prompts)]
-        )
+        size = (1.35 * len(lams) + 1, 3.4 + 1.3 * len(prompts))
+        figure = Figure(figsize=size, layout="constrained")
+        heights = [2.6, *[1] * len(prompts)]
+        grid = figure.add_gridspec(1 + len(prompts), len(lams), height_ratios=heights)
+
+        # The gains, above the columns of the images
         panel = figure.add_subplot(grid[0, :])
-        for index, scorer in enumerate(scorers):
-            paired = per_prompt(groups, models, scorer)[0]
-            scale = paired[len(models) - 1].std() or 1.0
-            gains = [
-                paired_bootstrap(
-                    paired[[i, len(models) - 1]].to_numpy() / scale, lambda m: m[..., 0] - m[..., 1]
-                )
-                for i in range(len(models))
-            ]
-            panel.plot(range(len(lambdas)), [g.value for g in gains], label=scorer, **look(index))
-            panel.fill_between(
-                range(len(lambdas)),
-                [g.low for g in gains],
-                [g.high for g in gains],
-                color=look(index)["color"],
-                alpha=0.15,
-                lw=0,
-            )
-        panel.set_xlim(-0.5, len(lambdas) - 0.5)  # over the columns of the pictures
-        panel.set_xticks(range(len(lambdas)), [f"lam {lam:g}" for lam in lambdas])
+        _draw_gains(panel, comparison, rows, lams)
+        panel.set_xlim(-0.5, len(lams) - 0.5)
+        panel.set_xticks(range(len(lams)), [f"lam {lam:g}" for lam in lams])
         panel.set_ylabel("above the reference (SD over prompts)")
-        panel.set_title(f"{short(rows['anchor'].iloc[0])}, from the anchor back to the reference")
+        name = anchor_name(rows["anchor"].iloc[0])
+        panel.set_title(f"{name}, from the anchor back to the reference")
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+        # The images
         for line, images in enumerate(prompts, start=1):
             files = dict(zip(images["lam"], images["file"]))
-            for column, lam in enumerate(lambdas):
+            for column, lam in enumerate(lams):
                 place = figure.add_subplot(grid[line, column])
                 place.axis("off")
                 if lam in files:
                     image = Image.open(files[lam]).convert("RGB")
                     image.thumbnail((CELL, CELL))
                     place.imshow(np.asarray(image), interpolation="none")
-        return svg(figure)
+        return figure
+
+
+def _draw_gains(
+    panel: Axes, comparison: Comparison, rows: pd.DataFrame, lams: Sequence[float]
+) -> None:
+    """Each score's gain over the reference, which is the last of the lambdas."""
+    by_lam: dict[float, SampledModel] = {}
+    for row in rows.drop_duplicates("lam").to_dict("records"):
+        by_lam[row["lam"]] = SampledModel.of_row(row)
+    models = [by_lam[lam] for lam in lams]
+    reference = len(models) - 1
+
+    def gain(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        return means[..., 0] - means[..., 1]
+
+    columns: Any = range(len(lams))
+    for index, scorer in enumerate(comparison.scorers):
+        paired = comparison.per_prompt(models, scorer)[0]
+        scale = paired[reference].std() or 1.0
+        gains = []
+        for i in range(len(models)):
+            values = paired[[i, reference]].to_numpy() / scale
+            gains.append(paired_bootstrap(values, gain))
+        style = line_style(index)
+        panel.plot(columns, [one.value for one in gains], label=scorer, **style)
+        low = [one.low for one in gains]
+        high = [one.high for one in gains]
+        panel.fill_between(columns, low, high, color=style["color"], alpha=0.15, lw=0)

@@ -7,147 +7,184 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from deradiff.evaluation.figures.style import INK, dash, looks, panels
-from deradiff.evaluation.manifest import BENCH
-from deradiff.evaluation.pairing import ANCHOR, Cell, short
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.figures.style import INK, anchor_styles, dash, panels
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
+from deradiff.evaluation.pairing import SampledModel, anchor_name
+from deradiff.evaluation.tables.means import mean_scores
+from deradiff.evaluation.tables.table import ResultTable
+
+LINE_COLUMNS = ["anchor", "mode", *SAMPLING_COLUMNS]
+"""What tells one line from another."""
+
+TICKS = (0, 0.25, 0.5, 1, 2, 4, 10, 20)
+LINEAR_UP_TO = 2
+"""Above this lambda the axis is logarithmic past the anchor."""
+
+SMALLEST_GAP = 0.06
+"""Between the names of two points, as a share of the axis."""
+
+HOLLOW: dict[str, Any] = {
+    "markerfacecolor": "none",
+    "markersize": 10,
+    "markeredgewidth": 1.6,
+    "linestyle": "",
+}
+
+LineKey = tuple[Any, ...]
 
 
-def lines_of(means: pd.DataFrame) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """How each line is drawn: a colour and a marker an anchor, a dash a mode; and its name, in words that tell it from the others."""
+def line_key(model: SampledModel) -> LineKey:
+    """The line that a model's point lies on."""
+    return (model.anchor, model.mode, *model.sampling)
+
+
+def styles_of_lines(means: pd.DataFrame) -> dict[LineKey, dict[str, Any]]:
+    """How each line is drawn: a colour and a marker an anchor, a dash a mode, and its name.
+
+    The name tells it from the other lines.
+    """
+    models = means.drop_duplicates(LINE_COLUMNS).sort_values(["beta", "anchor", "mode"])
+    styles = anchor_styles(models)
+    betas_tell = models.drop_duplicates("anchor")["beta"].is_unique
+    differing = [c for c in ("mode", *SAMPLING_COLUMNS) if models[c].nunique() > 1]
     lines = {}
-    models = means.drop_duplicates(["anchor", "mode", *BENCH]).sort_values(
-        ["beta", "anchor", "mode"]
-    )
-    look = looks(models)
-    betas = models.drop_duplicates("anchor")["beta"]
-    told = [c for c in ("mode", *BENCH) if models[c].nunique() > 1]
     for row in models.to_dict("records"):
-        name = (
-            f"anchor beta={row['beta']:g}"
-            if not pd.isna(row["beta"]) and betas.is_unique
-            else short(row["anchor"])
-        )
-        lines[row["anchor"], row["mode"], *(row[c] for c in BENCH)] = {
-            **look[row["anchor"]],
+        name = anchor_name(row["anchor"])
+        if betas_tell and not pd.isna(row["beta"]):
+            name = f"anchor beta={row['beta']:g}"
+        key = tuple(row[column] for column in LINE_COLUMNS)
+        lines[key] = {
+            **styles[row["anchor"]],
             "linestyle": dash(row["mode"]),
-            "label": ", ".join([name, *(str(row[c]) for c in told)]),
+            "label": ", ".join([name, *(str(row[column]) for column in differing)]),
         }
     return lines
 
 
-def score_against_lambda(means: pd.DataFrame, cells: list[Cell]) -> str:
-    """Mean score over lam, a line an anchor, with the band of the paired difference to the reference; hollow: aligned from scratch."""
-    lines = lines_of(means)
-    scratch = [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker="o",
-            markerfacecolor="none",
-            color=INK,
-            label="aligned from scratch at beta / lam",
+def score_against_lambda(comparison: Comparison, means: ResultTable | None = None) -> Figure:
+    """Mean score over lam, a line an anchor.
+
+    Bands are those of the paired difference to the reference; hollow points are models that were
+    aligned from scratch.
+
+    Args:
+        comparison: what is compared.
+        means: its mean scores, where they are known already.
+    """
+    data = (means or mean_scores(comparison)).data
+    lines = styles_of_lines(data)
+    handles = [Line2D([], [], **style) for style in lines.values()]
+    if comparison.cells:
+        label = "aligned from scratch at beta / lam"
+        handles.append(
+            Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=INK, label=label)
         )
-    ]
-    handles = [Line2D([], [], **style) for style in lines.values()] + (scratch if cells else [])
 
     def draw(panel: Axes, scorer: str) -> None:
-        own = means[means["scorer"] == scorer]
-        mean = {
-            (*(r[c] for c in BENCH), r["anchor"], r["mode"], r["lam"]): r["mean"]
-            for r in own.to_dict("records")
-        }
+        own = data[data["scorer"] == scorer]
         for key, style in lines.items():
-            rows = _of(own, key)
-            panel.plot(rows["lam"], rows["mean"], **style)
-            reference = (
-                rows["mean"] - rows["gain"]
-            )  # the band is the gain's: prompts differ in height, not in what alignment adds
-            panel.fill_between(
-                rows["lam"],
-                reference + rows["gain_low"],
-                reference + rows["gain_high"],
-                color=style["color"],
-                alpha=0.18,
-                lw=0,
-            )
-        for cell in cells:
-            style = lines[cell.realigned[ANCHOR], cell.mode, *cell.bench]
-            hollow: dict[str, Any] = {
-                "markerfacecolor": "none",
-                "markersize": 10,
-                "markeredgewidth": 1.6,
-                "linestyle": "",
-            }
-            if cell.target in mean:
-                panel.plot(
-                    [cell.lam],
-                    [mean[cell.target]],
-                    color=style["color"],
-                    marker=style["marker"],
-                    **hollow,
-                )
-        if own["lam"].max() > 2:  # linear up to the anchor, logarithmic past it
-            panel.set_xscale("symlog", linthresh=1, linscale=1.5)
-            ticks = [lam for lam in (0, 0.25, 0.5, 1, 2, 4, 10, 20) if lam <= own["lam"].max()]
-            panel.set_xticks(ticks, [f"{lam:g}" for lam in ticks])
-            panel.minorticks_off()
+            _draw_line(panel, _rows_of_line(own, key), style)
+        _draw_targets(panel, comparison, own, lines)
+        if own["lam"].max() > LINEAR_UP_TO:
+            _stretch_axis(panel, own["lam"].max())
 
-    return panels(list(means["scorer"].unique()), draw, "lam", _scale(means), handles)
+    return panels(list(data["scorer"].unique()), draw, "lam", _score_labels(data), handles)
 
 
-def reward_against_kl(means: pd.DataFrame) -> str | None:
-    """Mean score over the square root of the path KL, one line's points named by lam; None where no path KL is known."""
-    means = means[means["path_kl"].notna()]
-    if means.empty or not (means["path_kl"] > 0).any():
+def _draw_line(panel: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:
+    """One anchor's scores, with their band."""
+    panel.plot(rows["lam"], rows["mean"], **style)
+    # The band is the gain's: prompts differ in height, not in what alignment adds
+    reference = rows["mean"] - rows["gain"]
+    low = reference + rows["gain_low"]
+    high = reference + rows["gain_high"]
+    panel.fill_between(rows["lam"], low, high, color=style["color"], alpha=0.18, lw=0)
+
+
+def _draw_targets(
+    panel: Axes, comparison: Comparison, own: pd.DataFrame, lines: dict[LineKey, dict[str, Any]]
+) -> None:
+    """Hollow points: the models that realigned ones should imitate."""
+    mean = {SampledModel.of_row(row): row["mean"] for row in own.to_dict("records")}
+    for cell in comparison.cells:
+        if cell.target not in mean:
+            continue
+        style = lines[line_key(cell.realigned)]
+        look = {"color": style["color"], "marker": style["marker"], **HOLLOW}
+        panel.plot([cell.lam], [mean[cell.target]], **look)
+
+
+def _stretch_axis(panel: Axes, largest: float) -> None:
+    """Linear up to the anchor, logarithmic past it."""
+    panel.set_xscale("symlog", linthresh=1, linscale=1.5)
+    ticks = [lam for lam in TICKS if lam <= largest]
+    panel.set_xticks(ticks, [f"{lam:g}" for lam in ticks])
+    panel.minorticks_off()
+
+
+def reward_against_kl(comparison: Comparison, means: ResultTable | None = None) -> Figure | None:
+    """Mean score over the square root of the path KL, one line's points named by lam.
+
+    None where no path KL is known.
+    """
+    data = (means or mean_scores(comparison)).data
+    data = data[data["path_kl"].notna()]
+    if data.empty or not (data["path_kl"] > 0).any():
         return None
-    lines = lines_of(means)
+    lines = styles_of_lines(data)
+    farthest = data["path_kl"].max() ** 0.5
 
-    farthest = means["path_kl"].max() ** 0.5
-    named = max(
-        lines, key=lambda key: _of(means, key)["lam"].nunique()
-    )  # names at every line would cover one another
+    # Names at every line would cover one another: the line of the most lambdas has them
+    named = max(lines, key=lambda key: _rows_of_line(data, key)["lam"].nunique())
 
     def draw(panel: Axes, scorer: str) -> None:
-        own = means[means["scorer"] == scorer]
+        own = data[data["scorer"] == scorer]
         for key, style in lines.items():
-            rows = _of(own, key)
+            rows = _rows_of_line(own, key)
             panel.plot(rows["path_kl"], rows["mean"], **style)
-            last = -np.inf
-            for row in rows.to_dict("records") if key == named else []:
-                if (place := row["path_kl"] ** 0.5) - last < 0.06 * farthest:
-                    continue
-                last = place
-                panel.annotate(
-                    f"{row['lam']:g}",
-                    (row["path_kl"], row["mean"]),
-                    textcoords="offset points",
-                    xytext=(6, -11),
-                    fontsize=9,
-                )
-        panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+            if key == named:
+                _name_points(panel, rows, farthest)
+        panel.set_xscale("function", functions=(_square_root, np.square))
         panel.set_xlim(left=0)
 
     handles = [Line2D([], [], **style) for style in lines.values()]
-    return panels(
-        list(means["scorer"].unique()),
-        draw,
-        "path KL to the reference (nats)",
-        _scale(means),
-        handles,
-    )
+    xlabel = "path KL to the reference (nats)"
+    return panels(list(data["scorer"].unique()), draw, xlabel, _score_labels(data), handles)
 
 
-def _scale(means: pd.DataFrame) -> dict[str, str]:
-    return {
-        scorer: f"mean score ({scale})" for scorer, scale in zip(means["scorer"], means["scale"])
-    }
+def _square_root(values: Any) -> Any:
+    return np.sqrt(np.maximum(values, 0))
 
 
-def _of(own: pd.DataFrame, key: tuple[Any, ...]) -> pd.DataFrame:
-    same = np.logical_and.reduce(
-        [own[c] == value for c, value in zip(["anchor", "mode", *BENCH], key)]
-    )
-    return own[same].sort_values("lam")
+def _name_points(panel: Axes, rows: pd.DataFrame, farthest: float) -> None:
+    """Write lam beside the points that lie far enough from one another."""
+    last = -np.inf
+    for row in rows.to_dict("records"):
+        place = row["path_kl"] ** 0.5
+        if place - last < SMALLEST_GAP * farthest:
+            continue
+        last = place
+        panel.annotate(
+            f"{row['lam']:g}",
+            (row["path_kl"], row["mean"]),
+            textcoords="offset points",
+            xytext=(6, -11),
+            fontsize=9,
+        )
+
+
+def _score_labels(means: pd.DataFrame) -> dict[str, str]:
+    labels = {}
+    for scorer, scale in zip(means["scorer"], means["scale"]):
+        labels[scorer] = f"mean score ({scale})"
+    return labels
+
+
+def _rows_of_line(means: pd.DataFrame, key: LineKey) -> pd.DataFrame:
+    """The points of one line, by lambda."""
+    same = np.logical_and.reduce([means[c] == value for c, value in zip(LINE_COLUMNS, key)])
+    return means[same].sort_values("lam")

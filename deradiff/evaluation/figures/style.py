@@ -1,10 +1,13 @@
-"""How figures look: SVG whose text is text, on no background, in ink that follows the page: dark on light, light on dark."""
+"""How figures look: text is text, no background, and ink that follows the page.
+
+Dark on a light page, light on a dark one.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,10 +19,18 @@ from matplotlib.lines import Line2D
 
 from deradiff.realignment.registry import label_of
 
-# Okabe and Ito's colours, those that stand out from white and from near-black alike; colour is never alone: markers differ too.
-COLOURS, MARKERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"), "osD^vP"
-INK = "#123456"  # stands for the page's own colour until the file is written
-INK_STYLE = "<style>svg{color:#1c2430}@media(prefers-color-scheme:dark){svg{color:#dde3ea}}</style>"  # for an SVG that stands alone
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+"""Okabe and Ito's, those that stand out from white and from near-black alike."""
+
+MARKERS = "osD^vP"
+"""Colour is never alone: markers differ, too."""
+
+INK = "#123456"
+"""Stands for the page's own colour until the file is written."""
+
+INK_STYLE = "<style>svg{color:#1c2430}@media(prefers-color-scheme:dark){svg{color:#dde3ea}}</style>"
+"""The colours of an SVG that stands alone."""
+
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "deradiff",
@@ -49,71 +60,83 @@ STYLE: Any = {
 
 
 def svg(figure: Figure) -> str:
+    """A figure as SVG whose text is text and whose ink is the page's."""
     buffer = io.StringIO()
-    figure.savefig(
-        buffer,
-        format="svg",
-        metadata={"Date": None, "Creator": None},
-        transparent=True,
-        bbox_inches="tight",
-    )
+    metadata: Any = {"Date": None, "Creator": None}
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(
+            buffer, format="svg", metadata=metadata, transparent=True, bbox_inches="tight"
+        )
     text = buffer.getvalue().replace(INK, "currentColor")
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "system-ui, 'DejaVu Sans', sans-serif", text)
-    return re.sub(
-        r"(<svg [^>]*>)", lambda m: m.group(1) + INK_STYLE, text[text.index("<svg") :], count=1
-    )
+    return re.sub(r"(<svg [^>]*>)", lambda match: match[1] + INK_STYLE, text, count=1)
 
 
 def panels(
     scorers: Sequence[str],
     draw: Callable[[Axes, str], None],
-    xlabel: str | dict[str, str],
-    ylabel: str | dict[str, str],
-    handles: list[Line2D],
-) -> str:
-    """One panel a scorer, each drawn by `draw(panel, scorer)`, with one legend above; a label may be one a scorer."""
+    xlabel: str,
+    ylabel: str | Mapping[str, str],
+    handles: Sequence[Line2D],
+) -> Figure:
+    """A figure of one panel a scorer, with one legend above.
+
+    Args:
+        scorers: their labels.
+        draw: draws a scorer's panel.
+        xlabel: of every panel.
+        ylabel: of every panel, or one for each scorer.
+        handles: of the legend; none: no legend.
+    """
     columns = min(len(scorers), 3)
     rows = -(-len(scorers) // columns)
+    size = (11, 2.9 * rows + 0.6) if columns > 1 else (6.5, 4)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(11, 2.9 * rows + 0.6) if columns > 1 else (6.5, 4), layout="constrained"
-        )
+        figure = Figure(figsize=size, layout="constrained")
         places = np.ravel(figure.subplots(rows, columns, squeeze=False))
-        for place in places[len(scorers) :]:
-            place.remove()
+        for unused in places[len(scorers) :]:
+            unused.remove()
         for scorer, panel in zip(scorers, places):
             draw(panel, scorer)
             panel.set_title(scorer)
-            panel.set_xlabel(xlabel if isinstance(xlabel, str) else xlabel[scorer])
+            panel.set_xlabel(xlabel)
             panel.set_ylabel(ylabel if isinstance(ylabel, str) else ylabel[scorer])
         if handles:
-            figure.legend(handles=handles, loc="outside upper left", ncols=3 if columns > 1 else 1)
-        return svg(figure)
+            ncols = 3 if columns > 1 else 1
+            figure.legend(handles=list(handles), loc="outside upper left", ncols=ncols)
+        return figure
 
 
-def look(index: int, colour: int | None = None) -> dict[str, Any]:
-    """Marker and colour of the index-th of several; colour: the index of its colour, where some share one."""
-    return {
-        "color": COLOURS[(index if colour is None else colour) % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-    }
+def line_style(index: int, colour: int | None = None) -> dict[str, Any]:
+    """Marker and colour of the index-th of several lines.
+
+    Args:
+        index: of the line.
+        colour: of its colour, where several lines share one.
+    """
+    colour = index if colour is None else colour
+    return {"color": COLOURS[colour % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def looks(models: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Of each anchor in `models`: a colour a beta, and a marker of its own among those of one beta. Columns: anchor, beta."""
+def anchor_styles(models: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """The style of each anchor: a colour a beta, and a marker of its own.
+
+    Args:
+        models: with the columns anchor and beta.
+    """
     anchors = models.drop_duplicates("anchor").sort_values(["beta", "anchor"])
-    betas = [
-        anchor if pd.isna(beta) else beta
-        for anchor, beta in zip(anchors["anchor"], anchors["beta"])
-    ]
-    colours = list(dict.fromkeys(betas))
-    return {
-        anchor: look(index, colours.index(beta))
-        for index, (anchor, beta) in enumerate(zip(anchors["anchor"], betas))
-    }
+    groups = []
+    for anchor, beta in zip(anchors["anchor"], anchors["beta"]):
+        groups.append(anchor if pd.isna(beta) else beta)
+    colours = list(dict.fromkeys(groups))
+    styles = {}
+    for index, (anchor, group) in enumerate(zip(anchors["anchor"], groups)):
+        styles[anchor] = line_style(index, colours.index(group))
+    return styles
 
 
-def dash(mode: str) -> str:
-    """The line style of a mode, whose name its setting may follow: `reuse 4`."""
-    return label_of(mode).line_style
+def dash(label: str) -> str:
+    """The dash of a mode, by its label."""
+    return label_of(label).line_style

@@ -4,94 +4,158 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import pandas as pd
 from markupsafe import Markup
 
-from deradiff.evaluation.pairing import GROUP
-from deradiff.evaluation.tables.errors import RANGES
-from deradiff.evaluation.tables.table import Table, interval
+from deradiff.evaluation.pairing import MODEL_COLUMNS
+from deradiff.evaluation.registry import CLOSENESS, FIGURES, SECTIONS, TABLES, WHICH_LAMBDA
+from deradiff.evaluation.tables.table import ResultTable
+
+if TYPE_CHECKING:  # results.py makes the report
+    from deradiff.evaluation.results import Evaluation
 
 
-def verdict(summary: pd.DataFrame, missing: list[str]) -> str:
-    """How close realigned models come: in a sentence, with its intervals, how far off doing nothing is, and what may not be claimed."""
-    if summary.empty:
-        why = f" ({missing[0]})" if missing else ""
-        return f"Nothing to compare yet: no realigned model has its target, aligned from scratch, among the samples{why}."
-    name = next(r for r in RANGES if (summary["range"] == r).any())
-    mode = "exact" if (summary["mode"] == "exact").any() else summary["mode"].iloc[0]
-    rows = summary[(summary["range"] == name) & (summary["mode"] == mode)]
-    own, idle = rows[rows["what"] == "realigned"], rows[rows["what"] == "anchor as is"]
-    clear = own["share"].notna().any()
-    column = "share" if clear else "percent_of_mean"
-    unit = "of the way from the reference to it" if clear else "of its mean score"
-    text = f"For {name}, a realigned model misses the model aligned from scratch by {_span(own, column)} {unit}"
-    text += (
-        f"; the anchor left as it is would miss by {_span(idle, column)}."
-        if idle[column].notna().any()
-        else "."
+@dataclass(frozen=True)
+class ScorerLine:
+    """How one scorer's scores were made, for the report."""
+
+    label: str
+    scale: str
+    version: str
+    checkpoint: str
+    preprocessing: str
+
+
+@dataclass(frozen=True)
+class ShownTable:
+    """A table as the report shows it."""
+
+    table: ResultTable
+    folded: str | None
+    is_tall: bool
+
+
+@dataclass(frozen=True)
+class ShownFigure:
+    """A figure as the report shows it."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the report, with whatever tables and figures there are."""
+
+    title: str
+    tables: Sequence[ShownTable]
+    figures: Sequence[ShownFigure]
+    sentence: str = ""
+    missing: Sequence[str] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.tables or self.figures or self.sentence or self.missing)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any of its tables stands open."""
+        return any(not shown.folded for shown in self.tables)
+
+
+NOTHING_COMPARED = (
+    "No realigned model could be compared with a model that was aligned from scratch at its target."
+)
+
+
+def render(title: str, evaluation: Evaluation, scorers: Sequence[ScorerLine]) -> str:
+    """The report as HTML.
+
+    Prompts, paths and labels are others' text, and all of it is escaped. Only our own SVG and
+    script go in as markup, and the page's content security policy lets no other script run.
+
+    Args:
+        title: of the page.
+        evaluation: what it shows.
+        scorers: how the scores were made.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    floored, under = int(own["cells_with_floor"].sum()), int(own["cells_under_floor"].sum())
-    if floored:
-        return f"{text} {under} of {floored} errors lie under the seed floor, the difference that a second training seed makes."
-    return f"{text} No second training seed of a target was given, so how much of this is training noise is not known."
-
-
-def _span(rows: pd.DataFrame, column: str) -> str:
-    """The least and the most of a column over scorers, each with its interval and how many pairs of anchor and target it is the mean of."""
-    rows = rows[rows[column].notna()].sort_values(column)
-    ends = rows.iloc[[0, -1]] if len(rows) > 1 else rows
-    return " to ".join(
-        f"{interval(row, column, ' %')} ({row['scorer']}, {_pairs(row, column)})"
-        for row in ends.to_dict("records")
-    )
-
-
-def _pairs(row: dict[str, Any], column: str) -> str:
-    count = (
-        f"{row['clear_cells']} of {row['cells']}"
-        if column == "share" and row["clear_cells"] < row["cells"]
-        else f"{row['cells']}"
-    )
-    return f"{count} pair{'s' if row['cells'] > 1 else ''}{' whose distance is clear of 0' if 'of' in count else ''}"
-
-
-def render(
-    title: str,
-    samples: pd.DataFrame,
-    scorers: list[dict[str, str]],
-    tables: dict[str, Table],
-    figures: dict[str, str],
-    grids: list[dict[str, Any]],
-    verdicts: list[str],
-    missing: list[str],
-) -> str:
-    """The report. Prompts, paths and labels are others' text: all of it is escaped; only our own SVG and script go in as markup, and the
-    page's content security policy lets no other script run."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    options: dict[str, Any] = {
-        "undefined": jinja2.StrictUndefined,
-        "trim_blocks": True,
-        "lstrip_blocks": True,
+    script = environment.get_template("page.js.j2").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    samples = evaluation.comparison.samples
+    counts = {
+        "models": len(samples.drop_duplicates(MODEL_COLUMNS)),
+        "images": len(samples),
+        "prompts": samples["prompt_id"].nunique(),
+        "scorers": len(scorers),
     }
-    environment = jinja2.Environment(loader=folder, autoescape=True, **options)
-    script = environment.get_template("report.js.j2").render()
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         title=title,
-        verdicts=verdicts,
-        counts={
-            "models": len(samples.drop_duplicates(GROUP)),
-            "images": len(samples),
-            "prompts": samples["prompt_id"].nunique(),
-        },
-        grids=[grid for grid in grids if grid["lines"]],
-        figures={name: Markup(svg) for name, svg in figures.items()},
-        tables=tables,
-        missing=missing,
+        verdicts=evaluation.verdicts,
+        counts=counts,
+        grids=[grid for grid in evaluation.grids if grid.lines],
+        sections=sections_of(evaluation),
         scorers=scorers,
         script=Markup(script),
-        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_sha256=digest,
     )
+
+
+def sections_of(evaluation: Evaluation) -> list[Section]:
+    """The report's sections, with whatever tables and figures the evaluation has."""
+    sections = []
+    for key, title in SECTIONS.items():
+        section = Section(
+            title=title,
+            tables=_shown_tables(key, evaluation.tables),
+            figures=_shown_figures(key, evaluation.figures),
+            **_sentences(key, evaluation),
+        )
+        if not section.is_empty:
+            sections.append(section)
+    return sections
+
+
+def _shown_tables(section: str, tables: Mapping[str, ResultTable]) -> list[ShownTable]:
+    shown = []
+    for spec in TABLES:
+        table = tables.get(spec.name)
+        if spec.section == section and table is not None and not table.is_empty:
+            shown.append(ShownTable(table, spec.folded, spec.is_tall))
+    return shown
+
+
+def _shown_figures(section: str, figures: Mapping[str, str]) -> list[ShownFigure]:
+    shown = []
+    for spec in FIGURES:
+        if spec.section == section and spec.name in figures:
+            drawing = Markup(figures[spec.name])
+            shown.append(ShownFigure(spec.name, spec.title, spec.caption, drawing))
+    return shown
+
+
+def _sentences(section: str, evaluation: Evaluation) -> dict[str, Any]:
+    """What a section says where a table is empty, and what could not be compared."""
+    if section == CLOSENESS:
+        nothing = evaluation.tables["summary"].is_empty
+        return {
+            "sentence": NOTHING_COMPARED if nothing else "",
+            "missing": evaluation.comparison.missing,
+        }
+    if section == WHICH_LAMBDA and evaluation.answer.table.is_empty:
+        return {"sentence": evaluation.answer.sentence}
+    return {}

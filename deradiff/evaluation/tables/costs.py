@@ -5,114 +5,128 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import lru_cache
 
-import pandas as pd
-
 from deradiff.anchors.anchor import AnchorCard
-from deradiff.evaluation.pairing import ANCHOR, Cell, short
-from deradiff.evaluation.tables.table import Table, number, table
-from deradiff.models.flops import savings
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.pairing import Cards, anchor_name
+from deradiff.evaluation.tables.table import Column, ResultTable, Row
+from deradiff.models.flops import Savings, savings
 from deradiff.models.published import PublishedCost, published_dpo
 
-COMPUTE = """From the anchors' cards. Device-hours: wall-clock time times devices. FLOPs: of the denoiser, counted on its config; a
-multiply-add is 2."""
+COMPUTE_NOTE = """From the anchors' cards. Device-hours: wall-clock time times devices. FLOPs: of the
+denoiser, counted on its config; a multiply-add is 2."""
+
+SAVINGS_NOTE = """Training alone: one anchor, realigned to each target, beside the anchor and every
+target trained from scratch. Sampling is not counted: mode exact evaluates two denoisers a step
+(reference and anchor), mode weights one."""
+
+PUBLISHED_NOTE = """What the paper states for one SDXL anchor beside what its recipe counts to. {why} One
+anchor in place of six betas saves five sixths of either."""
+
+CARD_VALUES = (
+    "method",
+    "beta",
+    "seed",
+    "steps",
+    "pairs_seen",
+    "dataset",
+    "device",
+    "gpu_hours",
+    "flops",
+)
 
 
-def compute(cards: dict[str, AnchorCard]) -> Table:
-    """What each anchor cost, from its card."""
-    kept = (
-        "method",
-        "beta",
-        "seed",
-        "steps",
-        "pairs_seen",
-        "dataset",
-        "device",
-        "gpu_hours",
-        "flops",
-    )
-    data = pd.DataFrame(
-        [
-            {"anchor": anchor} | {key: getattr(card, key) for key in kept}
-            for anchor, card in cards.items()
-        ]
-    )
-    shown = [
-        {
-            "anchor": short(anchor),
-            "method": card.method,
-            "beta": number(card.beta),
-            "training seed": str(card.seed),
-            "steps": number(card.steps),
-            "pairs": number(card.pairs_seen),
-            "device": card.device,
-            "device-hours": number(card.gpu_hours),
-            "FLOPs": f"{card.flops:.3g}",
-        }
-        for anchor, card in cards.items()
-    ]
-    return table("compute", "What the anchors cost", COMPUTE, data, shown)
-
-
-SAVINGS = """Training alone: one anchor, realigned to each target, beside the anchor and every target trained from scratch. Sampling is
-not counted: mode exact evaluates two denoisers a step (reference and anchor), mode weights one."""
-
-
-def saved(cells: list[Cell], cards: dict[str, AnchorCard]) -> Table:
-    """For each realigned anchor: what training its targets too has cost, in the cards' own hours and FLOPs."""
-    rows, shown = [], []
-    for anchor in dict.fromkeys(cell.realigned[ANCHOR] for cell in cells):
-        targets = {
-            cell.beta_target: cell.target[ANCHOR]
-            for cell in cells
-            if cell.realigned[ANCHOR] == anchor
-        }
-        if not {anchor, *targets.values()} <= set(cards):
-            continue
-        hours = savings(cards[anchor].gpu_hours, [cards[t].gpu_hours for t in targets.values()])
-        flops = savings(cards[anchor].flops, [cards[t].flops for t in targets.values()])
-        own = {"anchor": anchor, "beta": cards[anchor].beta, "targets": len(targets)}
-        rows.append(
-            own
-            | {f"hours_{k}": v for k, v in asdict(hours).items()}
-            | {f"flops_{k}": v for k, v in asdict(flops).items()}
-        )
-        shown.append(
-            {
-                "anchor": short(anchor),
-                "targets": str(len(targets)),
-                "device-hours, all from scratch": number(hours.from_scratch),
-                "device-hours, one anchor": number(hours.anchor),
-                "hours saved, %": number(hours.percent),
-                "FLOPs, all from scratch": f"{flops.from_scratch:.3g}",
-                "FLOPs, one anchor": f"{flops.anchor:.3g}",
-                "FLOPs saved, %": number(flops.percent),
-            }
-        )
-    return table("savings", "What realignment saves", SAVINGS, pd.DataFrame(rows), shown)
-
-
-PUBLISHED = """What the paper states for one SDXL anchor beside what its recipe counts to. {why} One anchor in place of six betas saves
-five sixths of either."""
-
-_published = lru_cache(published_dpo)
-
-
-def published() -> Table:
-    """The paper's SDXL anchor: its GPU-hours and FLOPs as stated, and the FLOPs of its recipe by the count of the other tables."""
-    paper: PublishedCost = _published()
-    data = pd.DataFrame([asdict(paper)]).drop(columns="why")
-    shown = {
-        "anchor": "SDXL, the paper's",
-        "GPU-hours, stated": number(paper.gpu_hours),
-        "FLOPs, stated": f"{paper.published_flops:.4g}",
-        "FLOPs, counted": f"{paper.flops:.4g}",
-        "counted / stated": number(paper.ratio),
-        "with checkpointing and autoencoder": f"{paper.with_everything:.4g}",
+def _flops(key: str) -> Column:
+    """A column of FLOPs under a header that follows from its key."""
+    headers = {
+        "flops": "FLOPs",
+        "flops_from_scratch": "FLOPs, all from scratch",
+        "flops_anchor": "FLOPs, one anchor",
     }
-    return table(
-        "published",
-        "The paper's anchor, by the same count",
-        PUBLISHED.format(why=paper.why),
-        data,
-        [shown],
+    return Column(headers[key], text=lambda row: f"{row[key]:.3g}")
+
+
+NAME = Column("anchor", text=lambda row: anchor_name(row["anchor"]))
+
+
+def compute(comparison: Comparison) -> ResultTable:
+    """What each anchor cost, from its card."""
+    rows = []
+    for anchor, card in comparison.cards.items():
+        row: Row = {"anchor": anchor}
+        for key in CARD_VALUES:
+            row[key] = getattr(card, key)
+        rows.append(row)
+    columns = (
+        NAME,
+        Column("method"),
+        Column("beta"),
+        Column("training seed", text=lambda row: str(row["seed"])),
+        Column("steps"),
+        Column("pairs", "pairs_seen"),
+        Column("device"),
+        Column("device-hours", "gpu_hours"),
+        _flops("flops"),
     )
+    return ResultTable.from_rows("compute", "What the anchors cost", COMPUTE_NOTE, rows, columns)
+
+
+def saved(comparison: Comparison) -> ResultTable:
+    """For each realigned anchor: what training its targets, too, has cost."""
+    cards = comparison.cards
+    rows = []
+    for anchor in dict.fromkeys(cell.realigned.anchor for cell in comparison.cells):
+        targets = {}
+        for cell in comparison.cells:
+            if cell.realigned.anchor == anchor:
+                targets[cell.beta_target] = cell.target.anchor
+        if {anchor, *targets.values()} <= set(cards):
+            rows.append(_savings_row(anchor, list(targets.values()), cards))
+    columns = (
+        NAME,
+        Column("targets", text=lambda row: str(row["targets"])),
+        Column("device-hours, all from scratch", "hours_from_scratch"),
+        Column("device-hours, one anchor", "hours_anchor"),
+        Column("hours saved, %", "hours_percent"),
+        _flops("flops_from_scratch"),
+        _flops("flops_anchor"),
+        Column("FLOPs saved, %", "flops_percent"),
+    )
+    return ResultTable.from_rows("savings", "What realignment saves", SAVINGS_NOTE, rows, columns)
+
+
+def _savings_row(anchor: str, targets: list[str], cards: Cards) -> Row:
+    card = cards[anchor]
+    others: list[AnchorCard] = [cards[target] for target in targets]
+    row: Row = {"anchor": anchor, "beta": card.beta, "targets": len(targets)}
+    hours = savings(card.gpu_hours, [other.gpu_hours for other in others])
+    flops = savings(card.flops, [other.flops for other in others])
+    return row | _named("hours", hours) | _named("flops", flops)
+
+
+def _named(unit: str, amounts: Savings) -> Row:
+    return {f"{unit}_{key}": value for key, value in asdict(amounts).items()}
+
+
+@lru_cache
+def _published_cost() -> PublishedCost:
+    return published_dpo()
+
+
+def published(comparison: Comparison | None = None) -> ResultTable:
+    """The paper's SDXL anchor: GPU-hours and FLOPs as stated, and the FLOPs of its recipe."""
+    cost = _published_cost()
+    row = asdict(cost)
+    why = row.pop("why")
+    columns = (
+        Column("anchor", text=lambda row: "SDXL, the paper's"),
+        Column("GPU-hours, stated", "gpu_hours"),
+        Column("FLOPs, stated", text=lambda row: f"{row['published_flops']:.4g}"),
+        Column("FLOPs, counted", text=lambda row: f"{row['flops']:.4g}"),
+        Column("counted / stated", "ratio"),
+        Column(
+            "with checkpointing and autoencoder", text=lambda row: f"{row['with_everything']:.4g}"
+        ),
+    )
+    note = PUBLISHED_NOTE.format(why=why)
+    title = "The paper's anchor, by the same count"
+    return ResultTable.from_rows("published", title, note, [row], columns)

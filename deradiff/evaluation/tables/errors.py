@@ -1,8 +1,8 @@
-"""The paper's experiment as tables: how far realigned models land from models that were aligned from scratch."""
+"""The paper's experiment: how far realigned models land from models aligned from scratch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,264 +10,347 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from deradiff.evaluation.agreement import equivalence
-from deradiff.evaluation.manifest import BENCH
-from deradiff.evaluation.pairing import ANCHOR, Cell, Group, per_prompt
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
+from deradiff.evaluation.pairing import Cell, SampledModel
 from deradiff.evaluation.statistics import (
     Estimate,
     approximation_error,
     mean_approximation_error,
     share_of_anchor,
 )
-from deradiff.evaluation.tables.table import Table, bench, interval, number, spread, table
+from deradiff.evaluation.tables.table import (
+    NO_ESTIMATE,
+    NOT_THERE,
+    SAMPLED,
+    Column,
+    ResultTable,
+    Row,
+    estimate_of,
+    interval,
+    number,
+)
 
-RANGES: dict[str, Callable[[float], bool]] = {
-    "0 < lam < 1": lambda lam: 0 < lam < 1,
-    "lam > 1": lambda lam: lam > 1,
-}
+Array = NDArray[np.float64]
 
-ERRORS = """Target: the model aligned from scratch at beta / lam, on the same prompts, x_T and step noise. Error: |mean score of the
-realigned images less the target's|. % of mean: of the target's |mean score|. % of distance: of |the target's mean score less the
-reference's|, that is, of what aligning from scratch at the target's beta changes; 0 is the target itself, 100 as far off as the
-reference; a question mark where that distance is not clear of 0. % of anchor's: the error in % of |the anchor's mean score less the
-reference's|, what the anchor itself changed, where that is clear of 0. Anchor as is, in % of the distance: the anchor at lam = 1, nothing
-done. Reference as is: lam = 0 (100 % of the distance by definition). Seed floor, in % of the distance: a second training seed of the
-target against the first; what is smaller may be training noise. Equivalent: two one-sided paired t tests (TOST) at 5 % each put the
-target less the realigned model within the margin, {margin:g} % of the distance. Each cell is tested on its own. Brackets: 95 % bootstrap
-intervals over prompts."""
+REALIGNED = "realigned"
+ANCHOR_AS_IS = "anchor as is"
+REFERENCE_AS_IS = "reference as is"
+SEED_FLOOR = "seed floor"
 
-SUMMARY = """Means over the cells (anchor, lam) of the table of approximation errors, where the columns are explained. lam = 1 is an
-identity and no cell. % of distance: over the clear cells alone, whose distance from reference to target is clear of 0; worst, anchor as
-is and seed floor: in that unit too. A mean of absolute values never reaches 0, nor does its interval. Seed floor: over the cells whose
-target has a second training seed; under it: cells whose error is at most what that seed makes. Equivalent: cells that a paired TOST puts
-within {margin:g} % of the distance. Every interval, and the errors in the scores' own units: in the csv."""
 
-MODES = """Over the cells and the images alone that every mode has, so that the modes' means are of the same models and prompts.
-Evaluations of a denoiser an
-image (of particles, a particle) and step, as counted while sampling; a model aligned from scratch takes 1. """
+def is_within(lam: float) -> bool:
+    """Whether a lambda lies between reference and anchor: the paper's range."""
+    return 0 < lam < 1
+
+
+def is_beyond(lam: float) -> bool:
+    """Whether a lambda lies beyond the anchor."""
+    return lam > 1
+
+
+RANGES: dict[str, Callable[[float], bool]] = {"0 < lam < 1": is_within, "lam > 1": is_beyond}
+PAPER_RANGE = "0 < lam < 1"
+
+ERRORS_NOTE = """Target: the model aligned from scratch at beta / lam, on the same prompts, x_T and
+step noise. Error: |mean score of the realigned images less the target's|. % of mean: of the target's
+|mean score|. % of distance: of |the target's mean score less the reference's|, that is, of what
+aligning from scratch at the target's beta changes; 0 is the target itself, 100 as far off as the
+reference; a question mark where that distance is not clear of 0. % of anchor's: the error in % of
+|the anchor's mean score less the reference's|, what the anchor itself changed, where that is clear of
+0. Anchor as is, in % of the distance: the anchor at lam = 1, nothing done. Reference as is: lam = 0
+(100 % of the distance by definition). Seed floor, in % of the distance: a second training seed of the
+target against the first; what is smaller may be training noise. Equivalent: two one-sided paired t
+tests (TOST) at 5 % each put the target less the realigned model within the margin, {margin:g} % of the
+distance. Each cell is tested on its own. Brackets: 95 % bootstrap intervals over prompts."""
+
+SUMMARY_NOTE = """Means over the cells (anchor, lam) of the table of approximation errors, where the
+columns are explained. lam = 1 is an identity and no cell. % of distance: over the clear cells alone,
+whose distance from reference to target is clear of 0; worst, anchor as is and seed floor: in that unit
+too. A mean of absolute values never reaches 0, nor does its interval. Seed floor: over the cells whose
+target has a second training seed; under it: cells whose error is at most what that seed makes.
+Equivalent: cells that a paired TOST puts within {margin:g} % of the distance. Every interval, and the
+errors in the scores' own units: in the csv."""
+
+MODES_NOTE = """Over the cells and the images alone that every mode has, so that the modes' means are of
+the same models and prompts. Evaluations of a denoiser an image (of particles, a particle) and step, as
+counted while sampling; a model aligned from scratch takes 1. """
 
 
 def first_range(errors: pd.DataFrame) -> tuple[str, Callable[[float], bool]]:
     """The first of RANGES that holds a cell of some errors: the paper's, where there is one."""
-    return next(
-        (name, within) for name, within in RANGES.items() if errors["lam"].map(within).any()
-    )
+    for name, contains in RANGES.items():
+        if errors["lam"].map(contains).any():
+            return name, contains
+    raise ValueError("there is no error to show")
 
 
-def approximation_errors(
-    cells: list[Cell], groups: dict[Group, pd.DataFrame], scorers: list[str], margin: float
-) -> Table:
-    """A row per scorer, cell and rival: the realigned model, the anchor as is, the reference as is, the target's other training seeds.
+# --- Every cell ---
 
-    margin: of the equivalence test, in percent of the distance.
+
+def approximation_errors(comparison: Comparison) -> ResultTable:
+    """A row per scorer, cell and compared model.
+
+    The compared models are the realigned one, the anchor as is, the reference as is, and the
+    target's other training seeds.
     """
-    data = pd.DataFrame(
-        [
-            {"scorer": scorer, "cell": index, "what": what} | row
-            for scorer in scorers
-            for index, cell in enumerate(cells)
-            for what, rival in cell.rivals()
-            if (row := _row(cell, rival, groups, scorer, margin))
-        ]
-    )
-    if len(data):
-        floors = data[data["what"] == "seed floor"].groupby(["scorer", "cell"])["error"].mean()
-        data["floor"] = [floors.get(key, np.nan) for key in zip(data["scorer"], data["cell"])]
-    return table(
-        "approximation", "Approximation errors", ERRORS.format(margin=margin), data, _shown(data)
+    rows = []
+    for scorer in comparison.scorers:
+        for index, cell in enumerate(comparison.cells):
+            for name, model in cell.comparisons():
+                row = _error_row(comparison, cell, model, scorer)
+                if row:
+                    rows.append({"scorer": scorer, "cell": index, "what": name} | row)
+    _add_floors(rows)
+    margin = comparison.options.margin
+    return ResultTable.from_rows(
+        "approximation",
+        "Approximation errors",
+        ERRORS_NOTE.format(margin=margin),
+        rows,
+        ERROR_COLUMNS,
+        shown_rows=_lines_of_cells(rows),
     )
 
 
-def _row(
-    cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: str, margin: float
-) -> dict[str, Any]:
-    paired, images = per_prompt(groups, [rival, cell.target, cell.reference], scorer)
+def _error_row(comparison: Comparison, cell: Cell, model: SampledModel, scorer: str) -> Row:
+    """One model's error in one cell; empty where it shares no image with target and reference."""
+    paired, images = comparison.per_prompt([model, cell.target, cell.reference], scorer)
     if not images:
         return {}
-    model, target, reference = paired.to_numpy().T
-    found = approximation_error(model, target, reference)
-    # the margin is a share of a distance that is measured on the same prompts, so it is a number a prompt: what the test compares is linear
-    tested = equivalence(model - target, margin / 100 * (target - reference))
+    scores, target, reference = paired.to_numpy().T
+    error = approximation_error(scores, target, reference)
+
+    # The margin is a share of a distance that is measured on the same prompts, so it is a number a
+    # prompt: what the test compares is linear
+    margins = comparison.options.margin / 100 * (target - reference)
+    test = equivalence(scores - target, margins)
     means = paired.mean()
-    told = {
+    return {
         "beta": cell.beta,
         "lam": cell.lam,
         "beta_target": cell.beta_target,
         "mode": cell.mode,
         "training_seed": cell.training_seed,
-    }
-    who = {"anchor": cell.realigned[ANCHOR], "target": cell.target[ANCHOR], "rival": rival[ANCHOR]}
-    count = {
+        **dict(zip(SAMPLING_COLUMNS, cell.sampling, strict=True)),
+        "anchor": cell.realigned.anchor,
+        "target": cell.target.anchor,
+        "rival": model.anchor,
         "prompts": len(paired),
         "images": images,
         "mean": means[0],
         "target_mean": means[1],
         "reference_mean": means[2],
+        "difference": error.difference,
+        "error": error.error,
+        "percent_of_mean": error.percent_of_mean,
+        "share": error.share,
+        "distance": error.distance,
+        "share_of_anchor": _share_of_anchor(comparison, cell, model, scorer),
+        "clear": error.distance_is_clear,
+        "tost_p": test.p,
+        "equivalent": test.equivalent,
     }
-    numbers = [
-        spread(name, getattr(found, name))
-        for name in ("difference", "error", "percent_of_mean", "share", "distance")
-    ]
-    numbers.append(spread("share_of_anchor", _share_of_anchor(cell, rival, groups, scorer)))
-    return (
-        told
-        | dict(zip(BENCH, cell.bench))
-        | who
-        | count
-        | {k: v for n in numbers for k, v in n.items()}
-        | {"clear": found.distance_is_clear, "tost_p": tested.p, "equivalent": tested.equivalent}
-    )
 
 
 def _share_of_anchor(
-    cell: Cell, rival: Group, groups: dict[Group, pd.DataFrame], scorer: str
+    comparison: Comparison, cell: Cell, model: SampledModel, scorer: str
 ) -> Estimate:
     if cell.anchor is None:
-        return Estimate(np.nan, np.nan, np.nan)
-    paired, _ = per_prompt(groups, [rival, cell.target, cell.anchor, cell.reference], scorer)
+        return NO_ESTIMATE
+    models = [model, cell.target, cell.anchor, cell.reference]
+    paired, _ = comparison.per_prompt(models, scorer)
     return share_of_anchor(*paired.to_numpy().T)
 
 
-def _shown(data: pd.DataFrame) -> list[dict[str, str]]:
-    """A line a cell: the rivals become columns. Where there are several second seeds, the first is shown."""
+def _add_floors(rows: list[Row]) -> None:
+    """The seed floor of each row's cell: the mean error of the target's other training seeds."""
+    errors: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if row["what"] == SEED_FLOOR:
+            errors.setdefault((row["scorer"], row["cell"]), []).append(row["error"].value)
+    for row in rows:
+        floors = errors.get((row["scorer"], row["cell"]))
+        row["floor"] = float(np.mean(floors)) if floors else np.nan
+
+
+def _lines_of_cells(rows: Iterable[Row]) -> list[Row]:
+    """A line a cell: the realigned model's row, with the other models' shares beside it.
+
+    Where there are several second seeds, the first is shown.
+    """
+    cells: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        models = cells.setdefault((row["scorer"], row["cell"]), {})
+        models.setdefault(row["what"], row)
     lines = []
-    for _, rows in data.groupby(["scorer", "cell"], sort=False) if len(data) else []:
-        by = {row["what"]: row for row in reversed(rows.to_dict("records"))}
-        own, doubt = by["realigned"], "" if by["realigned"]["clear"] else " ?"
-        share = {what: interval(row, "share") + doubt for what, row in by.items()}
-        lines.append(
-            {
-                "scorer": own["scorer"],
-                "anchor beta": number(own["beta"]),
-                "lam": number(own["lam"]),
-                "target beta": number(own["beta_target"]),
-                "mode": own["mode"],
-                "sampled": bench(own),
-                "% of distance": share["realigned"],
-                "% of anchor's": interval(own, "share_of_anchor"),
-                "anchor as is": share.get("anchor as is", "–"),
-                "seed floor": share.get("seed floor", "–"),
-                "TOST p": f"{own['tost_p']:.2g}{' (equivalent)' if own['equivalent'] else ''}",
-                "error": interval(own, "error"),
-                "% of mean": interval(own, "percent_of_mean"),
-                "mean": number(own["mean"]),
-                "target mean": number(own["target_mean"]),
-            }
-        )
+    for models in cells.values():
+        line = dict(models[REALIGNED])
+        doubt = "" if line["clear"] else " ?"
+        for name in (REALIGNED, ANCHOR_AS_IS, SEED_FLOOR):
+            shown = NOT_THERE
+            if name in models:
+                shown = interval(models[name]["share"]) + doubt
+            line[f"shown {name}"] = shown
+        lines.append(line)
     return lines
 
 
-def summary(
-    errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame], margin: float
-) -> Table:
-    """Mean absolute errors per scorer and mode, for lam in (0, 1) and for lam above 1, of the realigned models and of their rivals."""
-    rows = _summary(errors, cells, groups)
-    return table(
+def _tost(row: Row) -> str:
+    verdict = " (equivalent)" if row["equivalent"] else ""
+    return f"{row['tost_p']:.2g}{verdict}"
+
+
+ERROR_COLUMNS = (
+    Column("scorer"),
+    Column("anchor beta", "beta"),
+    Column("lam"),
+    Column("target beta", "beta_target"),
+    Column("mode"),
+    SAMPLED,
+    Column("% of distance", f"shown {REALIGNED}"),
+    Column("% of anchor's", "share_of_anchor"),
+    Column("anchor as is", f"shown {ANCHOR_AS_IS}"),
+    Column("seed floor", f"shown {SEED_FLOOR}"),
+    Column("TOST p", text=_tost),
+    Column("error"),
+    Column("% of mean", "percent_of_mean"),
+    Column("mean"),
+    Column("target mean", "target_mean"),
+)
+
+
+# --- Means over cells ---
+
+
+def summary(comparison: Comparison, approximation: ResultTable | None = None) -> ResultTable:
+    """Mean absolute errors per scorer and mode, for lam in (0, 1) and for lam above 1.
+
+    Of the realigned models, and of those that they are compared with.
+
+    Args:
+        comparison: what is compared.
+        approximation: its approximation errors, where they are known already.
+    """
+    errors = approximation or approximation_errors(comparison)
+    rows = summary_rows(comparison, errors.data)
+    note = SUMMARY_NOTE.format(margin=comparison.options.margin)
+    return ResultTable.from_rows(
         "summary",
         "Mean approximation errors",
-        SUMMARY.format(margin=margin),
-        pd.DataFrame(rows),
-        _summary_shown(rows),
+        note,
+        rows,
+        SUMMARY_COLUMNS,
+        shown_rows=_lines_of_summary(rows),
     )
 
 
-def modes(
-    cells: list[Cell],
-    groups: dict[Group, pd.DataFrame],
-    scorers: list[str],
-    margin: float,
-    samples: pd.DataFrame,
-) -> Table:
-    """The summary again over the cells, prompts and seeds that every mode has, and what each mode costs; no row where there is one mode."""
-    cells, groups = _shared(cells, groups)
-    rows = _summary(approximation_errors(cells, groups, scorers, margin).data, cells, groups)
-    cost = (
-        samples[~samples["lam"].isin([0, 1])]
-        .groupby("mode")["evaluations"]
-        .apply(lambda e: pd.to_numeric(e).mean())
-    )
-    rows = [row | {"evaluations": cost[row["mode"]]} for row in rows]
-    shown = [
-        line | {"evaluations a step": number(cost[line["mode"]])} for line in _summary_shown(rows)
-    ]
-    return table(
+def modes(comparison: Comparison) -> ResultTable:
+    """The summary again over what every mode has, and what each mode costs.
+
+    No row where there is one mode.
+    """
+    shared = shared_by_modes(comparison)
+    rows = summary_rows(shared, approximation_errors(shared).data)
+    samples = comparison.samples
+    mixed = samples[~samples["lam"].isin([0, 1])]
+    for row in rows:
+        counts = mixed[mixed["mode"] == row["mode"]]["evaluations"]
+        row["evaluations"] = pd.to_numeric(counts).mean()
+    note = MODES_NOTE + SUMMARY_NOTE.format(margin=comparison.options.margin)
+    return ResultTable.from_rows(
         "modes",
         "The modes side by side",
-        MODES + SUMMARY.format(margin=margin),
-        pd.DataFrame(rows),
-        shown,
+        note,
+        rows,
+        [*SUMMARY_COLUMNS, Column("evaluations a step", "evaluations")],
+        shown_rows=_lines_of_summary(rows),
     )
 
 
-def _shared(
-    cells: list[Cell], groups: dict[Group, pd.DataFrame]
-) -> tuple[list[Cell], dict[Group, pd.DataFrame]]:
-    """The cells that every mode realigned, with the images that all of these share; none where there is one mode."""
-    modes = {cell.mode for cell in cells}
-    of = {
-        cell: {
-            c.mode
-            for c in cells
-            if (c.target, c.lam, c.realigned[ANCHOR])
-            == (cell.target, cell.lam, cell.realigned[ANCHOR])
-        }
-        for cell in cells
-    }
-    shared = [cell for cell in cells if of[cell] == modes] if len(modes) > 1 else []
-    if not shared:
-        return [], {}
-    ids = groups[shared[0].realigned].index
-    for cell in shared:
-        ids = ids.intersection(groups[cell.realigned].index)
-    return shared, {group: scores[scores.index.isin(ids)] for group, scores in groups.items()}
+def shared_by_modes(comparison: Comparison) -> Comparison:
+    """The cells that every mode realigned, with the images that all of these share.
+
+    Nothing where there is one mode.
+    """
+    all_modes = {cell.mode for cell in comparison.cells}
+    if len(all_modes) < 2:
+        return comparison.restricted([], {})
+
+    # The modes of each cell, whichever mode it is of
+    modes_of: dict[Any, set[str]] = {}
+    for cell in comparison.cells:
+        modes_of.setdefault(cell.key(), set()).add(cell.mode)
+    cells = [cell for cell in comparison.cells if modes_of[cell.key()] == all_modes]
+    if not cells:
+        return comparison.restricted([], {})
+
+    # The images that all of them have
+    scores = comparison.by_model
+    ids = scores[cells[0].realigned].index
+    for cell in cells:
+        ids = ids.intersection(scores[cell.realigned].index)
+    shared = {model: rows[rows.index.isin(ids)] for model, rows in scores.items()}
+    return comparison.restricted(cells, shared)
 
 
-def _summary(
-    errors: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]
-) -> list[dict[str, Any]]:
-    keys, rows = ["scorer", "mode", *BENCH, "what"], []
-    for told, found in errors.groupby(keys, sort=False) if len(errors) else []:
-        for name, within in RANGES.items():
-            chosen = found[found["lam"].map(within)]
+def summary_rows(comparison: Comparison, errors: pd.DataFrame) -> list[Row]:
+    """A row per range, scorer, mode, way of sampling and compared model."""
+    if not len(errors):
+        return []
+    keys = ["scorer", "mode", *SAMPLING_COLUMNS, "what"]
+    rows: list[Row] = []
+    for values, found in errors.groupby(keys, sort=False):
+        for name, contains in RANGES.items():
+            chosen = found[found["lam"].map(contains)]
             if len(chosen):
-                rows.append({"range": name} | dict(zip(keys, told)) | _means(chosen, cells, groups))
-    order = list(dict.fromkeys(row["scorer"] for row in rows))
-    return sorted(
-        rows, key=lambda row: (list(RANGES).index(row["range"]), order.index(row["scorer"]))
-    )  # modes below one another
+                row = {"range": name, **dict(zip(keys, values, strict=True))}
+                rows.append(row | _means(comparison, chosen))
+
+    # Modes below one another
+    scorers = list(dict.fromkeys(row["scorer"] for row in rows))
+    ranges = list(RANGES)
+    rows.sort(key=lambda row: (ranges.index(row["range"]), scorers.index(row["scorer"])))
+    return rows
 
 
-def aligned(
-    chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Scores of the model, the target and the reference, each (P, C): a row a prompt, a column for each of `chosen`, some rows of the
-    errors; nan where a cell lacks a prompt. So that the prompts can be drawn together for all of them."""
+def aligned(comparison: Comparison, chosen: pd.DataFrame) -> tuple[Array, Array, Array]:
+    """Scores of the model, the target and the reference, each (P, C).
+
+    A row a prompt and a column for each chosen row of the errors, nan where a cell lacks a prompt:
+    so the prompts can be drawn together for all of them.
+    """
     paired = []
     for row in chosen.to_dict("records"):
-        cell = cells[row["cell"]]
-        rival = next(
-            group
-            for what, group in cell.rivals()
-            if (what, group[ANCHOR]) == (row["what"], row["rival"])
-        )
-        paired.append(per_prompt(groups, [rival, cell.target, cell.reference], row["scorer"])[0])
+        cell = comparison.cells[row["cell"]]
+        model = _compared_model(cell, row["what"], row["rival"])
+        models = [model, cell.target, cell.reference]
+        paired.append(comparison.per_prompt(models, row["scorer"])[0])
     wide = pd.concat(paired, axis=1, keys=range(len(paired)))
-    model, target, reference = (wide.xs(part, axis=1, level=1).to_numpy() for part in range(3))
-    return model, target, reference
+    model_scores, target, reference = (
+        wide.xs(part, axis=1, level=1).to_numpy() for part in range(3)
+    )
+    return model_scores, target, reference
 
 
-def _means(
-    chosen: pd.DataFrame, cells: list[Cell], groups: dict[Group, pd.DataFrame]
-) -> dict[str, Any]:
+def _compared_model(cell: Cell, name: str, anchor: str) -> SampledModel:
+    for its_name, model in cell.comparisons():
+        if its_name == name and model.anchor == anchor:
+            return model
+    raise AssertionError(f"{cell} compares no {name} of {anchor}")
+
+
+def _means(comparison: Comparison, chosen: pd.DataFrame) -> Row:
     """The means of some rows of the errors."""
-    model, target, reference = aligned(chosen, cells, groups)
+    model, target, reference = aligned(comparison, chosen)
     clear = chosen["clear"].to_numpy(dtype=bool)
-    found = mean_approximation_error(model, target, reference, clear)
+    mean = mean_approximation_error(model, target, reference, clear)
     return {
         "cells": len(chosen),
         "prompts": len(model),
-        **spread("error", found.error),
-        **spread("percent_of_mean", found.percent_of_mean),
-        **spread("share", found.share),
+        "error": mean.error,
+        "percent_of_mean": mean.percent_of_mean,
+        "share": mean.share,
         "clear_cells": int(clear.sum()),
         "share_of_anchor": chosen["share_of_anchor"].mean(),
         "worst_share_of_anchor": chosen["share_of_anchor"].max(),
@@ -278,30 +361,118 @@ def _means(
     }
 
 
-def _summary_shown(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A line a range, scorer and mode: the rivals become columns."""
+def _lines_of_summary(rows: Sequence[Row]) -> list[Row]:
+    """A line a range, scorer and mode: the compared models become columns."""
+    same = ("range", "scorer", "mode", *SAMPLING_COLUMNS)
+    shares: dict[tuple[Any, ...], Estimate] = {}
+    for row in rows:
+        shares[(*(row[key] for key in same), row["what"])] = row["share"]
     lines = []
-    for own in (row for row in rows if row["what"] == "realigned"):
-        same = ("range", "scorer", "mode", *BENCH)
-        by = {row["what"]: row for row in rows if all(row[key] == own[key] for key in same)}
-        rival = {what: number(row["share"]) for what, row in by.items()}
-        lines.append(
-            {
-                "range": own["range"],
-                "scorer": own["scorer"],
-                "mode": own["mode"],
-                "sampled": bench(own),
-                "cells (clear)": f"{own['cells']} ({own['clear_cells']})",
-                "% of distance": interval(own, "share"),
-                "worst": number(own["worst_share"]),
-                "% of anchor's": number(own["share_of_anchor"]),
-                "worst of anchor's": number(own["worst_share_of_anchor"]),
-                "anchor as is": rival.get("anchor as is", "–"),
-                "seed floor": rival.get("seed floor", "–"),
-                "under the floor": f"{own['cells_under_floor']} of {own['cells_with_floor']}"
-                if own["cells_with_floor"]
-                else "–",
-                "equivalent": f"{own['cells_equivalent']} of {own['cells']}",
-            }
-        )
+    for row in rows:
+        if row["what"] != REALIGNED:
+            continue
+        line = dict(row)
+        for name in (ANCHOR_AS_IS, SEED_FLOOR):
+            share = shares.get((*(row[key] for key in same), name))
+            line[f"shown {name}"] = number(share.value) if share else NOT_THERE
+        lines.append(line)
     return lines
+
+
+def _clear_cells(row: Row) -> str:
+    return f"{row['cells']} ({row['clear_cells']})"
+
+
+def _under_floor(row: Row) -> str:
+    if not row["cells_with_floor"]:
+        return NOT_THERE
+    return f"{row['cells_under_floor']} of {row['cells_with_floor']}"
+
+
+def _equivalent_cells(row: Row) -> str:
+    return f"{row['cells_equivalent']} of {row['cells']}"
+
+
+SUMMARY_COLUMNS = (
+    Column("range"),
+    Column("scorer"),
+    Column("mode"),
+    SAMPLED,
+    Column("cells (clear)", text=_clear_cells),
+    Column("% of distance", "share"),
+    Column("worst", "worst_share"),
+    Column("% of anchor's", "share_of_anchor"),
+    Column("worst of anchor's", "worst_share_of_anchor"),
+    Column("anchor as is", f"shown {ANCHOR_AS_IS}"),
+    Column("seed floor", f"shown {SEED_FLOOR}"),
+    Column("under the floor", text=_under_floor),
+    Column("equivalent", text=_equivalent_cells),
+)
+
+
+# --- A sentence ---
+
+
+def verdict(data: pd.DataFrame, missing: Sequence[str]) -> str:
+    """How close realigned models come, in a sentence.
+
+    With its intervals, how far off doing nothing is, and what may not be claimed.
+
+    Args:
+        data: of the summary.
+        missing: sentences that say what could not be compared.
+    """
+    if data.empty:
+        why = f" ({missing[0]})" if missing else ""
+        return (
+            "Nothing to compare yet: no realigned model has its target, aligned from scratch, among "
+            f"the samples{why}."
+        )
+    name = next(one for one in RANGES if (data["range"] == one).any())
+    mode = "exact" if (data["mode"] == "exact").any() else data["mode"].iloc[0]
+    rows = data[(data["range"] == name) & (data["mode"] == mode)]
+    own = rows[rows["what"] == REALIGNED]
+    idle = rows[rows["what"] == ANCHOR_AS_IS]
+
+    # In % of the distance where a scorer has one, otherwise in the paper's unit
+    is_clear = own["share"].notna().any()
+    column = "share" if is_clear else "percent_of_mean"
+    unit = "of the way from the reference to it" if is_clear else "of its mean score"
+    text = (
+        f"For {name}, a realigned model misses the model aligned from scratch by "
+        f"{_span(own, column)} {unit}"
+    )
+    if idle[column].notna().any():
+        text += f"; the anchor left as it is would miss by {_span(idle, column)}"
+    text += "."
+
+    with_floor = int(own["cells_with_floor"].sum())
+    under = int(own["cells_under_floor"].sum())
+    if with_floor:
+        return (
+            f"{text} {under} of {with_floor} errors lie under the seed floor, the difference that a "
+            "second training seed makes."
+        )
+    return (
+        f"{text} No second training seed of a target was given, so how much of this is training "
+        "noise is not known."
+    )
+
+
+def _span(rows: pd.DataFrame, column: str) -> str:
+    """The least and the most of a column over scorers, each with its interval and its pairs."""
+    rows = rows[rows[column].notna()].sort_values(column)
+    ends = rows.iloc[[0, -1]] if len(rows) > 1 else rows
+    parts = []
+    for row in ends.to_dict("records"):
+        value = interval(estimate_of(row, column), " %")
+        parts.append(f"{value} ({row['scorer']}, {_pairs(row, column)})")
+    return " to ".join(parts)
+
+
+def _pairs(row: dict[str, Any], column: str) -> str:
+    """How many pairs of anchor and target a mean is of."""
+    plural = "s" if row["cells"] > 1 else ""
+    if column == "share" and row["clear_cells"] < row["cells"]:
+        return f"{row['clear_cells']} of {row['cells']} pair{plural} whose distance is clear of 0"
+    return f"{row['cells']} pair{plural}"

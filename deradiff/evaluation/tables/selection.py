@@ -1,220 +1,317 @@
-"""Which lambda: the best score under a path-KL budget, chosen on one half of the prompts and reported on the other."""
+"""Which lambda: the best score under a path-KL budget.
+
+It is chosen on one half of the prompts and reported on the other.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from deradiff.evaluation.manifest import BENCH
-from deradiff.evaluation.pairing import ANCHOR, GROUP, Group, per_prompt, short
-from deradiff.evaluation.selection import choose, for_choosing, reward_hacking
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
+from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel, anchor_name
+from deradiff.evaluation.selection import Choice, choose, for_choosing, reward_hacking
 from deradiff.evaluation.statistics import Estimate, paired_bootstrap
-from deradiff.evaluation.tables.table import Table, bench, interval, number, spread, table
-from eval.config import SelectConfig
+from deradiff.evaluation.tables.table import (
+    NO_ESTIMATE,
+    NOT_THERE,
+    SAMPLED,
+    Column,
+    ResultTable,
+    Row,
+    interval,
+    number,
+)
 
-LAM = GROUP.index("lam")
-FEWEST = 2  # prompts to choose by, and as many to report on: of one there is no interval
+Array = NDArray[np.float64]
 
-SELECTION = """Chosen: the largest mean {score} over the choosing prompts{budget}. All other numbers are of the reporting prompts, which
-had no say: {choosing} and {reporting} prompts, split by a hash of their text. Below the chosen: the paired difference; where its interval
-holds 0, the two cannot be told apart. Alarm: the scores that have fallen from their own best at a smaller lambda of that anchor, by an
-interval below 0 that allows for their number, while {score} has risen: reward hacking. Brackets: 95 % bootstrap intervals over prompts."""
+FEWEST = 2
+"""Prompts to choose by, and as many to report on: of one there is no interval."""
+
+NOTE = """Chosen: the largest mean {score} over the choosing prompts{budget}. All other numbers are of the
+reporting prompts, which had no say: {choosing} and {reporting} prompts, split by a hash of their text.
+Below the chosen: the paired difference; where its interval holds 0, the two cannot be told apart. Alarm:
+the scores that have fallen from their own best at a smaller lambda of that anchor, by an interval below 0
+that allows for their number, while {score} has risen: reward hacking. Brackets: 95 % bootstrap intervals
+over prompts."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """table: every candidate. sentence: which lambda, and the alarm where there is one. alarm: the scorers that fall at that lambda."""
+    """The answer to *which lambda*.
 
-    table: Table
+    Attributes:
+        table: every candidate.
+        sentence: the chosen one, and the alarm where there is one.
+        alarm: the scorers that fall at the chosen lambda.
+    """
+
+    table: ResultTable
     sentence: str
     alarm: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Study:
-    """The candidates' scores on the prompts that all share: by scorer, a row a prompt and a column a candidate."""
+class _Candidates:
+    """The candidates' scores on the prompts that all of them share.
 
-    candidates: list[Group]
+    Attributes:
+        models: the candidates.
+        paired: by scorer, a row a prompt and a column a candidate.
+        score: the scorer to choose by.
+        choosing: (P,), True for the prompts to choose by.
+    """
+
+    models: Sequence[SampledModel]
     paired: dict[str, pd.DataFrame]
     score: str
     choosing: NDArray[np.bool_]
 
-    def reported(self, scorer: str, columns: list[int]) -> NDArray[np.float64]:
+    @property
+    def others(self) -> list[str]:
+        """The scorers that lambda is not chosen by."""
+        return [scorer for scorer in self.paired if scorer != self.score]
+
+    def reported(self, scorer: str, columns: list[int]) -> Array:
+        """Scores of candidates on the reporting prompts."""
         return self.paired[scorer].loc[~self.choosing, columns].to_numpy()
 
+    def choosing_mean(self, scorer: str, candidate: int) -> float:
+        """The mean score of a candidate on the choosing prompts."""
+        return self.paired[scorer].loc[self.choosing, candidate].mean()
 
-def select(
-    samples: pd.DataFrame,
-    groups: dict[Group, pd.DataFrame],
-    scorers: list[str],
-    config: SelectConfig,
-) -> Answer:
-    """The best of the models in `samples` (not in references) by `config.score`, of those whose mean path KL is within the budget.
+    def difference(self, one: int, other: int) -> Estimate:
+        """The chosen score of one candidate above another's, on the reporting prompts."""
+        return paired_bootstrap(self.reported(self.score, [one, other]), _first_less_second)
 
-    Compared on the prompts and seeds that all of them share.
+    def reference_of(self, candidate: int) -> int | None:
+        """The candidate that is the reference, sampled as another candidate is."""
+        sampling = self.models[candidate].sampling
+        for index, model in enumerate(self.models):
+            if model.is_reference and model.sampling == sampling:
+                return index
+        return None
+
+
+def _first_less_second(means: Array) -> Array:
+    return means[..., 0] - means[..., 1]
+
+
+def _first(means: Array) -> Array:
+    return means[..., 0]
+
+
+def select(comparison: Comparison) -> Answer:
+    """The best of the realigned samples by `options.score`, within the path-KL budget.
+
+    Models of `references` are no candidates. Candidates are compared on the prompts and seeds that
+    all of them share.
     """
-    score, candidates = str(config.score), _candidates(samples)
-    paired = {scorer: per_prompt(groups, candidates, scorer)[0] for scorer in scorers}
+    samples = comparison.samples
+    score = comparison.chosen_score
+    models = candidate_models(samples)
+    paired = {}
+    for scorer in comparison.scorers:
+        paired[scorer] = comparison.per_prompt(models, scorer)[0]
+
+    # Split the prompts by their text: one text may come twice, under two ids
     prompts = paired[score].index
     texts = samples.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
-    choosing = for_choosing(list(texts[prompts]))  # by the text: it may come twice, under two ids
+    choosing = for_choosing(list(texts[prompts]))
     if min(choosing.sum(), (~choosing).sum()) < FEWEST:
-        return _none(
-            f"the models share {len(prompts)} prompts, too few to choose by some and report on others"
+        return _no_answer(
+            f"the models share {len(prompts)} prompts, too few to choose by some and report on "
+            "others"
         )
-    kl = samples.groupby([*GROUP, "prompt_id"])["path_kl"].mean()
-    path_kl = np.stack(
-        [
-            np.zeros(len(prompts)) if g[LAM] == 0 else kl[g].reindex(prompts).to_numpy(dtype=float)
-            for g in candidates
-        ],
-        axis=1,
-    )
+
+    # Choose
+    budget = comparison.options.path_kl
+    path_kl = _path_kl(samples, models, prompts)
     try:
-        choice = choose(paired[score].to_numpy(), path_kl, config.path_kl, choosing)
+        choice = choose(paired[score].to_numpy(), path_kl, budget, choosing)
     except ValueError as error:
-        return _none(str(error))
-    study = _Study(candidates, paired, score, choosing)
-    betas = dict(zip(samples["anchor"], samples["beta"]))
-    rows = [
-        _row(i, choice.index, study)
-        | {"beta": betas[candidates[i][ANCHOR]], "path_kl": choice.path_kl[i]}
-        | {"affordable": bool(choice.affordable[i]), "chosen": i == choice.index}
-        for i in sorted(
-            range(len(candidates)), key=lambda i: (not choice.affordable[i], -choice.chosen_by[i])
-        )
-    ]
+        return _no_answer(str(error))
+
+    # Report
+    candidates = _Candidates(models, paired, score, choosing)
+    rows = _rows(candidates, choice, samples)
     own = next(row for row in rows if row["chosen"])
-    budget = (
-        f", of the models with a mean path KL of at most {number(config.path_kl)} nats"
-        if config.path_kl is not None
-        else ""
+    within = ""
+    if budget is not None:
+        within = f", of the models with a mean path KL of at most {number(budget)} nats"
+    note = NOTE.format(
+        score=score, budget=within, choosing=choosing.sum(), reporting=(~choosing).sum()
     )
-    note = SELECTION.format(
-        score=score, budget=budget, choosing=choosing.sum(), reporting=(~choosing).sum()
+    table = ResultTable.from_rows(
+        "selection", "Every candidate, best first", note, rows, _columns(score)
     )
-    made = table(
-        "selection",
-        "Every candidate, best first",
-        note,
-        pd.DataFrame(rows),
-        [_shown(row, score) for row in rows],
-    )
-    return Answer(
-        made,
-        _sentence(own, rows, score, config.path_kl),
-        tuple(own["alarm"].split(", ")) if own["alarm"] else (),
-    )
+    alarm = tuple(own["alarm"].split(", ")) if own["alarm"] else ()
+    return Answer(table, _sentence(own, rows, score, budget), alarm)
 
 
-def _none(why: str) -> Answer:
-    return Answer(
-        table("selection", "Which lambda", why, pd.DataFrame(), []), f"No lambda is chosen: {why}."
+def selection(comparison: Comparison) -> ResultTable:
+    """Every candidate, best first: the table of `select`."""
+    return select(comparison).table
+
+
+def _no_answer(why: str) -> Answer:
+    table = ResultTable.from_rows("selection", "Which lambda", why, [], [])
+    return Answer(table, f"No lambda is chosen: {why}.")
+
+
+def candidate_models(samples: pd.DataFrame) -> list[SampledModel]:
+    """Every realigned model; the reference, which all anchors share, once a way of sampling."""
+    models = samples[samples["realigned"]].drop_duplicates(MODEL_COLUMNS)
+    is_twice = (models["lam"] == 0) & models.duplicated([*SAMPLING_COLUMNS, "lam"])
+    rows = models[~is_twice][MODEL_COLUMNS].itertuples(index=False)
+    return [SampledModel(*row) for row in rows]
+
+
+def _path_kl(samples: pd.DataFrame, models: Sequence[SampledModel], prompts: pd.Index) -> Array:
+    """(P, C): the mean path KL of each candidate on each prompt; 0 for the reference."""
+    means = samples.groupby([*MODEL_COLUMNS, "prompt_id"])["path_kl"].mean()
+    columns = []
+    for model in models:
+        if model.is_reference:
+            columns.append(np.zeros(len(prompts)))
+        else:
+            columns.append(means[model].reindex(prompts).to_numpy(dtype=float))
+    return np.stack(columns, axis=1)
+
+
+def _rows(candidates: _Candidates, choice: Choice, samples: pd.DataFrame) -> list[Row]:
+    """A row a candidate: the affordable ones first, best first."""
+    betas = dict(zip(samples["anchor"], samples["beta"]))
+    order = sorted(
+        range(len(candidates.models)),
+        key=lambda i: (not choice.affordable[i], -choice.chosen_by[i]),
     )
-
-
-def _candidates(samples: pd.DataFrame) -> list[Group]:
-    """Every model of `samples`; the reference, which all anchors share, once for each way of sampling."""
-    models = samples[samples["realigned"]].drop_duplicates(GROUP)
-    twice = (models["lam"] == 0) & models.duplicated([*BENCH, "lam"])
-    return [tuple(row) for row in models[~twice][GROUP].itertuples(index=False)]
-
-
-def _row(i: int, best: int, study: _Study) -> dict[str, Any]:
-    group = study.candidates[i]
-    reference = next(
-        (j for j, g in enumerate(study.candidates) if g[LAM] == 0 and g[:ANCHOR] == group[:ANCHOR]),
-        None,
-    )
-    difference = lambda one, other: paired_bootstrap(
-        study.reported(study.score, [one, other]), lambda m: m[..., 0] - m[..., 1]
-    )  # noqa: E731
-    return (
-        dict(zip(GROUP, group))
-        | {"choosing_mean": study.paired[study.score].loc[study.choosing, i].mean()}
-        | spread("mean", paired_bootstrap(study.reported(study.score, [i]), lambda m: m[..., 0]))
-        | spread(
-            "gain",
-            difference(i, reference) if reference is not None else Estimate(np.nan, np.nan, np.nan),
+    rows = []
+    for index in order:
+        model = candidates.models[index]
+        score = candidates.score
+        reference = candidates.reference_of(index)
+        gain = NO_ESTIMATE
+        if reference is not None:
+            gain = candidates.difference(index, reference)
+        rows.append(
+            {
+                **model._asdict(),
+                "choosing_mean": candidates.choosing_mean(score, index),
+                "mean": paired_bootstrap(candidates.reported(score, [index]), _first),
+                "gain": gain,
+                "below_chosen": candidates.difference(choice.index, index),
+                "alarm": ", ".join(fallen_scores(candidates, index)),
+                "beta": betas[model.anchor],
+                "path_kl": choice.path_kl[index],
+                "affordable": bool(choice.affordable[index]),
+                "chosen": index == choice.index,
+            }
         )
-        | spread("below_chosen", difference(best, i))
-        | {"alarm": ", ".join(_alarm(i, study))}
+    return rows
+
+
+def fallen_scores(candidates: _Candidates, index: int) -> list[str]:
+    """The reward-hacking alarm of one candidate: scorers that fell while the chosen score rose.
+
+    A scorer has fallen if the candidate is clearly below that scorer's own best at a smaller lambda
+    of the same anchor. That best is found on the choosing prompts, so that the fall, which is
+    measured on the reporting prompts, is not the luck of the highest.
+    """
+    own = candidates.models[index]
+    weaker = [i for i, model in enumerate(candidates.models) if model.is_weaker_than(own)]
+    others = candidates.others
+    if not weaker or not others:
+        return []
+
+    # Before: the chosen score at the smallest lambda, and each other scorer at its best
+    smallest = min(weaker, key=lambda i: candidates.models[i].lam)
+    before = [candidates.reported(candidates.score, [smallest])]
+    for scorer in others:
+        best = max(weaker, key=lambda i: candidates.choosing_mean(scorer, i))
+        before.append(candidates.reported(scorer, [best]))
+
+    # After: all scores of this candidate
+    names = [candidates.score, *others]
+    after = [candidates.reported(name, [index]) for name in names]
+
+    alarm = reward_hacking(
+        np.concatenate(before, axis=1), np.concatenate(after, axis=1), optimised=0
+    )
+    if not alarm.raised:
+        return []
+    return [names[column] for column in alarm.fallen]
+
+
+def _columns(score: str) -> tuple[Column, ...]:
+    return (
+        Column("", text=_status),
+        Column("anchor", text=_anchor),
+        Column("lam"),
+        Column("target beta", text=_target_beta),
+        Column("mode"),
+        SAMPLED,
+        Column("path KL", "path_kl"),
+        Column(score, "mean"),
+        Column("above the reference", "gain"),
+        Column("below the chosen", "below_chosen"),
+        Column("alarm", text=lambda row: row["alarm"] or NOT_THERE),
     )
 
 
-def _alarm(i: int, study: _Study) -> list[str]:
-    """The scorers that have fallen from their own best at a smaller lambda, as the chosen score rose.
-
-    Each scorer's best is found on the choosing prompts, so that the fall that the reporting prompts show is not the luck of the highest.
-    """
-    own, others = study.candidates[i], [scorer for scorer in study.paired if scorer != study.score]
-    before = [
-        j
-        for j, g in enumerate(study.candidates)
-        if g[:ANCHOR] == own[:ANCHOR]
-        and g[LAM] < own[LAM]
-        and (g[LAM] == 0 or g[ANCHOR:LAM] == own[ANCHOR:LAM])
-    ]
-    if not before or not others:
-        return []
-    best = {
-        scorer: max(before, key=lambda j: study.paired[scorer].loc[study.choosing, j].mean())
-        for scorer in others
-    }
-    best[study.score] = min(before, key=lambda j: study.candidates[j][LAM])
-    names = [study.score, *others]
-    at = lambda where: np.concatenate(
-        [study.reported(name, [where[name]]) for name in names], axis=1
-    )  # noqa: E731
-    alarm = reward_hacking(at(best), at(dict.fromkeys(names, i)), optimised=0)
-    return [names[k] for k in alarm.fallen] if alarm.raised else []
+def _status(row: Row) -> str:
+    if row["chosen"]:
+        return "chosen"
+    return "" if row["affordable"] else "over the budget"
 
 
-def _shown(row: dict[str, Any], score: str) -> dict[str, str]:
-    return {
-        "": "chosen" if row["chosen"] else "" if row["affordable"] else "over the budget",
-        "anchor": "reference" if row["lam"] == 0 else short(row["anchor"]),
-        "lam": number(row["lam"]),
-        "target beta": number(
-            row["beta"] / row["lam"] if row["lam"] and not pd.isna(row["beta"]) else None
-        ),
-        "mode": row["mode"],
-        "sampled": bench(row),
-        "path KL": number(row["path_kl"]),
-        score: interval(row, "mean"),
-        "above the reference": interval(row, "gain"),
-        "below the chosen": interval(row, "below_chosen"),
-        "alarm": row["alarm"] or "–",
-    }
+def _anchor(row: Row) -> str:
+    return "reference" if row["lam"] == 0 else anchor_name(row["anchor"])
 
 
-def _named(row: dict[str, Any]) -> str:
+def _target_beta(row: Row) -> str:
+    if not row["lam"] or pd.isna(row["beta"]):
+        return NOT_THERE
+    return number(row["beta"] / row["lam"])
+
+
+def _describe(row: Row) -> str:
+    """A candidate in words."""
     if row["lam"] == 0:
         return "lam = 0, the reference"
-    aim = "" if pd.isna(row["beta"]) else f" (beta_target {row['beta'] / row['lam']:,.6g})"
-    return f"lam = {row['lam']:g}{aim} of {short(row['anchor'])}"
+    target = ""
+    if not pd.isna(row["beta"]):
+        target = f" (beta_target {row['beta'] / row['lam']:,.6g})"
+    return f"lam = {row['lam']:g}{target} of {anchor_name(row['anchor'])}"
 
 
-def _sentence(
-    own: dict[str, Any], rows: list[dict[str, Any]], score: str, budget: float | None
-) -> str:
-    text = f"Choose {_named(own)}: on prompts that had no say in it, {score} is {interval(own, 'mean')}"
-    if own["lam"] and np.isfinite(own["gain"]):
-        text += f", {interval(own, 'gain')} above the reference"
-    within = f", within the budget of {number(budget)}" if budget is not None else ""
-    text += (
-        f", at a path KL of {number(own['path_kl'])} nats{within}"
-        if np.isfinite(own["path_kl"])
-        else ""
+def _sentence(own: Row, rows: Sequence[Row], score: str, budget: float | None) -> str:
+    """The answer: which lambda, what it is worth, and the alarm."""
+    text = (
+        f"Choose {_describe(own)}: on prompts that had no say in it, {score} is "
+        f"{interval(own['mean'])}"
     )
+    if own["lam"] and np.isfinite(own["gain"].value):
+        text += f", {interval(own['gain'])} above the reference"
+    if np.isfinite(own["path_kl"]):
+        within = f", within the budget of {number(budget)}" if budget is not None else ""
+        text += f", at a path KL of {number(own['path_kl'])} nats{within}"
     if not own["alarm"]:
         return text + "; no other score falls as it rises."
-    calm = next((row for row in rows if row["affordable"] and not row["alarm"]), None)
-    instead = (
-        f"; the best without it is {_named(calm)}, {score} {interval(calm, 'mean')}" if calm else ""
-    )
-    return f"{text}. Reward-hacking alarm: {own['alarm']} {'fall' if ',' in own['alarm'] else 'falls'} as {score} rises{instead}."
+
+    # With an alarm: what would be chosen without it
+    calm = None
+    for row in rows:
+        if row["affordable"] and not row["alarm"]:
+            calm = row
+            break
+    instead = ""
+    if calm:
+        instead = f"; the best without it is {_describe(calm)}, {score} {interval(calm['mean'])}"
+    verb = "fall" if "," in own["alarm"] else "falls"
+    return f"{text}. Reward-hacking alarm: {own['alarm']} {verb} as {score} rises{instead}."

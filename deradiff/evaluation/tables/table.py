@@ -1,7 +1,13 @@
-"""The tables: numbers as csv, and the same for people as markdown and in the report."""
+"""A table of an evaluation: numbers as csv, and the same as text, for people.
+
+A row is a dictionary of values. An `Estimate` is three columns of the csv (`name`, `name_low`,
+`name_high`) and one of the text. Which values are shown, and under which header, is said once, by
+the table's columns.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +15,49 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from deradiff.evaluation.manifest import BENCH
-from deradiff.evaluation.pairing import ANCHOR, GROUP, Group, per_prompt, short
-from deradiff.evaluation.statistics import Estimate, paired_bootstrap
+from deradiff.evaluation.statistics import Estimate
 from deradiff.files import write_atomic
+
+Row = dict[str, Any]
+NOT_THERE = "–"
+NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan)
+
+SAID_ONCE = {"mode": "Realigned in mode {}.", "sampled": "Sampled with {}."}
+"""Columns that, where they say the same on every line, say it once, in the note."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column for people.
+
+    Attributes:
+        header: what stands above it.
+        key: the value of a row that it shows; the header where None.
+        text: makes a row's text; None: by the kind of the value (`shown_value`).
+    """
+
+    header: str
+    key: str | None = None
+    text: Callable[[Row], str] | None = None
+
+    def of(self, row: Row) -> str:
+        """The text of a row."""
+        if self.text:
+            return self.text(row)
+        return shown_value(row.get(self.key or self.header))
 
 
 @dataclass
-class Table:
-    """data: one value a cell, for csv. shown: text a cell, for people. note: what the columns mean."""
+class ResultTable:
+    """A finished table.
+
+    Attributes:
+        name: of its files.
+        title: for people.
+        note: what the columns mean.
+        data: one value a cell, for csv and for further computation.
+        shown: text a cell, for people.
+    """
 
     name: str
     title: str
@@ -25,113 +65,114 @@ class Table:
     data: pd.DataFrame
     shown: pd.DataFrame
 
+    @classmethod
+    def from_rows(
+        cls,
+        name: str,
+        title: str,
+        note: str,
+        rows: Sequence[Row],
+        columns: Iterable[Column],
+        shown_rows: Sequence[Row] | None = None,
+    ) -> ResultTable:
+        """A table of rows.
+
+        Args:
+            name: of its files.
+            title: for people.
+            note: what the columns mean.
+            rows: values, for csv.
+            columns: what people see.
+            shown_rows: the rows that people see, where they are not `rows`.
+        """
+        columns = list(columns)
+        lines = []
+        for row in rows if shown_rows is None else shown_rows:
+            lines.append({column.header: column.of(row) for column in columns})
+        shown = pd.DataFrame(lines)
+        note = " ".join(note.split())
+        for header, sentence in SAID_ONCE.items():
+            if header in shown.columns and shown[header].nunique() == 1:
+                note += " " + sentence.format(shown[header].iloc[0])
+                shown = shown.drop(columns=header)
+        return cls(name, title, note, pd.DataFrame([flat(row) for row in rows]), shown)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no row."""
+        return not len(self.data)
+
     def markdown(self) -> str:
-        head = [str(column) for column in self.shown.columns]
-        lines = [head, ["---"] * len(head), *self.shown.to_numpy().tolist()]
-        rows = [
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
-            for line in lines
-        ]
+        """The table as markdown, with its title and note."""
+        header = [str(column) for column in self.shown.columns]
+        lines = [header, ["---"] * len(header), *self.shown.to_numpy().tolist()]
+        rows = ["| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines]
         return "\n".join([f"## {self.title}", "", *rows, "", self.note, ""])
 
     def write(self, folder: Path) -> None:
-        """`<name>.csv` and `<name>.md`; a table without a row is no file, nor is an earlier one left."""
+        """Write `<name>.csv` and `<name>.md`. An empty table is no file, nor is an old one kept."""
         for ending, text in (("csv", self.data.to_csv(index=False)), ("md", self.markdown())):
             file = folder / f"{self.name}.{ending}"
-            if len(self.data):
-                write_atomic(file, text)
-            else:
+            if self.is_empty:
                 file.unlink(missing_ok=True)
+            else:
+                write_atomic(file, text)
 
 
-def table(
-    name: str, title: str, note: str, data: pd.DataFrame, shown: list[dict[str, str]]
-) -> Table:
-    """A table whose columns `mode` and `sampled`, where they say the same on every line, say it once, in the note."""
-    text, told = pd.DataFrame(shown), " ".join(note.split())
-    for column, words in (("mode", "Realigned in mode {}."), ("sampled", "Sampled with {}.")):
-        if column in text.columns and text[column].nunique() == 1:
-            told += " " + words.format(text[column].iloc[0])
-            text = text.drop(columns=column)
-    return Table(name, title, told, data, text)
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
-def spread(name: str, estimate: Estimate) -> dict[str, float]:
-    """Three columns: the value, and its interval's ends as `<name>_low`, `<name>_high`."""
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+def flat(row: Row) -> Row:
+    """A row of numbers: an estimate becomes three."""
+    values: Row = {}
+    for key, value in row.items():
+        if isinstance(value, Estimate):
+            values[key] = value.value
+            values[f"{key}_low"] = value.low
+            values[f"{key}_high"] = value.high
+        else:
+            values[key] = value
+    return values
+
+
+def shown_value(value: Any) -> str:
+    """A value as people see it."""
+    if isinstance(value, Estimate):
+        return interval(value)
+    if isinstance(value, str):
+        return value
+    return number(value)
 
 
 def number(value: float | None) -> str:
     """Three significant digits; a dash for what is not there."""
     if value is None or not np.isfinite(value):
-        return "–"
+        return NOT_THERE
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def interval(row: Any, name: str, unit: str = "") -> str:
-    """`value unit [low, high]` of the three columns that `spread` made."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{number(row[name])}{unit}" + (
-        f" [{number(low)}, {number(high)}]" if np.isfinite(low) else ""
-    )
+def interval(estimate: Estimate, unit: str = "") -> str:
+    """`value unit [low, high]`."""
+    text = f"{number(estimate.value)}{unit}"
+    if not np.isfinite(estimate.low):
+        return text
+    return f"{text} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
-def bench(row: Any) -> str:
-    """How images were sampled, from the columns of BENCH."""
+def estimate_of(row: Mapping[str, Any], name: str) -> Estimate:
+    """The estimate that three columns of a table's data hold."""
+    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
+def describe_sampling(row: Mapping[str, Any]) -> str:
+    """How images were sampled, from the values of `SAMPLING_COLUMNS`."""
     eta = f" (eta {row['eta']:g})" if row["eta"] else ""
-    pixels = f"{row['width']}x{row['height']}"
+    size = f"{row['width']}x{row['height']}"
     return (
-        f"{row['sampler']}{eta}, {row['steps']} steps, guidance {row['guidance_scale']:g}, {pixels}"
+        f"{row['sampler']}{eta}, {row['steps']} steps, guidance {row['guidance_scale']:g}, {size}"
     )
 
 
-MEANS = """Means over prompts, each the mean over its seeds. Brackets: 95 % bootstrap intervals over prompts. Above the reference: the
-paired difference to lam = 0, so that what prompts differ in cancels. Path KL: in nats, of the realigned chain to the reference chain.
-Scales: """
-
-
-def mean_scores(
-    groups: dict[Group, pd.DataFrame], samples: pd.DataFrame, scales: dict[str, str]
-) -> Table:
-    """Every model's mean score, and how far it lies above the reference's."""
-    rows = []
-    path_kl = samples.groupby(GROUP)["path_kl"].mean()
-    betas = dict(zip(samples["anchor"], samples["beta"]))
-    for group, scored in groups.items():
-        told = dict(zip(GROUP, group))
-        reference = [g for g in groups if g[:ANCHOR] == group[:ANCHOR] and g[-1] == 0]
-        reference = sorted(reference, key=lambda g: g[ANCHOR] != group[ANCHOR])[
-            :1
-        ]  # its own run's where there is one
-        for scorer in scored.columns:
-            paired, images = per_prompt(groups, [group, *reference], scorer)
-            if not images:
-                continue
-            gain = paired_bootstrap(paired.to_numpy(), lambda m: m[..., 0] - m[..., -1])
-            rows.append(
-                {"scorer": scorer, "scale": scales[scorer], **told, "beta": betas[told["anchor"]]}
-                | {"prompts": len(paired), "images": images}
-                | spread("mean", paired_bootstrap(paired.to_numpy(), lambda m: m[..., 0]))
-                | spread("gain", gain if reference else Estimate(np.nan, np.nan, np.nan))
-                | {"path_kl": path_kl[group]}
-            )
-    data = pd.DataFrame(rows).sort_values([*BENCH, "beta", "anchor", "mode", "lam"])
-    order = data["scorer"].map(list(scales).index)  # as they were typed
-    data = data.iloc[order.argsort(kind="stable")].reset_index(drop=True)
-    shown = [
-        {
-            "scorer": r["scorer"],
-            "anchor": short(r["anchor"]),
-            "beta": number(r["beta"]),
-            "lam": number(r["lam"]),
-            "mode": r["mode"],
-            "sampled": bench(r),
-            "images": str(r["images"]),
-            "mean score": interval(r, "mean"),
-            "above the reference": interval(r, "gain"),
-            "path KL": number(r["path_kl"]),
-        }
-        for r in data.to_dict("records")
-    ]
-    note = MEANS + "; ".join(f"{scorer} {scale}" for scorer, scale in scales.items()) + "."
-    return table("means", "Mean scores", note, data, shown)
+SAMPLED = Column("sampled", text=describe_sampling)
+"""The column that says how images were sampled."""

@@ -1,59 +1,64 @@
-"""Win rates: on how many prompts a realigned model scores above the model that it stands for, and above what it was made from."""
+"""Win rates: on how many prompts a realigned model scores above another one."""
 
 from __future__ import annotations
 
-import pandas as pd
-
 from deradiff.evaluation.agreement import win_rate
-from deradiff.evaluation.manifest import BENCH
-from deradiff.evaluation.pairing import ANCHOR, Cell, Group, per_prompt, short
-from deradiff.evaluation.tables.table import Table, bench, interval, number, spread, table
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
+from deradiff.evaluation.pairing import Cell, anchor_name
+from deradiff.evaluation.tables.table import NOT_THERE, SAMPLED, Column, ResultTable, Row, interval
 
-WINS = """In % of the prompts, ties counted half: the realigned model's score (the mean over seeds) is above the other's. Against the
-target, 50 % is what an imitation should reach; against the reference, what realignment is worth. Brackets: 95 % intervals over prompts."""
+NOTE = """In % of the prompts, ties counted half: the realigned model's score (the mean over seeds) is
+above the other's. Against the target, 50 % is what an imitation should reach; against the reference,
+what realignment is worth. Brackets: 95 % intervals over prompts."""
+
+OTHERS = ("target", "reference", "anchor")
 
 
-def win_rates(cells: list[Cell], groups: dict[Group, pd.DataFrame], scorers: list[str]) -> Table:
-    """A row per scorer and cell: the realigned model against its target, the reference, and the anchor as it is."""
+def win_rates(comparison: Comparison) -> ResultTable:
+    """A row per scorer and cell: the realigned model against target, reference and anchor."""
     rows = []
-    for scorer in scorers:
-        for cell in cells:
-            row = {
-                "scorer": scorer,
-                "anchor": cell.realigned[ANCHOR],
-                "lam": cell.lam,
-                "beta_target": cell.beta_target,
-                "mode": cell.mode,
-            }
-            row |= dict(zip(BENCH, cell.bench))
-            for name, other in (
-                ("target", cell.target),
-                ("reference", cell.reference),
-                ("anchor", cell.anchor),
-            ):
-                paired, images = (
-                    per_prompt(groups, [cell.realigned, other], scorer)
-                    if other
-                    else (pd.DataFrame(), 0)
-                )
-                if images:
-                    row |= {f"over_{name}_prompts": len(paired)} | spread(
-                        f"over_{name}", win_rate(*paired.to_numpy().T)
-                    )
-            rows.append(row)
-    shown = [
-        {
-            "scorer": row["scorer"],
-            "anchor": short(row["anchor"]),
-            "lam": number(row["lam"]),
-            "target beta": number(row["beta_target"]),
-            "mode": row["mode"],
-            "sampled": bench(row),
-            **{
-                f"over the {name}": interval(row, f"over_{name}") if f"over_{name}" in row else "–"
-                for name in ("target", "reference", "anchor")
-            },
-        }
-        for row in rows
-    ]
-    return table("wins", "Win rates", WINS, pd.DataFrame(rows), shown)
+    for scorer in comparison.scorers:
+        rows += [_row(comparison, cell, scorer) for cell in comparison.cells]
+    return ResultTable.from_rows("wins", "Win rates", NOTE, rows, COLUMNS)
+
+
+def _row(comparison: Comparison, cell: Cell, scorer: str) -> Row:
+    row: Row = {
+        "scorer": scorer,
+        "anchor": cell.realigned.anchor,
+        "lam": cell.lam,
+        "beta_target": cell.beta_target,
+        "mode": cell.mode,
+        **dict(zip(SAMPLING_COLUMNS, cell.sampling, strict=True)),
+    }
+    for name in OTHERS:
+        other = getattr(cell, name)
+        if other is None:
+            continue
+        paired, images = comparison.per_prompt([cell.realigned, other], scorer)
+        if images:
+            row[f"over_{name}_prompts"] = len(paired)
+            row[f"over_{name}"] = win_rate(*paired.to_numpy().T)
+    return row
+
+
+def _over(name: str) -> Column:
+    """The column of the win rate over one of the others."""
+
+    def text(row: Row) -> str:
+        key = f"over_{name}"
+        return interval(row[key]) if key in row else NOT_THERE
+
+    return Column(f"over the {name}", text=text)
+
+
+COLUMNS = (
+    Column("scorer"),
+    Column("anchor", text=lambda row: anchor_name(row["anchor"])),
+    Column("lam"),
+    Column("target beta", "beta_target"),
+    Column("mode"),
+    SAMPLED,
+    *(_over(name) for name in OTHERS),
+)

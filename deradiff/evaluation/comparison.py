@@ -1,0 +1,125 @@
+"""A comparison: sample runs, their scores, and which models are compared with which.
+
+Every table and figure of the evaluation is made from one:
+
+    from deradiff import evaluation
+
+    comparison = evaluation.compare(["runs/sample/a", "runs/sample/b"], scorers=["pickscore"])
+    evaluation.approximation_errors(comparison).data      # a DataFrame
+    evaluation.score_against_lambda(comparison)           # a matplotlib Figure
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from deradiff.anchors.anchor import AnchorCard
+from deradiff.evaluation.manifest import read_cards, read_samples
+from deradiff.evaluation.pairing import Cell, SampledModel, by_model, pair_up, per_prompt
+from deradiff.evaluation.scoring import score_images
+from deradiff.scorers.spec import ScorerSpec
+
+
+@dataclass(frozen=True)
+class Options:
+    """What counts as close, and how lambda is chosen.
+
+    Attributes:
+        margin: of the equivalence test, in percent of the distance from reference to target.
+        threshold: in percent of the mean score; the share of errors at most that is reported.
+        score: the scorer to choose lambda by; None: the first.
+        path_kl: the largest mean path KL of a model that may be chosen, in nats; None: any.
+    """
+
+    margin: float = 5.0
+    threshold: float = 0.217
+    score: str | None = None
+    path_kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scored samples, and which models are compared with which.
+
+    Attributes:
+        samples: a row an image (`read_samples`).
+        scores: a row per image and scorer (`score_images`).
+        cells: every realigned model with its target.
+        missing: sentences that say what could not be compared, and why.
+        cards: of the anchors.
+        scorers: their labels, in the order that tables show.
+        options: what counts as close.
+        model_scores: the scores of each model, where they are not simply those of `scores`.
+    """
+
+    samples: pd.DataFrame
+    scores: pd.DataFrame
+    cells: Sequence[Cell]
+    missing: Sequence[str]
+    cards: Mapping[str, AnchorCard]
+    scorers: Sequence[str]
+    options: Options = field(default_factory=Options)
+    model_scores: dict[SampledModel, pd.DataFrame] | None = None
+
+    @cached_property
+    def by_model(self) -> dict[SampledModel, pd.DataFrame]:
+        """The scores of each model: rows (prompt_id, seed), a column a scorer."""
+        return by_model(self.scores) if self.model_scores is None else self.model_scores
+
+    @cached_property
+    def scales(self) -> dict[str, str]:
+        """The scale of each scorer."""
+        first = self.scores.drop_duplicates("scorer").set_index("scorer")["scale"]
+        return {scorer: first[scorer] for scorer in self.scorers}
+
+    @property
+    def chosen_score(self) -> str:
+        """The scorer that lambda is chosen by."""
+        return self.options.score or self.scorers[0]
+
+    def per_prompt(self, models: Sequence[SampledModel], scorer: str) -> tuple[pd.DataFrame, int]:
+        """Mean scores over seeds of the images that all models share; see `pairing.per_prompt`."""
+        return per_prompt(self.by_model, models, scorer)
+
+    def restricted(
+        self, cells: Sequence[Cell], scores: dict[SampledModel, pd.DataFrame]
+    ) -> Comparison:
+        """The same with fewer cells and images."""
+        return replace(self, cells=cells, model_scores=scores)
+
+
+def compare(
+    samples: Sequence[str | Path],
+    references: Sequence[str | Path] = (),
+    scorers: Sequence[str] | Mapping[str, ScorerSpec] = ("pickscore",),
+    options: Options | None = None,
+    batch_size: int = 32,
+    cache: str | Path = "runs/cache/scores",
+) -> Comparison:
+    """Score sample runs and pair their models, from Python.
+
+    Args:
+        samples: run directories of the sample stage, whose realigned models are evaluated.
+        references: run directories that serve as targets and as the reference, and as nothing else.
+        scorers: names that `deradiff.load_scorer` knows, or specs by label.
+        options: what counts as close.
+        batch_size: images scored at once.
+        cache: the folder of the scores of all runs; nothing is scored twice.
+
+    Raises:
+        ValueError: where a run, an image or a scorer is not what it should be.
+    """
+    specs = scorers
+    if not isinstance(specs, Mapping):
+        specs = {name: ScorerSpec(name) for name in specs}
+    table = read_samples([str(run) for run in samples], [str(run) for run in references])
+    cards = read_cards(table)
+    cells, missing = pair_up(table, cards)
+    scores = score_images(table, specs, batch_size, Path(cache))
+    assert scores is not None, "only the main process of several has the scores"
+    return Comparison(table, scores, cells, missing, cards, list(specs), options or Options())

@@ -1,0 +1,193 @@
+"""Every table and figure of an evaluation, with where it stands in the report.
+
+A new table is a function of a `Comparison` and a row of `TABLES`; a new figure a function and a row
+of `FIGURES`. It is then written, tracked and shown with the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from matplotlib.figure import Figure
+
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
+from deradiff.evaluation.figures.image_grids import first_grid, reversal
+from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
+from deradiff.evaluation.figures.style import svg
+from deradiff.evaluation.tables.costs import compute, published, saved
+from deradiff.evaluation.tables.errors import approximation_errors, modes, summary
+from deradiff.evaluation.tables.means import mean_scores
+from deradiff.evaluation.tables.paper import agreement, by_target, paper_errors
+from deradiff.evaluation.tables.selection import selection
+from deradiff.evaluation.tables.table import ResultTable
+from deradiff.evaluation.tables.wins import win_rates
+
+WHICH_LAMBDA = "which-lambda"
+SCORES = "scores"
+CLOSENESS = "closeness"
+COST = "cost"
+
+SECTIONS = {
+    WHICH_LAMBDA: "Which lambda",
+    SCORES: "What lam does to the scores",
+    CLOSENESS: "How close to models aligned from scratch",
+    COST: "What it cost",
+}
+"""The report's sections and their titles, in order."""
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table of the evaluation.
+
+    Attributes:
+        name: of its files.
+        section: a key of `SECTIONS`.
+        make: makes it of a comparison and of the tables that it needs.
+        needs: tables that stand above it here, by the argument of `make` that takes them.
+        folded: what to click to see it; None: it is open.
+        is_tall: it scrolls within a window of its own.
+    """
+
+    name: str
+    section: str
+    make: Callable[..., ResultTable]
+    needs: Mapping[str, str] = field(default_factory=dict)
+    folded: str | None = None
+    is_tall: bool = False
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A figure of the evaluation.
+
+    Attributes:
+        name: of its file.
+        title: for people.
+        caption: what it shows and how it is read.
+        section: a key of `SECTIONS`; None: a file alone, because the report shows the same in
+            another form.
+        draw: draws it of a comparison and of the tables that it needs: a matplotlib figure, an SVG
+            text, or None where there is nothing to show.
+        needs: as `TableSpec.needs`.
+    """
+
+    name: str
+    title: str
+    caption: str
+    section: str | None
+    draw: Callable[..., Figure | str | None]
+    needs: Mapping[str, str] = field(default_factory=dict)
+
+
+ERRORS = {"approximation": "approximation"}
+MEANS = {"means": "means"}
+
+TABLES = (
+    TableSpec("selection", WHICH_LAMBDA, selection, is_tall=True),
+    TableSpec(
+        "approximation",
+        CLOSENESS,
+        approximation_errors,
+        folded="Every cell: anchor, lam and target",
+    ),
+    TableSpec("summary", CLOSENESS, summary, ERRORS),
+    TableSpec("modes", CLOSENESS, modes),
+    TableSpec("paper", CLOSENESS, paper_errors, {"summary_table": "summary", **ERRORS}),
+    TableSpec("agreement", CLOSENESS, agreement, ERRORS),
+    TableSpec("by_target", CLOSENESS, by_target, ERRORS, is_tall=True),
+    TableSpec("wins", CLOSENESS, win_rates, folded="Win rates"),
+    TableSpec("means", SCORES, mean_scores, folded="Mean scores of every model"),
+    TableSpec("savings", COST, saved),
+    TableSpec("compute", COST, compute),
+    TableSpec("published", COST, published),
+)
+
+FIGURES = (
+    FigureSpec(
+        "score_against_lambda",
+        "Mean score against lam",
+        "Bands: 95 % intervals of the paired difference to the reference. Hollow points, in the "
+        "colour of the anchor that they are the target of: the model that was aligned from scratch "
+        "at beta / lam.",
+        SCORES,
+        score_against_lambda,
+        MEANS,
+    ),
+    FigureSpec(
+        "reward_against_kl",
+        "Reward against path KL",
+        "How much score each nat of divergence from the reference buys; the axis is that of its "
+        "square root. The numbers at one line's points are lam.",
+        SCORES,
+        reward_against_kl,
+        MEANS,
+    ),
+    FigureSpec(
+        "reversal",
+        "Reward hacking, taken back",
+        "The anchor of the smallest beta, and smaller and smaller lam. Each score's paired "
+        "difference to the reference, in standard deviations of the reference's scores over "
+        "prompts, with 95 % intervals: a score that falls towards the left while another rises was "
+        "given up for it.",
+        SCORES,
+        reversal,
+    ),
+    FigureSpec(
+        "pictures",
+        "Prompts by lambdas",
+        "Prompts down, lambdas across; every image of a prompt starts from the same noise.",
+        None,
+        first_grid,
+    ),
+    FigureSpec(
+        "ecdf",
+        "Errors, as a distribution",
+        "The share of cells whose error is at most that of the axis, with a 95 % band of the "
+        "realigned models', over prompts. The other lines: the same targets, and models that "
+        "nothing was done to.",
+        CLOSENESS,
+        ecdf,
+        ERRORS,
+    ),
+    FigureSpec(
+        "scatter",
+        "Realigned against trained from scratch",
+        "A point a cell; the line is the identity.",
+        CLOSENESS,
+        scatter,
+        ERRORS,
+    ),
+    FigureSpec(
+        "bland_altman",
+        "Bland-Altman",
+        "The difference over the mean of the two. Solid: the bias; dashed: 1.96 standard deviations "
+        "between cells to either side; both of the cells with lam within (0, 1), where there are "
+        "any.",
+        CLOSENESS,
+        bland_altman,
+        ERRORS,
+    ),
+)
+
+
+def make_tables(comparison: Comparison) -> dict[str, ResultTable]:
+    """Every table of a comparison, by name."""
+    tables: dict[str, ResultTable] = {}
+    for spec in TABLES:
+        needed = {argument: tables[name] for argument, name in spec.needs.items()}
+        tables[spec.name] = spec.make(comparison, **needed)
+    return tables
+
+
+def draw_figures(comparison: Comparison, tables: Mapping[str, ResultTable]) -> dict[str, str]:
+    """Every figure of a comparison as SVG, by name; those with nothing to show are left out."""
+    drawings = {}
+    for spec in FIGURES:
+        needed = {argument: tables[name] for argument, name in spec.needs.items()}
+        drawing = spec.draw(comparison, **needed)
+        if drawing is not None:
+            drawings[spec.name] = drawing if isinstance(drawing, str) else svg(drawing)
+    return drawings

@@ -1,0 +1,93 @@
+"""From a comparison to everything that is shown, and the files that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.figures.image_grids import ImageGrid, image_grids
+from deradiff.evaluation.registry import draw_figures, make_tables
+from deradiff.evaluation.report.report import ScorerLine, render
+from deradiff.evaluation.tables.errors import verdict
+from deradiff.evaluation.tables.selection import Answer, select
+from deradiff.evaluation.tables.table import ResultTable
+from deradiff.files import write_atomic
+from deradiff.scorers.spec import ScorerSpec
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that a comparison says.
+
+    Attributes:
+        comparison: what was compared.
+        tables: by name.
+        figures: SVG, by name.
+        grids: images for the report.
+        answer: which lambda.
+        verdicts: the report's first sentences.
+    """
+
+    comparison: Comparison
+    tables: dict[str, ResultTable]
+    figures: dict[str, str]
+    grids: list[ImageGrid]
+    answer: Answer
+    verdicts: list[str]
+
+
+def evaluate(comparison: Comparison) -> Evaluation:
+    """Make every table, figure and sentence of a comparison."""
+    tables = make_tables(comparison)
+    answer = select(comparison)
+    return Evaluation(
+        comparison=comparison,
+        tables=tables,
+        figures=draw_figures(comparison, tables),
+        grids=image_grids(comparison.samples),
+        answer=answer,
+        verdicts=[answer.sentence, verdict(tables["summary"].data, comparison.missing)],
+    )
+
+
+def write(run_dir: Path, evaluation: Evaluation, scorers: Mapping[str, ScorerSpec]) -> Path:
+    """Write tables/*.csv and *.md, plots/*.svg and report.html.
+
+    A table or figure that an earlier command left, and this one has not, is removed.
+
+    Args:
+        run_dir: where they go.
+        evaluation: what is written.
+        scorers: by label, for the report's list of how scores were made.
+
+    Returns:
+        The report's path.
+    """
+    for table in evaluation.tables.values():
+        table.write(run_dir / "tables")
+    plots = run_dir / "plots"
+    for old in plots.glob("*.svg"):
+        if old.stem not in evaluation.figures:
+            old.unlink()
+    for name, drawing in evaluation.figures.items():
+        write_atomic(plots / f"{name}.svg", drawing)
+    lines = scorer_lines(evaluation.comparison, scorers)
+    write_atomic(run_dir / REPORT, render(run_dir.name, evaluation, lines))
+    return run_dir / REPORT
+
+
+def scorer_lines(comparison: Comparison, scorers: Mapping[str, ScorerSpec]) -> Sequence[ScorerLine]:
+    """How each scorer's scores were made."""
+    stated = comparison.scores.drop_duplicates("scorer").set_index("scorer")
+    lines = []
+    for label, spec in scorers.items():
+        row = stated.loc[label]
+        checkpoint = spec.checkpoint or spec.file or "default"
+        lines.append(
+            ScorerLine(label, row["scale"], row["version"], checkpoint, row["preprocessing"])
+        )
+    return lines

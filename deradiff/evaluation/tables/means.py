@@ -1,0 +1,117 @@
+"""Every model's mean score."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.manifest import SAMPLING_COLUMNS
+from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel, anchor_name
+from deradiff.evaluation.statistics import paired_bootstrap
+from deradiff.evaluation.tables.table import NO_ESTIMATE, SAMPLED, Column, ResultTable, Row
+
+NOTE = """Means over prompts, each the mean over its seeds. Brackets: 95 % bootstrap intervals over
+prompts. Above the reference: the paired difference to lam = 0, so that what prompts differ in
+cancels. Path KL: in nats, of the realigned chain to the reference chain. Scales: """
+
+COLUMNS = (
+    Column("scorer"),
+    Column("anchor", text=lambda row: anchor_name(row["anchor"])),
+    Column("beta"),
+    Column("lam"),
+    Column("mode"),
+    SAMPLED,
+    Column("images", text=lambda row: str(row["images"])),
+    Column("mean score", "mean"),
+    Column("above the reference", "gain"),
+    Column("path KL", "path_kl"),
+)
+
+
+def mean_scores(comparison: Comparison) -> ResultTable:
+    """Every model's mean score, and how far it lies above the reference's."""
+    samples = comparison.samples
+    path_kl = samples.groupby(MODEL_COLUMNS)["path_kl"].mean()
+    betas = dict(zip(samples["anchor"], samples["beta"]))
+    rows = []
+    for model, scores in comparison.by_model.items():
+        reference = reference_of(model, list(comparison.by_model))
+        for scorer in scores.columns:
+            row = _row(comparison, model, reference, scorer)
+            if row:
+                row["beta"] = betas[model.anchor]
+                rows.append(_ordered(row, comparison, path_kl[model]))
+
+    # By scorer as the user named them, then by sampling, beta, anchor, mode and lambda
+    order = [*SAMPLING_COLUMNS, "beta", "anchor", "mode", "lam"]
+    rows = _sorted(rows, order)
+    rows.sort(key=lambda row: list(comparison.scales).index(row["scorer"]))
+    scales = "; ".join(f"{scorer} {scale}" for scorer, scale in comparison.scales.items())
+    return ResultTable.from_rows("means", "Mean scores", f"{NOTE}{scales}.", rows, COLUMNS)
+
+
+def reference_of(model: SampledModel, models: list[SampledModel]) -> SampledModel | None:
+    """The reference that was sampled as a model was: its own run's where there is one."""
+    references = [
+        other for other in models if other.is_reference and other.sampling == model.sampling
+    ]
+    references.sort(key=lambda other: other.anchor != model.anchor)
+    return references[0] if references else None
+
+
+def _row(
+    comparison: Comparison, model: SampledModel, reference: SampledModel | None, scorer: str
+) -> Row:
+    """One model's mean by one scorer; empty where it has no image of the reference's."""
+    compared = [model] if reference is None else [model, reference]
+    paired, images = comparison.per_prompt(compared, scorer)
+    if not images:
+        return {}
+    values = paired.to_numpy()
+    gain = paired_bootstrap(values, _gain) if reference is not None else NO_ESTIMATE
+    return {
+        "scorer": scorer,
+        **model._asdict(),
+        "prompts": len(paired),
+        "images": images,
+        "mean": paired_bootstrap(values, _own),
+        "gain": gain,
+    }
+
+
+def _own(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    return means[..., 0]
+
+
+def _gain(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    return means[..., 0] - means[..., -1]
+
+
+def _ordered(row: Row, comparison: Comparison, path_kl: float) -> Row:
+    """The row's values in the order of the csv's columns."""
+    return {
+        "scorer": row["scorer"],
+        "scale": comparison.scales[row["scorer"]],
+        **{column: row[column] for column in MODEL_COLUMNS},
+        "beta": row["beta"],
+        "prompts": row["prompts"],
+        "images": row["images"],
+        "mean": row["mean"],
+        "gain": row["gain"],
+        "path_kl": path_kl,
+    }
+
+
+def _sorted(rows: list[Row], keys: list[str]) -> list[Row]:
+    """Rows by several keys, as pandas sorts them: what is missing comes last."""
+
+    def order(row: Row) -> tuple[tuple[bool, object], ...]:
+        values = []
+        for key in keys:
+            value = row[key]
+            is_missing = value is None or value != value
+            values.append((is_missing, "" if is_missing else value))
+        return tuple(values)
+
+    return sorted(rows, key=order)

@@ -1,0 +1,209 @@
+"""A sweep: every image of a resolved config that is missing, by all processes together."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from configs.tracking import Tracker, tracker
+from deradiff.anchors.anchor import Anchor
+from deradiff.data.prompts import Prompt
+from deradiff.files import anchor_digest, claim, slug
+from deradiff.images import labelled_grid
+from deradiff.models.base_model import BaseModel
+from deradiff.realignment.dial import BeyondAnchorWarning
+from deradiff.realignment.resampling import GuidedParticlesWarning
+from sample.announce import announcement, cost
+from sample.config import SampleConfig
+from sample.manifest import Record, image_path, intact, merge, save_image
+from sample.sampling import Images, PromptSeed, load_sampler, mode_options
+
+# Other values of these make more images, not other ones.
+EXTENDS = (
+    "lambdas",
+    "targets",
+    "prompts",
+    "prompts_limit",
+    "seeds",
+    "batch_size",
+    "batched",
+    "path_kl",
+    "bake",
+    "runs",
+    "name",
+    "tracking",
+    "model.name",
+    "model.resolution",
+)
+ANNOUNCED = (BeyondAnchorWarning, GuidedParticlesWarning)
+"""Warnings of `realign` that the stage has said before its progress bar."""
+
+GRID = "grid.png"
+GRID_ROWS = 12
+"""A taller grid is no longer looked at."""
+
+GRID_TILE = 192
+"""Longer side of an image in the grid, in pixels."""
+
+TABLE_ROWS = 64
+"""Prompts in the tracker's table of images."""
+
+
+class Sweep:
+    """One resolved run.
+
+    Args:
+        config: of the run.
+        base: the base model.
+        anchor: the anchor.
+        prompts: what is sampled.
+        run_dir: the run directory.
+        state: this process among all.
+    """
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        base: BaseModel,
+        anchor: Anchor,
+        prompts: Sequence[Prompt],
+        run_dir: Path,
+        state: PartialState,
+    ) -> None:
+        self.config = config
+        self.base = base
+        self.anchor = anchor
+        self.prompts = prompts
+        self.run_dir = run_dir
+        self.state = state
+
+    def run(self) -> None:
+        """Sample what is missing, and leave the manifest and the grid.
+
+        The processes share the prompts. The main one says what is done, and merges.
+        """
+        state = self.state
+        weights = Path(self.anchor.root) / self.anchor.weights
+        settings = asdict(self.config) | mode_options(self.config)
+        settings["anchor_sha256"] = anchor_digest(weights)
+        if state.is_main_process:
+            claim(self.run_dir, settings, EXTENDS)
+            merge(self.run_dir)
+            device = f"{state.num_processes} x {state.device}"
+            count = len(self.prompts)
+            print(announcement(self.config, self.base, self.anchor, count, device), flush=True)
+        state.wait_for_everyone()
+
+        # Nobody writes before everybody has seen the same images, and so shares out the same rest
+        done = intact(self.run_dir)
+        state.wait_for_everyone()
+        missing = self._missing(done)
+        group = slug(self.base.source)
+        with tracker(
+            self.config.tracking, "sample", self.run_dir, settings, state.is_main_process, group
+        ) as track:
+            self._declare_anchor(track)
+            share = missing[state.process_index :: state.num_processes]
+            count, seconds = sample_share(self, share, done)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                self._finish(track, count, seconds)
+        state.wait_for_everyone()
+
+    def _missing(self, done: set[str]) -> list[PromptSeed]:
+        """Prompts and seeds of which at least one lambda is missing."""
+        missing = []
+        for prompt in self.prompts:
+            for seed in self.config.seeds:
+                one = PromptSeed(prompt, seed)
+                if any(one.image(lam) not in done for lam in self.config.lambdas):
+                    missing.append(one)
+        return missing
+
+    def _declare_anchor(self, track: Tracker) -> None:
+        """Tell the tracker which training run the anchor is from, under the name it has there."""
+        root = Path(self.anchor.root)
+        if root.is_dir() and root.name == "anchor":
+            track.uses(f"anchor-{root.absolute().parent.name}", "model")
+
+    def _finish(self, track: Tracker, count: int, seconds: float) -> None:
+        """Merge the manifest, draw the grid, and say what it cost."""
+        records = merge(self.run_dir)
+        show(self.config, self.prompts, self.run_dir, track)
+        track.artifact(f"samples-{self.run_dir.name}", "samples", self.run_dir / "manifest.jsonl")
+        print(self._closing_lines(records, count, seconds), flush=True)
+
+    def _closing_lines(self, records: list[Record], count: int, seconds: float) -> str:
+        pace = "every image was there"
+        if count:
+            pace = f"{count} images a process in {seconds:.1f} s, {seconds / count:.2f} s an image"
+        last = f"sample: {pace}; see {self.run_dir / GRID}"
+        mixing = cost(self.config, records)
+        return f"{mixing}\n{last}" if mixing else last
+
+
+def sample_share(sweep: Sweep, share: Sequence[PromptSeed], done: set[str]) -> tuple[int, float]:
+    """Sample this process's share.
+
+    Returns:
+        How many images it made, and in how many seconds, loading aside.
+    """
+    if not share:
+        return 0, 0.0
+    config, state = sweep.config, sweep.state
+    count = 0
+    for one in share:
+        count += sum(one.image(lam) not in done for lam in config.lambdas)
+    pipe = load_sampler(config, sweep.base, state.device)
+    images = Images(pipe, config, sweep.anchor, done)
+    start = time.monotonic()
+    is_silent = not state.is_main_process
+    with (
+        warnings.catch_warnings(),
+        tqdm(total=count, unit=" images", desc="sample", disable=is_silent) as bar,
+    ):
+        for category in ANNOUNCED:
+            warnings.simplefilter("ignore", category)
+        for png, record in images.sample(share):
+            save_image(sweep.run_dir, state.process_index, png, record)
+            bar.update()
+    return count, time.monotonic() - start
+
+
+def show(config: SampleConfig, prompts: Sequence[Prompt], run_dir: Path, track: Tracker) -> None:
+    """Draw grid.png, and give the tracker the same as a table: prompts down, lambdas across.
+
+    At the first seed.
+    """
+    rows: list[tuple[str, list[Path]]] = []
+    for prompt in prompts[:TABLE_ROWS]:
+        files = [image_path(lam, prompt.prompt_id, config.seeds[0]) for lam in config.lambdas]
+        rows.append((prompt.text, [run_dir / file for file in files]))
+
+    # Neighbours in a list of prompts are often alike: take rows from all over it
+    spacing = math.ceil(len(rows) / GRID_ROWS)
+    opened = []
+    for text, files in rows[::spacing]:
+        opened.append((text, [Image.open(file) for file in files]))
+    heads = [_head(lam) for lam in config.lambdas]
+    labelled_grid(opened, heads, GRID_TILE).save(run_dir / GRID)
+
+    track.image("grid", run_dir / GRID)
+    columns = ["prompt", *(f"lam={lam:g}" for lam in config.lambdas)]
+    cells: list[list[Any]] = [[text, *files] for text, files in rows]
+    track.table("samples", columns, cells)
+
+
+def _head(lam: float) -> str:
+    """What stands above a column of the grid."""
+    roles = {0.0: "  reference", 1.0: "  anchor"}
+    return f"λ = {lam:g}{roles.get(lam, '')}"
