@@ -131,7 +131,7 @@ def realign(
         attached = [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(anchors)]
         networks = Networks(attached, batched, shared_start)
         has_full = any(isinstance(network, FullAnchor) for network in attached)
-        if has_full and mode != "weights":
+        if has_full and MODES[mode].evaluates_anchors:
             check_own_loras(denoiser)
         for network in attached:
             if isinstance(network, Adapter):

@@ -79,6 +79,29 @@ def test_what_a_row_goes_together_with_is_taken_and_the_rest_is_refused(sd15, na
             pass
 
 
+@pytest.mark.parametrize("name", MODES)
+def test_a_users_own_lora_beside_a_full_anchor_is_refused_where_the_row_says_so(sd15, name):
+    sd15.pipe.load_lora_weights(sd15.anchors["lora2"], adapter_name="style")
+    entered = realign(sd15.pipe, sd15.anchors["full1"], 0.5, mode=name)
+    if MODES[name].evaluates_anchors:
+        with pytest.raises(ValueError, match=r"own LoRA \(style\)"), entered:
+            pass
+    else:
+        with entered:
+            sample(sd15.pipe, num_inference_steps=1)
+
+
+def test_the_docs_say_what_goes_together():
+    page = (DOCS / "modes.md").read_text()
+    table = page.partition("## What goes together")[2].partition("##")[0]
+    columns = [*NEEDS, "several_anchors"]
+    for name, spec in MODES.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
+        cells = [cell.strip() for cell in row.split("|")[2:-1]]
+        said = [cell.startswith("yes") for cell in cells]
+        assert said == [getattr(spec, column) for column in columns], name
+
+
 def test_the_first_option_that_does_not_fit_is_named():
     assert unsupported_option("exact", 4, True, 1.0) is None
     assert unsupported_option("weights", 1, False, None) is None
