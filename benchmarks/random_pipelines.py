@@ -1,6 +1,6 @@
-"""What a benchmark needs of a base model: pipelines of random weights, and pairs of noise.
+"""What a benchmark of training needs: pipelines around given networks, and pairs of noise.
 
-The denoiser and the autoencoder are given; the text encoders are made.
+The text encoders have random weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import transformers
 from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
@@ -20,44 +21,30 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from deradiff.worlds.networks import make_tokenizer
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-LENGTH = 77  # tokens of a prompt
-HEAD = 64  # width of an attention head
-COARSE = 16  # pixels of a square of noise
+"""The noise schedule of Stable Diffusion."""
+
+TOKENS = 77
+"""Tokens of a prompt."""
 
 
-def _text_config(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        projection_dim=width,
-        num_attention_heads=width // HEAD,
-        max_position_embeddings=LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def sd_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> StableDiffusionPipeline:
-    """A pipeline of SD1.5's kind, with a text encoder of six layers.
+def sd_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> Any:
+    """A Stable Diffusion pipeline.
 
     Args:
-        unet: the denoiser.
-        vae: the autoencoder.
-        captions: what the tokenizer is made for.
+        unet: its denoiser.
+        vae: its autoencoder.
+        captions: whose words its tokenizer knows.
     """
-    tokenizer = make_tokenizer(list(captions), length=LENGTH)
-    config = _text_config(tokenizer, unet.config.cross_attention_dim, 6)
+    tokenizer = make_tokenizer(list(captions), length=TOKENS)
+    width = unet.config.cross_attention_dim
     return StableDiffusionPipeline(
         vae=vae,
         unet=unet,
-        text_encoder=CLIPTextModel(config).eval(),
+        text_encoder=_text_encoder("CLIPTextModel", tokenizer, width, layers=6),
         tokenizer=tokenizer,
         scheduler=DDPMScheduler(**SCHEDULE),
         safety_checker=None,
@@ -66,17 +53,17 @@ def sd_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> StableDiffusion
     )
 
 
-def sdxl_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> StableDiffusionXLPipeline:
-    """A pipeline of SDXL's kind, with its two text encoders at their published sizes.
+def sdxl_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> Any:
+    """An SDXL pipeline, whose two text encoders have their published sizes.
 
     Args:
-        unet: the denoiser.
-        vae: the autoencoder.
-        captions: what the tokenizer is made for.
+        unet: its denoiser.
+        vae: its autoencoder.
+        captions: whose words its tokenizer knows.
     """
-    tokenizer = make_tokenizer(list(captions), length=LENGTH)
-    first = CLIPTextModel(_text_config(tokenizer, 768, 12)).eval()
-    second = CLIPTextModelWithProjection(_text_config(tokenizer, 1280, 32)).eval()
+    tokenizer = make_tokenizer(list(captions), length=TOKENS)
+    first = _text_encoder("CLIPTextModel", tokenizer, 768, layers=12)
+    second = _text_encoder("CLIPTextModelWithProjection", tokenizer, 1280, layers=32)
     return StableDiffusionXLPipeline(
         vae=vae,
         unet=unet,
@@ -89,13 +76,13 @@ def sdxl_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> StableDiffusi
 
 
 def write_noise_pairs(path: Path, count: int, side: int, captions: Sequence[str]) -> None:
-    """Write pairs of noise images in Pick-a-Pic's columns; `jpg_0` is the winner.
+    """Write pairs of noise with Pick-a-Pic's columns; jpg_0 is the winner.
 
     Args:
-        path: of the parquet file.
-        count: pairs.
+        path: the parquet file.
+        count: of pairs.
         side: of an image, in pixels.
-        captions: used in turn.
+        captions: which the pairs take in turn.
     """
     columns = {
         "jpg_0": [_noise_jpg(2 * i, side) for i in range(count)],
@@ -107,9 +94,25 @@ def write_noise_pairs(path: Path, count: int, side: int, captions: Sequence[str]
     pq.write_table(pa.table(columns), path)
 
 
+def _text_encoder(kind: str, tokenizer: Any, width: int, layers: int) -> Any:
+    """A random text encoder, of a class of transformers."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        projection_dim=width,
+        num_attention_heads=width // 64,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
 def _noise_jpg(seed: int, side: int) -> bytes:
-    """Coarse noise, which compresses about as well as a photograph."""
-    shape = (side // COARSE, side // COARSE, 3)
+    """Smooth noise as a JPEG: images of pure noise would be larger than photographs are."""
+    shape = (side // 16, side // 16, 3)
     coarse = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     image = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
