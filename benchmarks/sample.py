@@ -36,9 +36,10 @@ from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from deradiff.models.flops import denoiser_flops
+from deradiff.models.published import MEASURED_TFLOPS
 from deradiff.realignment.registry import MODES
 
-PEAK = 790e12
+PEAK = MEASURED_TFLOPS["H200"] * 1e12
 """FLOP/s in bfloat16 that an H200 was measured to reach."""
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)

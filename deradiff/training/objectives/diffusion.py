@@ -122,7 +122,9 @@ class DenoiserObjective:
             return batch["latents"].float(), rows
         images = batch["images"]
         latents = encode_images(self.pipe, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return latents.float(), self.family.encode_prompts(self.pipe, batch["captions"])
+        # Autoencoders may put channels last in memory; as from a cache, they come before the sides.
+        latents = latents.contiguous().float()
+        return latents, self.family.encode_prompts(self.pipe, batch["captions"])
 
     def predict(
         self,
