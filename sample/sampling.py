@@ -19,7 +19,7 @@ from torch import Tensor
 from deradiff import realign
 from deradiff.anchors.anchor import Anchor
 from deradiff.data.prompts import Prompt
-from deradiff.data.tables import encode_png
+from deradiff.image_tables import encode_png
 from deradiff.method.schedulers import make_scheduler
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of

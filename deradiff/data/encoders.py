@@ -81,7 +81,7 @@ def source_key(
     return digest.hexdigest()
 
 
-def described_encoders(base: BaseModel, dtype: torch.dtype) -> dict[str, Any]:
+def encoders_without_weights(base: BaseModel, dtype: torch.dtype) -> dict[str, Any]:
     """Components in place of a base model's encoders, for `BaseModel.load_pipeline`.
 
     The autoencoder is there without weights (meta device), because it says the shape, scale and

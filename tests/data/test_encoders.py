@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deradiff.data.encoders import described_encoders, encoders_key
+from deradiff.data.encoders import encoders_without_weights, encoders_key
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from tests.support.tiny_pipelines import save_tiny
@@ -102,7 +102,7 @@ def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(fam
     encodes = BaseModel(str(folder)).load_pipeline(parts={name: None})
     for key, rows in family_of(whole).encode_prompts(whole, ["a", ""]).items():
         assert torch.equal(rows, family_of(encodes).encode_prompts(encodes, ["a", ""])[key])
-    described = described_encoders(BaseModel(folder), torch.bfloat16)
+    described = encoders_without_weights(BaseModel(folder), torch.bfloat16)
     trains = BaseModel(str(folder)).load_pipeline(parts=described)
     assert (
         family_of(trains).latent_shape(trains, 64) == family_of(whole).latent_shape(whole, 64)

@@ -209,7 +209,7 @@ def test_a_set_that_nobody_gives_names_the_local_way_in_one_sentence(hub, name):
     assert (
         "\n" not in said
         and f"the prompt set {name} could not be read" in said
-        and "give prompts=<that file>" in said
+        and "give that file as the prompts" in said
     )
     assert ("no column Prompt" if name == "partiprompts" else "RepositoryNotFoundError") in said
 
