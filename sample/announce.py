@@ -9,7 +9,9 @@ import diffusers
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
+from deradiff.realignment.dial import BEYOND_ANCHOR
 from deradiff.realignment.registry import LABELS, MODES
+from deradiff.realignment.resampling import GUIDED_PARTICLES
 from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of
 from sample.config import SampleConfig
@@ -59,18 +61,12 @@ def _cautions(config: SampleConfig, base: BaseModel) -> list[str]:
     is_guided = config.guidance_scale is not None and config.guidance_scale > 1
     two_rows = is_guided and not base.family.guidance_distilled
     if config.particles > 1 and two_rows:
-        lines.append(
-            "sample: with classifier-free guidance the weights of particles are a heuristic; "
-            "guidance_scale=1 has none"
-        )
+        lines.append(f"sample: {GUIDED_PARTICLES}; guidance_scale=1 has none")
     largest = max(config.lambdas)
     if largest > 1:
         can_bound = MODES[config.mode].trust_region and not config.trust_region
         bound = "; trust_region=<nats> bounds the overshoot" if can_bound else ""
-        lines.append(
-            f"sample: lambda {largest:g} lies beyond the anchor: it extrapolates, and "
-            f"deterministic samplers then err far more than ancestral ones{bound}"
-        )
+        lines.append(f"sample: lambda {largest:g} {BEYOND_ANCHOR}{bound}")
     return lines
 
 
