@@ -150,7 +150,8 @@ def _sample_images(
     """
     data = config.data
     resolution = config.model.resolution
-    prompts = [prompt.text for prompt in load_prompts(str(data.prompts))]
+    with section("data"):
+        prompts = [prompt.text for prompt in load_prompts(str(data.prompts))]
     sampler = BaseModel(data.pipeline) if data.pipeline else base
     assert sampler is not None
 

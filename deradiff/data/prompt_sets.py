@@ -86,7 +86,7 @@ def load_prompt_set(name: str) -> list[Any]:
     raise ValueError(
         f"the prompt set {name} could not be read from the hub ({'; '.join(failures)}): save its "
         "captions as a text file, one a line, or take a parquet file with a column caption from a "
-        "mirror, and give that file as the prompts"
+        "mirror, and give prompts=<that file>"
     )
 
 

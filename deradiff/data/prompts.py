@@ -42,21 +42,21 @@ class Prompt:
     text: str
 
 
-def load_prompts(source: str | Sequence[str], limit: int | None = None) -> list[Prompt]:
-    """The prompts of a source, in its order.
+def load_prompts(prompts: str | Sequence[str], limit: int | None = None) -> list[Prompt]:
+    """Read prompts, in the order of their source.
 
     Args:
-        source: a file, a list, or the name of a set, as `SOURCES` says.
-        limit: at most so many prompts, evenly spaced over the source, because neighbours are often
-            alike. A prompt's id does not depend on it.
+        prompts: a file, a list, or the name of a set, as `SOURCES` says.
+        limit: at most so many, evenly spaced over the source, because neighbours are often alike.
+            A prompt's id does not depend on it.
 
     Raises:
         ValueError: for an unknown or empty source, and for a blank prompt.
     """
-    texts = _texts(source)
-    where = f"the prompt list {source}" if isinstance(source, str) else "the list of prompts"
+    texts = _texts(prompts)
     if not texts:
-        raise ValueError(f"{where} is empty: prompts are {SOURCES}")
+        raise ValueError(f"prompts={prompts} is empty: give {SOURCES}")
+    where = prompts if isinstance(prompts, str) else "the list of prompts"
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
@@ -64,16 +64,16 @@ def load_prompts(source: str | Sequence[str], limit: int | None = None) -> list[
                 "or write some"
             )
 
-    prompts = []
+    loaded = []
     occurrences: Counter[str] = Counter()
     for text in texts:
         occurrences[text] += 1
-        repeated = occurrences[text] > 1
-        suffix = f"-{occurrences[text]}" if repeated else ""
-        prompts.append(Prompt(prompt_id(text) + suffix, text))
+        is_repeated = occurrences[text] > 1
+        suffix = f"-{occurrences[text]}" if is_repeated else ""
+        loaded.append(Prompt(prompt_id(text) + suffix, text))
 
-    count = min(limit or len(prompts), len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    count = min(limit or len(loaded), len(loaded))
+    return [loaded[i * len(loaded) // count] for i in range(count)]
 
 
 def prompt_id(text: str) -> str:
@@ -89,34 +89,34 @@ def prompt_id(text: str) -> str:
     return f"{words or 'prompt'}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _texts(source: str | Sequence[str]) -> list[Any]:
-    if not isinstance(source, str):
-        return list(source)
-    if source == SHAPES:
+def _texts(prompts: str | Sequence[str]) -> list[Any]:
+    if not isinstance(prompts, str):
+        return list(prompts)
+    if prompts == SHAPES:
         return held_out_captions()
-    if source in PROMPT_SETS:
-        return load_prompt_set(source)
+    if prompts in PROMPT_SETS:
+        return load_prompt_set(prompts)
 
-    path = Path(source)
+    path = Path(prompts)
     if not path.is_file():
-        raise ValueError(f"there is no prompt file {source[:200]}: prompts are {SOURCES}")
+        raise ValueError(f"prompts={prompts[:200]} is no prompt file: give {SOURCES}")
     if path.suffix == ".parquet":
         return _parquet_column(path)
     # `splitlines` would also split at characters that may be inside a prompt, such as U+2028
     lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     if path.suffix == ".jsonl":
-        return [_json_prompt(line, n, source) for n, line in enumerate(lines, start=1)]
+        return [_json_prompt(line, n, prompts) for n, line in enumerate(lines, start=1)]
     return lines if lines != [""] else []
 
 
-def _json_prompt(line: str, number: int, source: str) -> Any:
+def _json_prompt(line: str, number: int, file: str) -> Any:
     """The prompt of a line of a .jsonl file."""
     try:
         record = json.loads(line)
         return next(record[name] for name in COLUMNS if name in record)
     except (ValueError, TypeError, StopIteration):
         raise ValueError(
-            f"line {number} of {source} is not a JSON object with a key prompt or caption, such "
+            f"line {number} of {file} is not a JSON object with a key prompt or caption, such "
             'as {"prompt": "a red fox"}'
         ) from None
 

@@ -118,7 +118,7 @@ def test_a_set_that_nobody_has_is_refused_with_the_local_way_in_one_sentence(ser
     assert "\n" not in message
     assert f"the prompt set {name} could not be read" in message
     assert reason in message
-    assert "give that file as the prompts" in message
+    assert "give prompts=<that file>" in message
 
 
 def test_a_limit_is_spread_over_the_list_and_changes_no_id():

@@ -101,7 +101,7 @@ def test_a_list_that_is_empty_or_holds_a_blank_is_refused():
 
 
 def test_a_text_that_is_no_file_is_refused(tmp_path):
-    check_refusal("a red fox", "no prompt file a red fox", "['a red fox']")
+    check_refusal("a red fox", "prompts=a red fox is no prompt file", "['a red fox']")
     check_refusal(str(tmp_path), "no prompt file")
 
 
