@@ -44,10 +44,9 @@ class WandbTracker(Tracker):
     def image(self, name: str, path: Path, caption: str = "") -> None:
         """One image file."""
         if path.suffix == ".svg":
-            panel = wandb.Html(path.read_text())
+            self.run.log({name: wandb.Html(path.read_text())})
         else:
-            panel = wandb.Image(str(path), caption=caption or None)
-        self.run.log({name: panel})
+            self.run.log({name: wandb.Image(str(path), caption=caption or None)})
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
         """A folder or file, unless it is too large to upload."""

@@ -35,8 +35,8 @@ def announcement(
     anchor_beta = f"beta {_strength(beta, unit)}" if beta else "beta unknown"
     trust = f", trust region {config.trust_region:g} nats" if config.trust_region else ""
     lines = [
-        f"sample: {config.anchor} ({anchor_beta}) against {base.source}, mode {_mode(config)}{trust}, "
-        f"{config.sampler}, {config.steps} steps, guidance {config.guidance_scale:g}, "
+        f"sample: {config.anchor} ({anchor_beta}) against {base.source}, "
+        f"mode {_mode(config)}{trust}, {config.sampler}, {config.steps} steps, guidance {config.guidance_scale:g}, "
         f"{config.dtype} on {device}",
         f"sample: {prompts} prompts x {len(config.seeds)} seeds x {len(config.lambdas)} lambdas",
     ]
@@ -130,8 +130,8 @@ def cost(config: SampleConfig, records: Sequence[Record]) -> str | None:
             f"{_mean(plain, 'seconds'):.3g} s"
         )
     return (
-        f"sample: mode {config.mode_name}: {_mean(mixed, 'evaluations'):.2f} evaluations a step and "
-        f"{_mean(mixed, 'seconds'):.3g} s an image{alone}"
+        f"sample: mode {config.mode_name}: {_mean(mixed, 'evaluations'):.2f} evaluations a step "
+        f"and {_mean(mixed, 'seconds'):.3g} s an image{alone}"
     )
 
 

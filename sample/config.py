@@ -129,7 +129,8 @@ class SampleConfig:
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise ValueError(
-                    f"seeds must be whole numbers of at least 0, and {seed!r} is not; give seeds=[0]"
+                    f"seeds must be whole numbers of at least 0, and {seed!r} is not; "
+                    "give seeds=[0]"
                 )
 
     def _check_numbers(self) -> None:

@@ -124,12 +124,13 @@ def _check_fits(config: SampleConfig, base: BaseModel, anchor: Anchor) -> None:
         side = getattr(config, key)
         if side and side % family.multiple:
             raise ValueError(
-                f"{key} must be a multiple of {family.multiple} pixels for {family.name}, not {side}"
+                f"{key} must be a multiple of {family.multiple} pixels for {family.name}, "
+                f"not {side}"
             )
     if config.batched and anchor.method == "full":
         raise ValueError(
-            f"batched=true evaluates a LoRA and its reference as one batch, and {config.anchor} is a "
-            "full anchor: remove it"
+            "batched=true evaluates a LoRA and its reference as one batch, and "
+            f"{config.anchor} is a full anchor: remove it"
         )
 
 

@@ -17,7 +17,7 @@ from sample.config import SAMPLING_DEFAULTS, SampleConfig
 from sample.resolve import resolve
 from sample.sampling import load_sampler
 from sample.stage import run
-from tests.support.sample_runs import (
+from tests.support.sample_stage import (
     difference,
     prompt_seed,
     read_images,
