@@ -36,8 +36,8 @@ def announcement(
     trust = f", trust region {config.trust_region:g} nats" if config.trust_region else ""
     lines = [
         f"sample: {config.anchor} ({anchor_beta}) against {base.source}, "
-        f"mode {_mode(config)}{trust}, {config.sampler}, {config.steps} steps, guidance {config.guidance_scale:g}, "
-        f"{config.dtype} on {device}",
+        f"mode {_mode(config)}{trust}, {config.sampler}, {config.steps} steps, "
+        f"guidance {config.guidance_scale:g}, {config.dtype} on {device}",
         f"sample: {prompts} prompts x {len(config.seeds)} seeds x {len(config.lambdas)} lambdas",
     ]
     lines += _cautions(config, base)

@@ -37,12 +37,6 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, Anchor]:
     return resolved, base, anchor
 
 
-def base_of(config: SampleConfig) -> BaseModel:
-    """The base model of a resolved config."""
-    model = config.model
-    return BaseModel(str(model.base), model.revision, model.vae)
-
-
 def find_base(config: SampleConfig, anchor: Anchor) -> BaseModel:
     """The base model that the config names, or else the one that the anchor's card names."""
     model = config.model
