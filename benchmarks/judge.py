@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from deradiff.data.pairs import pixels
+from deradiff.data.pairs import image_tensor
 from deradiff.worlds import shapes
 
 HEADS = {
@@ -75,7 +75,7 @@ def train_judge(steps: int = 500, seed: int = 0) -> Judge:
 def verdicts(judge: Judge, images: list[Image.Image], captions: list[str]) -> dict[str, np.ndarray]:
     """Per head, and for all heads at once (`all`): is each picture what its caption says? Boolean (N,)."""
     logits, labels = (
-        judge(torch.stack([pixels(i, 32) for i in images])),
+        judge(torch.stack([image_tensor(i, 32) for i in images])),
         _labels([shapes.scene_of(c) for c in captions]),
     )
     right = {name: (logits[name].argmax(1) == labels[name]).numpy() for name in HEADS}

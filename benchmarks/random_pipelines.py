@@ -1,44 +1,50 @@
-"""Pipelines around given networks, their text encoders with random weights, and pairs of noise: what a benchmark needs of a base model."""
+"""What a benchmark of training needs: pipelines around given networks, and pairs of noise.
+
+The text encoders have random weights.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import transformers
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+
+from deradiff.worlds.networks import make_tokenizer
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+"""The noise schedule of Stable Diffusion."""
 
-
-def _text(kind: str, tokenizer: Any, width: int, layers: int, length: int) -> Any:
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        projection_dim=width,
-        num_attention_heads=width // 64,
-        max_position_embeddings=length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return getattr(transformers, kind)(config).eval()
+TOKENS = 77
+"""Tokens of a prompt."""
 
 
 def sd_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> Any:
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    """A Stable Diffusion pipeline.
 
-    from deradiff.worlds.networks import make_tokenizer
-
-    tokenizer = make_tokenizer(list(captions), length=77)
-    text = _text("CLIPTextModel", tokenizer, unet.config.cross_attention_dim, 6, 77)
+    Args:
+        unet: its denoiser.
+        vae: its autoencoder.
+        captions: whose words its tokenizer knows.
+    """
+    tokenizer = make_tokenizer(list(captions), length=TOKENS)
+    width = unet.config.cross_attention_dim
     return StableDiffusionPipeline(
         vae=vae,
         unet=unet,
-        text_encoder=text,
+        text_encoder=_text_encoder("CLIPTextModel", tokenizer, width, layers=6),
         tokenizer=tokenizer,
         scheduler=DDPMScheduler(**SCHEDULE),
         safety_checker=None,
@@ -48,21 +54,21 @@ def sd_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> Any:
 
 
 def sdxl_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> Any:
-    """SDXL's two text encoders at their published sizes."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    """An SDXL pipeline, whose two text encoders have their published sizes.
 
-    from deradiff.worlds.networks import make_tokenizer
-
-    tokenizer = make_tokenizer(list(captions), length=77)
-    one, two = (
-        _text("CLIPTextModel", tokenizer, 768, 12, 77),
-        _text("CLIPTextModelWithProjection", tokenizer, 1280, 32, 77),
-    )
+    Args:
+        unet: its denoiser.
+        vae: its autoencoder.
+        captions: whose words its tokenizer knows.
+    """
+    tokenizer = make_tokenizer(list(captions), length=TOKENS)
+    first = _text_encoder("CLIPTextModel", tokenizer, 768, layers=12)
+    second = _text_encoder("CLIPTextModelWithProjection", tokenizer, 1280, layers=32)
     return StableDiffusionXLPipeline(
         vae=vae,
         unet=unet,
-        text_encoder=one.to(unet.dtype),
-        text_encoder_2=two.to(unet.dtype),
+        text_encoder=first.to(unet.dtype),
+        text_encoder_2=second.to(unet.dtype),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         scheduler=EulerDiscreteScheduler(**SCHEDULE),
@@ -70,32 +76,45 @@ def sdxl_pipeline(unet: Any, vae: Any, captions: Sequence[str]) -> Any:
 
 
 def write_noise_pairs(path: Path, count: int, side: int, captions: Sequence[str]) -> None:
-    """Pick-a-Pic's columns, jpg_0 the winner."""
-    import io
+    """Write pairs of noise with Pick-a-Pic's columns; jpg_0 is the winner.
 
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
+    Args:
+        path: the parquet file.
+        count: of pairs.
+        side: of an image, in pixels.
+        captions: which the pairs take in turn.
+    """
+    columns = {
+        "jpg_0": [_noise_jpg(2 * i, side) for i in range(count)],
+        "jpg_1": [_noise_jpg(2 * i + 1, side) for i in range(count)],
+        "label_0": [1.0] * count,
+        "label_1": [0.0] * count,
+        "caption": [captions[i % len(captions)] for i in range(count)],
+    }
+    pq.write_table(pa.table(columns), path)
 
-    def jpg(seed: int) -> bytes:
-        coarse = np.random.default_rng(seed).integers(
-            0, 256, (side // 16, side // 16, 3), dtype=np.uint8
-        )
-        buffer = io.BytesIO()
-        Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(
-            buffer, "JPEG", quality=92
-        )
-        return buffer.getvalue()
 
-    pq.write_table(
-        pa.table(
-            {
-                "jpg_0": [jpg(2 * i) for i in range(count)],
-                "jpg_1": [jpg(2 * i + 1) for i in range(count)],
-                "label_0": [1.0] * count,
-                "label_1": [0.0] * count,
-                "caption": [captions[i % len(captions)] for i in range(count)],
-            }
-        ),
-        path,
+def _text_encoder(kind: str, tokenizer: Any, width: int, layers: int) -> Any:
+    """A random text encoder, of a class of transformers."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        projection_dim=width,
+        num_attention_heads=width // 64,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
+    return getattr(transformers, kind)(config).eval()
+
+
+def _noise_jpg(seed: int, side: int) -> bytes:
+    """Smooth noise as a JPEG: images of pure noise would be larger than photographs are."""
+    shape = (side // 16, side // 16, 3)
+    coarse = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()

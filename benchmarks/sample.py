@@ -1,11 +1,15 @@
-"""What realignment costs: each mode beside a plain model, and a sweep over lambdas beside the published loop.
+"""What realignment costs: each mode beside a plain model, and a sweep over lambdas beside the
+published loop.
 
-python -m benchmarks.sample                                     the shapes world, on the CPU
-python -m benchmarks.sample --network sd15 --width 64           SD1.5's shape at a fifth of its width, random weights
-python -m benchmarks.sample --network sdxl --device cuda --dtype bfloat16 --pixels 1024 --steps 50 --batch 4 [--compile]
+    python -m benchmarks.sample                           the shapes world, on the CPU
+    python -m benchmarks.sample --network sd15 --width 64      SD1.5's shape at a fifth of its width
+    python -m benchmarks.sample --network sdxl --device cuda --dtype bfloat16 --pixels 1024
+                                --steps 50 --batch 4 [--compile]
 
-Denoising alone, guidance on, latents out: a decoder's time is the same in every mode, and would flatter the ratios. Repetitions are
-interleaved, and each ratio is of one repetition; median [lowest, highest]. On the CPU seconds are the processor's.
+Networks other than the shapes world's have random weights. What is timed is denoising alone, with
+guidance, without decoding: a decoder's time is the same in every mode and would flatter the ratios.
+Repetitions are interleaved, and each ratio is of one repetition: median [lowest, highest]. On the
+CPU seconds are the processor's.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import diffusers
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from benchmarks import published_loop
@@ -33,9 +39,14 @@ from deradiff.models.flops import denoiser_flops
 from deradiff.models.published import MEASURED_TFLOPS
 from deradiff.realignment.registry import MODES
 
-PEAK = MEASURED_TFLOPS["H200"] * 1e12  # FLOP/s
+PEAK = MEASURED_TFLOPS["H200"] * 1e12
+"""FLOP/s in bfloat16 that an H200 was measured to reach."""
+
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 77
+GUIDANCE_SCALE = 5.0
+PLAIN = "plain"
+"""What a table calls the pipeline that is not realigned."""
 
 
 def timed_options() -> dict[str, dict[str, Any]]:
@@ -52,23 +63,27 @@ def timed_options() -> dict[str, dict[str, Any]]:
 
 
 def random_pipeline(network: str, width: int, pixels: int) -> Any:
-    """SD1.5's or SDXL's UNet with its first block `width` channels wide (published: 320), random; no text encoder, no autoencoder."""
-    import diffusers
+    """A pipeline around a random UNet of SD1.5's or SDXL's shape, without text encoder and VAE.
 
+    Args:
+        network: `sd15` or `sdxl`.
+        width: channels of its first block; the published networks have 320.
+        pixels: side of an image.
+    """
     scheduler = diffusers.EulerAncestralDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     )
-    shared: dict[str, Any] = {"sample_size": pixels // 8, "norm_num_groups": 32}
-    none = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    size = {"sample_size": pixels // 8, "norm_num_groups": 32}
+    missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
     if network == "sd15":
         unet = diffusers.UNet2DConditionModel(
-            **shared,
+            **size,
             block_out_channels=(width, 2 * width, 4 * width, 4 * width),
             cross_attention_dim=768,
             attention_head_dim=8,
         )
         return diffusers.StableDiffusionPipeline(
-            **none,
+            **missing,
             unet=unet,
             scheduler=scheduler,
             safety_checker=None,
@@ -76,11 +91,11 @@ def random_pipeline(network: str, width: int, pixels: int) -> Any:
             requires_safety_checker=False,
         )
     unet = diffusers.UNet2DConditionModel(
-        **shared,
+        **size,
         block_out_channels=(width, 2 * width, 4 * width),
         transformer_layers_per_block=(1, 2, 10),
         cross_attention_dim=2048,
-        attention_head_dim=tuple(max(1, width * k // 64) for k in (1, 2, 4)),
+        attention_head_dim=tuple(max(1, width * factor // 64) for factor in (1, 2, 4)),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=256,
@@ -88,92 +103,129 @@ def random_pipeline(network: str, width: int, pixels: int) -> Any:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )
-    none |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+    missing |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
     return diffusers.StableDiffusionXLPipeline(
-        **none, unet=unet, scheduler=scheduler, add_watermarker=False
+        **missing, unet=unet, scheduler=scheduler, add_watermarker=False
     )
 
 
 def make_pipeline(args: argparse.Namespace) -> Any:
+    """The pipeline that the arguments name, ready to sample."""
     torch.manual_seed(0)
-    pipe = (
-        BaseModel("asset:shapes/base").load_pipeline()
-        if args.network == "shapes"
-        else random_pipeline(args.network, args.width, args.pixels)
-    )
+    if args.network == "shapes":
+        pipe = BaseModel("asset:shapes/base").load_pipeline()
+    else:
+        pipe = random_pipeline(args.network, args.width, args.pixels)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval().requires_grad_(False)
     return pipe.to(args.device, getattr(torch, args.dtype))
 
 
 def make_anchors(pipe: Any, folder: Path, rank: int = 16) -> dict[str, Anchor]:
-    """A LoRA, and full weights that lie a little beside the reference's; what they are does not change what they cost."""
-    from peft import LoraConfig
+    """A LoRA anchor, and a full one whose weights differ a little from the reference's.
 
-    family, generator = family_of(pipe), torch.Generator().manual_seed(1)
+    What an anchor's weights are does not change what it costs.
+
+    Args:
+        pipe: the pipeline.
+        folder: where the LoRA is saved.
+        rank: of the LoRA.
+    """
+    family = family_of(pipe)
+
     full = copy.deepcopy(pipe.unet)
     for parameter in full.parameters():
         parameter.mul_(1.01)
     network = Anchor("full", "", "", "full", family=family.name, _network=full)
+
     adapted = copy.deepcopy(pipe.unet)
-    adapted.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=list(family.lora_targets)),
-        adapter_name="default",
-    )
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(family.lora_targets))
+    adapted.add_adapter(config, adapter_name="default")
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
-    save_anchor(
-        folder / "lora",
-        adapted,
-        AnchorCard(base_model="", family=family.name, method="lora", beta=None),
-    )
+    card = AnchorCard(base_model="", family=family.name, method="lora", beta=None)
+    save_anchor(folder / "lora", adapted, card)
     return {"lora": load_anchor(folder / "lora"), "full": network}
 
 
 def embeddings(pipe: Any, batch: int) -> dict[str, Tensor]:
-    """Random text embeddings in the pipeline's shapes, a row an image."""
-    config, generator = pipe.unet.config, torch.Generator().manual_seed(2)
-    shapes = {
-        f"{sign}prompt_embeds": (batch, TOKENS, config.cross_attention_dim)
-        for sign in ("", "negative_")
+    """Random text embeddings in the shapes that the pipeline takes, a row an image."""
+    config = pipe.unet.config
+    width = config.cross_attention_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "prompt_embeds": (batch, TOKENS, width),
+        "negative_prompt_embeds": (batch, TOKENS, width),
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        shapes |= {f"{sign}pooled_prompt_embeds": (batch, pooled) for sign in ("", "negative_")}
-    return {
-        name: torch.randn(shape, generator=generator).to(pipe.unet.device, pipe.unet.dtype)
-        for name, shape in shapes.items()
-    }
+        shapes["pooled_prompt_embeds"] = (batch, pooled)
+        shapes["negative_pooled_prompt_embeds"] = (batch, pooled)
+    generator = torch.Generator().manual_seed(2)
+    tensors = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        tensors[name] = values.to(pipe.unet.device, pipe.unet.dtype)
+    return tensors
 
 
-class Bench:
-    """One pipeline, its anchors, and a clock around calls of it."""
+class Variant(NamedTuple):
+    """A way to sample that is timed.
+
+    Attributes:
+        anchor: `lora` or `full`; `plain` without realignment.
+        name: of its row in the table.
+        options: of `realign`.
+    """
+
+    anchor: str
+    name: str
+    options: dict[str, Any]
+
+
+class Stopwatch:
+    """One pipeline with its anchors, whose calls are timed.
+
+    Args:
+        args: what the command line says.
+        folder: for temporary files.
+
+    Attributes:
+        pipe: the pipeline.
+        anchors: a LoRA and a full one.
+        prompts: encoded ones, as arguments of the pipeline's call.
+    """
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.pipe = args, make_pipeline(args)
+        self.args = args
+        self.pipe = make_pipeline(args)
         self.anchors = make_anchors(self.pipe, folder)
-        self.text = embeddings(self.pipe, args.batch)
+        self.prompts = embeddings(self.pipe, args.batch)
         if args.compile:
             self.pipe.unet.compile_repeated_blocks(fullgraph=True)
 
     def call(self, seed: int = 0, steps: int | None = None) -> Tensor:
         """One batch of latents."""
-        generators = [
-            torch.Generator().manual_seed(1000 * seed + i) for i in range(self.args.batch)
-        ]
-        size = {"height": self.args.pixels, "width": self.args.pixels}
-        options = {
-            "num_inference_steps": steps or self.args.steps,
-            "guidance_scale": 5.0,
-            "output_type": "latent",
-            "generator": generators,
-        }
-        return self.pipe(**self.text, **size, **options).images
+        generators = []
+        for image in range(self.args.batch):
+            generators.append(torch.Generator().manual_seed(1000 * seed + image))
+        return self.pipe(
+            **self.prompts,
+            height=self.args.pixels,
+            width=self.args.pixels,
+            num_inference_steps=steps or self.args.steps,
+            guidance_scale=GUIDANCE_SCALE,
+            output_type="latent",
+            generator=generators,
+        ).images
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """By the wall on a GPU; on a CPU of the processor's own, since a wall clock there measures the neighbours, too."""
+        """How long `work` takes: on a GPU by the clock, on a CPU by the processor's time.
+
+        A clock would also measure what else runs on the processor.
+        """
         if self.args.device == "cpu":
             start = time.process_time()
             work()
@@ -185,88 +237,118 @@ class Bench:
         return time.perf_counter() - start
 
     @contextmanager
-    def mode(self, kind: str, options: dict[str, Any]) -> Iterator[Any]:
-        """Realigned and warm: another chain ran a step, so that what a lambda needs once is there, and no first step is remembered."""
-        with (
-            realign(self.pipe, self.anchors[kind], 0.5, **options)
-            if kind != "plain"
-            else nullcontext() as dial
-        ):
+    def realigned(self, variant: Variant) -> Iterator[Any]:
+        """The pipeline in one variant, after one step of another chain.
+
+        What a lambda needs once is then there, and no first step is remembered.
+        """
+        with ExitStack() as stack:
+            dial = None
+            if variant.anchor != PLAIN:
+                anchor = self.anchors[variant.anchor]
+                dial = stack.enter_context(realign(self.pipe, anchor, 0.5, **variant.options))
             self.call(seed=1, steps=1)
             yield dial
 
     def costs(self) -> list[dict[str, Any]]:
-        """Each mode's seconds an image, and their ratio to a plain model's in the same repetition."""
-        chosen = [("plain", "", {})] + [
-            (k, n, o)
-            for k in self.anchors
-            for n, o in timed_options().items()
-            if not (k == "full" and "batched" in o)
-        ]
-        times: dict[tuple[str, str], list[float]] = {(kind, name): [] for kind, name, _ in chosen}
-        evaluations = {}
+        """Each variant's seconds an image, and their ratio to a plain model's."""
+        variants = [Variant(PLAIN, "", {})]
+        for anchor in self.anchors:
+            for name, options in timed_options().items():
+                if anchor == "lora" or "batched" not in options:
+                    variants.append(Variant(anchor, name, options))
+
+        # Every other repetition goes backwards: a machine that slows down is fair to all.
+        seconds: list[list[float]] = [[] for _ in variants]
+        evaluations = [1.0] * len(variants)
         for repetition in range(self.args.repeats):
-            for kind, name, options in chosen if repetition % 2 == 0 else chosen[::-1]:
-                with self.mode(kind, options) as dial:
-                    times[kind, name].append(self.seconds(self.call) / self.args.batch)
-                    evaluations[kind, name] = dial.evaluations if dial else 1.0
-        plain = times["plain", ""]
-        return [
-            {
-                "anchor": kind,
-                "mode": name,
-                "evaluations": evaluations[kind, name],
-                "seconds": spread(found),
-                "ratio": spread([a / b for a, b in zip(found, plain)]),
+            order = list(range(len(variants)))
+            for i in order if repetition % 2 == 0 else reversed(order):
+                with self.realigned(variants[i]) as dial:
+                    seconds[i].append(self.seconds(self.call) / self.args.batch)
+                    if dial:
+                        evaluations[i] = dial.evaluations
+
+        plain = seconds[0]
+        rows = []
+        for variant, own, count in zip(variants, seconds, evaluations):
+            row = {
+                "anchor": variant.anchor,
+                "mode": variant.name,
+                "evaluations": count,
+                "seconds": statistics.median(own),
+                "seconds with range": with_range(own),
+                "ratio": with_range([a / b for a, b in zip(own, plain)]),
             }
-            for (kind, name), found in times.items()
-        ]
+            rows.append(row)
+        return rows
 
     def sweep(self, kind: str) -> dict[str, Any]:
-        """Images a second of five lambdas, as the sample stage makes them and as the published loop does, for the same images."""
-        shape = (self.pipe.unet.config.in_channels, *[self.args.pixels // self._factor()] * 2)
-        # The published loop holds two networks: of a LoRA the second is the merged one, which costs what a plain one does.
-        anchor = self.anchors["full"].network(
-            self.pipe.unet, self.pipe.unet.device, self.pipe.unet.dtype
-        )
+        """Images a second of five lambdas, as the sample stage and as the published loop make them.
 
-        def ours() -> None:
+        Args:
+            kind: of the anchor: `lora` or `full`.
+        """
+        unet = self.pipe.unet
+        side = self.latent_side
+        shape = (unet.config.in_channels, side, side)
+        # The published loop holds two networks. Of a LoRA the second one is the merged network,
+        # which costs what a plain one does.
+        second_network = self.anchors["full"].network(unet, unet.device, unet.dtype)
+
+        def sample_ours() -> None:
             with realign(self.pipe, self.anchors[kind], 0.0, shared_start=True) as dial:
-                for dial.lam in LAMBDAS:
+                for lam in LAMBDAS:
+                    dial.lam = lam
                     self.call()
 
-        def published() -> None:
+        def sample_published() -> None:
             for image in range(self.args.batch):
-                prompt = {name: tensor[image : image + 1] for name, tensor in self.text.items()}
+                prompt = {name: rows[image : image + 1] for name, rows in self.prompts.items()}
                 for lam in LAMBDAS:
                     published_loop.sample(
-                        self.pipe, anchor, lam, self.args.steps, 5.0, shape, image, prompt
+                        self.pipe,
+                        second_network,
+                        lam,
+                        self.args.steps,
+                        GUIDANCE_SCALE,
+                        shape,
+                        image,
+                        prompt,
                     )
 
-        images, pairs = self.args.batch * len(LAMBDAS), []
+        images = self.args.batch * len(LAMBDAS)
+        ours = []
+        published = []
         for _ in range(self.args.repeats):
-            pairs.append((images / self.seconds(ours), images / self.seconds(published)))
+            ours.append(images / self.seconds(sample_ours))
+            published.append(images / self.seconds(sample_published))
         return {
             "anchor": kind,
-            "ours": spread([a for a, _ in pairs]),
-            "published": spread([b for _, b in pairs]),
-            "ratio": spread([a / b for a, b in pairs]),
+            "ours": with_range(ours),
+            "published": with_range(published),
+            "ratio": with_range([a / b for a, b in zip(ours, published)]),
         }
 
-    def _factor(self) -> int:
-        return self.pipe.vae_scale_factor
+    @property
+    def latent_side(self) -> int:
+        """Side of an image's latents."""
+        return self.args.pixels // self.pipe.vae_scale_factor
 
     def flops(self) -> float:
-        """Of one image of a plain model: conditional and unconditional rows at every step."""
-        side = self.args.pixels // self._factor()
-        return 2 * self.args.steps * denoiser_flops(dict(self.pipe.unet.config), side, side, TOKENS)
+        """FLOPs of one image of a plain model: two rows a step, with and without the prompt."""
+        side = self.latent_side
+        config = dict(self.pipe.unet.config)
+        return 2 * self.args.steps * denoiser_flops(config, side, side, TOKENS)
 
 
-def spread(values: list[float]) -> str:
+def with_range(values: list[float]) -> str:
+    """Median [lowest, highest]."""
     return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
-def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sample",
         description=__doc__,
@@ -287,39 +369,48 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parsed(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, Path(folder))
-        print(
-            f"{args} on {torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'}, torch {torch.__version__}"
-        )
-        if args.table != "sweep":
-            print_costs(bench)
-        if args.table != "cost":
-            print("\n| sweep of 5 lambdas | images/s | published loop | x |\n|---|---|---|---|")
-            for kind in bench.anchors:
-                row = bench.sweep(kind)
-                print(
-                    f"| {kind} | {row['ours']} | {row['published']} | {row['ratio']} |", flush=True
-                )
-
-
-def print_costs(bench: Bench) -> None:
-    flops = bench.flops()
-    print(
-        f"{flops / 1e12:.4g} TFLOP an image of a plain model\n\n| anchor | mode | evaluations | s an image | x plain | TFLOP/s |"
-    )
+def print_costs(stopwatch: Stopwatch) -> None:
+    """The table of modes."""
+    flops = stopwatch.flops()
+    print(f"{flops / 1e12:.4g} TFLOP an image of a plain model\n")
+    print("| anchor | mode | evaluations | s an image | x plain | TFLOP/s |")
     print("|---|---|---|---|---|---|")
-    for row in bench.costs():
-        rate = flops * row["evaluations"] / float(row["seconds"].split()[0])
-        share = f"{rate / 1e12:.3g}" + (
-            f" ({100 * rate / PEAK:.3g} %)" if bench.args.device == "cuda" else ""
-        )
-        print(
-            f"| {row['anchor']} | {row['mode']} | {row['evaluations']:.3g} | {row['seconds']} | {row['ratio']} | {share} |",
-            flush=True,
-        )
+    for row in stopwatch.costs():
+        rate = flops * row["evaluations"] / row["seconds"]
+        rate_text = f"{rate / 1e12:.3g}"
+        if stopwatch.args.device == "cuda":
+            rate_text += f" ({100 * rate / PEAK:.3g} %)"
+        cells = [
+            row["anchor"],
+            row["mode"],
+            f"{row['evaluations']:.3g}",
+            row["seconds with range"],
+            row["ratio"],
+            rate_text,
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_sweeps(stopwatch: Stopwatch) -> None:
+    """The table of sweeps over lambda."""
+    print("\n| sweep of 5 lambdas | images/s | published loop | x |\n|---|---|---|---|")
+    for kind in stopwatch.anchors:
+        row = stopwatch.sweep(kind)
+        cells = [kind, row["ours"], row["published"], row["ratio"]]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Time what the arguments name, and print the tables."""
+    args = parse_arguments(arguments)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        stopwatch = Stopwatch(args, Path(folder))
+        print(f"{args} on {device}, torch {torch.__version__}")
+        if args.table != "sweep":
+            print_costs(stopwatch)
+        if args.table != "cost":
+            print_sweeps(stopwatch)
 
 
 if __name__ == "__main__":

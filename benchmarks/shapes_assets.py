@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.judge import train_judge, verdicts
-from deradiff.data.pairs import pixels
+from deradiff.data.pairs import image_tensor
 from deradiff.files import ASSETS, write_atomic
 from deradiff.models.base_model import BaseModel
 from deradiff.scorers import load_scorer
@@ -87,7 +87,7 @@ def measure(folders: dict[str, Path]) -> dict[str, float]:
     images, captions = renders(300, seed=0)
     vae = BaseModel(str(folders["base"])).load_pipeline().vae
     with torch.no_grad():
-        clean = torch.stack([pixels(i, 32) for i in images])
+        clean = torch.stack([image_tensor(i, 32) for i in images])
         error = vae.decode(vae.encode(clean).latent_dist.mean).sample - clean
     asked = [*shapes.held_out_captions(), *shapes.training_captions()]
     drawn, judge = sampled(folders["base"], asked), train_judge()

@@ -32,7 +32,7 @@ from peft import LoraConfig
 from benchmarks.random_pipelines import sd_pipeline, sdxl_pipeline, write_noise_pairs
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.data.cache import Cache
-from deradiff.data.encoders import described_encoders, encoders_key
+from deradiff.data.encoders import encoders_key, encoders_without_weights
 from deradiff.data.pairs import Examples, Pairs
 from deradiff.data.reference_errors import ReferenceErrors
 from deradiff.models.base_model import BaseModel
@@ -153,7 +153,7 @@ class Worker:
         if "cache" in savings:
             cache = Cache(folder / "cache", encoders_key(base), data, shape.resolution)
             cache.build(lambda: self._encoding_pipeline(base, dtype), progress=False)
-            parts = described_encoders(base, dtype)
+            parts = encoders_without_weights(base, dtype)
         pipe = base.load_pipeline(dtype, parts)
         self.network = pipe.unet.to(self.device)
 
@@ -168,7 +168,7 @@ class Worker:
 
         # The objective, with the reference's errors where they are known
         self.examples = Examples(data, 0)
-        self.places = self.examples.places(0, PAIRS)
+        self.epoch_indices = self.examples.epoch_indices(0, PAIRS)
         errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in savings else None
         known = errors is not None and errors.covers(*self.examples.span(0, PAIRS))
         family = family_of(pipe).name
@@ -216,8 +216,8 @@ class Worker:
     def step(self) -> None:
         """One optimiser step."""
         start = self.steps * self.batch % PAIRS
-        places = self.places[start : start + self.batch]
-        batch = self.examples.batch(self.objective.collate, places)
+        epoch_indices = self.epoch_indices[start : start + self.batch]
+        batch = self.examples.batch(self.objective.collate, epoch_indices)
         for key, value in batch.items():
             if torch.is_tensor(value):
                 batch[key] = value.to(self.device)

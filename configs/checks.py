@@ -1,8 +1,12 @@
-"""Checks that the stages' configs share. Each raises ValueError in one sentence that names the key."""
+"""Checks that the stages' configs share.
+
+Each raises ValueError in one sentence that names the key.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -29,12 +33,17 @@ def not_negative(key: str, value: float) -> None:
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """The library's errors with the config's section before them.
+    """Put a section of the config before the argument that an error of the library names.
 
-    A message of the library names its argument (`vae=x is no folder`); the user typed the key of a
-    section (`model.vae=x is no folder`).
+    The library says `vae=x is no folder`; the user typed `model.vae=x`. Messages that do not begin
+    with an argument stay as they are.
+
+    Args:
+        name: of the section whose keys are called as the library's arguments are.
     """
     try:
         yield
     except ValueError as error:
+        if not re.match(r"\w+=", str(error)):
+            raise
         raise ValueError(f"{name}.{error}") from error

@@ -5,7 +5,6 @@ The stage itself is imported after its config is valid, so a typo is answered be
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from configs.functions import function_at
 from configs.keys import help_text, is_list, suggestion
 from deradiff.training.preemption import REQUEUE, Preempted
 
@@ -37,10 +37,10 @@ INTERRUPTED_STATUS = 130
 def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callable[[], None]:
     """The `main` of a stage.
 
-    It composes `<configs>/<stage>.yaml` over the schema and calls `run` with plain dataclasses. What
-    a user can mend ends the process with a sentence and status 2; a signal that asks for a stop,
-    once the work is safe, with status 75; anything else with a traceback. Under submitit, Hydra
-    calls the task itself, in the cluster's job.
+    It composes `<configs>/<stage>.yaml` over the schema and calls `run` with plain dataclasses.
+    What a user can mend ends the process with a sentence and status 2; a signal that asks for a
+    stop, once the work is safe, with status 75; anything else with a traceback. Under submitit,
+    Hydra calls the task itself, in the cluster's job.
 
     Args:
         stage: its name: of the command, the config file and the folder of its runs.
@@ -75,7 +75,7 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
             return
         # transformers advises torchvision, which we do without
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
-        # Hydra would print a trimmed traceback and exit; told to raise, it leaves the sentence to us
+        # Hydra would print a shortened traceback and exit; so it raises, and we print the sentence
         os.environ["HYDRA_FULL_ERROR"] = "1"
         try:
             composed.clear()
@@ -93,12 +93,6 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
             sys.exit(INTERRUPTED_STATUS)
 
     return main
-
-
-def function_at(place: str) -> Callable[..., Any]:
-    """The function at `module:name`, its module imported now."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _run_in_cluster_job(task: Callable[[], None]) -> None:

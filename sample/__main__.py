@@ -1,4 +1,4 @@
-"""`python -m sample`: sample an anchor, realigned. The stage is imported once its config is valid."""
+"""`python -m sample`: sample an anchor. The stage is imported once its config is valid."""
 
 from configs.entry import entry
 from sample.config import SampleConfig

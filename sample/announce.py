@@ -9,7 +9,9 @@ import diffusers
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
+from deradiff.realignment.dial import BEYOND_ANCHOR
 from deradiff.realignment.registry import LABELS, MODES
+from deradiff.realignment.resampling import GUIDED_PARTICLES
 from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of
 from sample.config import SampleConfig
@@ -33,9 +35,9 @@ def announcement(
     anchor_beta = f"beta {_strength(beta, unit)}" if beta else "beta unknown"
     trust = f", trust region {config.trust_region:g} nats" if config.trust_region else ""
     lines = [
-        f"sample: {config.anchor} ({anchor_beta}) against {base.source}, mode {_mode(config)}{trust}, "
-        f"{config.sampler}, {config.steps} steps, guidance {config.guidance_scale:g}, "
-        f"{config.dtype} on {device}",
+        f"sample: {config.anchor} ({anchor_beta}) against {base.source}, "
+        f"mode {_mode(config)}{trust}, {config.sampler}, {config.steps} steps, "
+        f"guidance {config.guidance_scale:g}, {config.dtype} on {device}",
         f"sample: {prompts} prompts x {len(config.seeds)} seeds x {len(config.lambdas)} lambdas",
     ]
     lines += _cautions(config, base)
@@ -59,18 +61,12 @@ def _cautions(config: SampleConfig, base: BaseModel) -> list[str]:
     is_guided = config.guidance_scale is not None and config.guidance_scale > 1
     two_rows = is_guided and not base.family.guidance_distilled
     if config.particles > 1 and two_rows:
-        lines.append(
-            "sample: with classifier-free guidance the weights of particles are a heuristic; "
-            "guidance_scale=1 has none"
-        )
+        lines.append(f"sample: {GUIDED_PARTICLES}; guidance_scale=1 has none")
     largest = max(config.lambdas)
     if largest > 1:
         can_bound = MODES[config.mode].trust_region and not config.trust_region
         bound = "; trust_region=<nats> bounds the overshoot" if can_bound else ""
-        lines.append(
-            f"sample: lambda {largest:g} lies beyond the anchor: it extrapolates, and "
-            f"deterministic samplers then err far more than ancestral ones{bound}"
-        )
+        lines.append(f"sample: lambda {largest:g} {BEYOND_ANCHOR}{bound}")
     return lines
 
 
@@ -101,7 +97,7 @@ def kl_unit(config: SampleConfig, base: BaseModel) -> float | None:
         vae = base.read_json("vae/config.json")
         denoiser = base.read_json(f"{family.denoiser}/config.json")
         published = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
-        shrinking = 2 ** (len(vae["block_out_channels"]) - 1)
+        shrinking = family.pixels_per_latent(vae)
         side = denoiser.get("sample_size", family.latent_side)
         sides = []
         for pixels in (config.height, config.width):
@@ -134,8 +130,8 @@ def cost(config: SampleConfig, records: Sequence[Record]) -> str | None:
             f"{_mean(plain, 'seconds'):.3g} s"
         )
     return (
-        f"sample: mode {config.mode_name}: {_mean(mixed, 'evaluations'):.2f} evaluations a step and "
-        f"{_mean(mixed, 'seconds'):.3g} s an image{alone}"
+        f"sample: mode {config.mode_name}: {_mean(mixed, 'evaluations'):.2f} evaluations a step "
+        f"and {_mean(mixed, 'seconds'):.3g} s an image{alone}"
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m sample bake=<folder>`: one lambda as plain weights, and how far they are from exact."""
+"""`python -m sample bake=<folder>`: one lambda as plain weights, compared with mode exact."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def bake_and_compare(sweep: Sweep) -> None:
     """Bake the one lambda of a run, sample with it, and note how far it is from mode exact.
 
     Reference, mode exact and anchor are sampled into the run directory. The baked images come from
-    the folder as it was written, and lie beside it, in `<run_dir>-baked<lam>`.
+    the folder as it was written, and are saved in `<run_dir>-baked<lam>`.
     """
-    config, state = sweep.config, sweep.state
+    config = sweep.config
+    state = sweep.state
     (lam,) = config.lambdas
     folder = Path(str(config.bake))
     if state.is_main_process:
@@ -107,8 +108,8 @@ def _distances(
 ) -> tuple[float, float]:
     """Baked to exact, and reference to anchor, of one prompt and seed."""
 
-    def image(folder: Path, at: float) -> Path:
-        return folder / image_path(at, prompt.prompt_id, seed)
+    def image(folder: Path, image_lam: float) -> Path:
+        return folder / image_path(image_lam, prompt.prompt_id, seed)
 
     baked_to_exact = _rms(image(baked_dir, 1.0), image(run_dir, lam))
     reference_to_anchor = _rms(image(run_dir, 0.0), image(run_dir, 1.0))

@@ -82,8 +82,8 @@ class SampleConfig:
     eta: float = setting(0.0, "of DDIM: 0 (deterministic) to 1")
     steps: int | None = setting(None, "denoising steps; null: the model's default")
     guidance_scale: float | None = setting(None, "1: no guidance; null: the model's default")
-    height: int | None = setting(None, "pixels; null: the model's")
-    width: int | None = setting(None, "pixels; null: the model's")
+    height: int | None = setting(None, "of an image, in pixels; null: the model's")
+    width: int | None = setting(None, "in pixels, as height")
     dtype: str | None = setting(
         None, "float32, float16 or bfloat16; null: half precision on a GPU, float32 elsewhere"
     )
@@ -129,7 +129,8 @@ class SampleConfig:
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise ValueError(
-                    f"seeds must be whole numbers of at least 0, and {seed!r} is not; give seeds=[0]"
+                    f"seeds must be whole numbers of at least 0, and {seed!r} is not; "
+                    "give seeds=[0]"
                 )
 
     def _check_numbers(self) -> None:

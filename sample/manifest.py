@@ -22,9 +22,10 @@ def image_path(lam: float, prompt_id: str, seed: int) -> str:
 
     Two decimals of lambda, or as many as tell it from every other.
     """
-    rounded = f"{lam:.2f}"
-    shown = rounded if float(rounded) == lam else repr(lam)
-    return f"lam={shown}/{prompt_id}-s{seed}.png"
+    number = f"{lam:.2f}"
+    if float(number) != lam:
+        number = repr(lam)
+    return f"lam={number}/{prompt_id}-s{seed}.png"
 
 
 def save_image(run_dir: Path, rank: int, png: bytes, record: Record) -> None:

@@ -37,12 +37,6 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, Anchor]:
     return resolved, base, anchor
 
 
-def base_of(config: SampleConfig) -> BaseModel:
-    """The base model of a resolved config."""
-    model = config.model
-    return BaseModel(str(model.base), model.revision, model.vae)
-
-
 def find_base(config: SampleConfig, anchor: Anchor) -> BaseModel:
     """The base model that the config names, or else the one that the anchor's card names."""
     model = config.model
@@ -124,12 +118,13 @@ def _check_fits(config: SampleConfig, base: BaseModel, anchor: Anchor) -> None:
         side = getattr(config, key)
         if side and side % family.multiple:
             raise ValueError(
-                f"{key} must be a multiple of {family.multiple} pixels for {family.name}, not {side}"
+                f"{key} must be a multiple of {family.multiple} pixels for {family.name}, "
+                f"not {side}"
             )
     if config.batched and anchor.method == "full":
         raise ValueError(
-            f"batched=true evaluates a LoRA and its reference as one batch, and {config.anchor} is a "
-            "full anchor: remove it"
+            "batched=true evaluates a LoRA and its reference as one batch, and "
+            f"{config.anchor} is a full anchor: remove it"
         )
 
 

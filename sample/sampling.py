@@ -19,12 +19,12 @@ from torch import Tensor
 from deradiff import realign
 from deradiff.anchors.anchor import Anchor
 from deradiff.data.prompts import Prompt
-from deradiff.data.tables import encode_png
+from deradiff.image_tables import encode_png
 from deradiff.method.schedulers import make_scheduler
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from deradiff.realignment.dial import Dial
-from deradiff.realignment.registry import MODES
+from deradiff.realignment.registry import LABELS, SETTINGS
 from sample.config import SampleConfig
 from sample.manifest import Record, image_path
 
@@ -66,11 +66,11 @@ def timesteps_digest(scheduler: Any) -> str:
 
 def mode_options(config: SampleConfig) -> dict[str, Any]:
     """The options of `realign` that tell a run from another of its mode; None where unused."""
-    return {
-        "every": config.every if MODES[config.mode].label.setting == "every" else None,
-        "particles": config.particles if config.particles > 1 else None,
-        "trust_region": config.trust_region,
-    }
+    options: dict[str, Any] = dict.fromkeys(SETTINGS)
+    setting = LABELS[config.mode_name].setting
+    if setting:
+        options[setting] = config.mode_detail
+    return options | {"trust_region": config.trust_region}
 
 
 class Images:

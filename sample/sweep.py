@@ -159,7 +159,8 @@ def sample_share(sweep: Sweep, share: Sequence[PromptSeed], done: set[str]) -> t
     """
     if not share:
         return 0, 0.0
-    config, state = sweep.config, sweep.state
+    config = sweep.config
+    state = sweep.state
     count = 0
     for one in share:
         count += sum(one.image(lam) not in done for lam in config.lambdas)
@@ -186,8 +187,8 @@ def show(config: SampleConfig, prompts: Sequence[Prompt], run_dir: Path, track: 
     """
     rows: list[tuple[str, list[Path]]] = []
     for prompt in prompts[:TABLE_ROWS]:
-        files = [image_path(lam, prompt.prompt_id, config.seeds[0]) for lam in config.lambdas]
-        rows.append((prompt.text, [run_dir / file for file in files]))
+        names = [image_path(lam, prompt.prompt_id, config.seeds[0]) for lam in config.lambdas]
+        rows.append((prompt.text, [run_dir / name for name in names]))
 
     # Neighbours in a list of prompts are often alike: take rows from all over it
     spacing = math.ceil(len(rows) / GRID_ROWS)
@@ -199,7 +200,7 @@ def show(config: SampleConfig, prompts: Sequence[Prompt], run_dir: Path, track: 
 
     track.image("grid", run_dir / GRID)
     columns = ["prompt", *(f"lam={lam:g}" for lam in config.lambdas)]
-    cells: list[list[Any]] = [[text, *files] for text, files in rows]
+    cells: list[list[Any]] = [[text, *images] for text, images in rows]
     track.table("samples", columns, cells)
 
 

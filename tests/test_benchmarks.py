@@ -35,7 +35,7 @@ def test_both_tables_come_out(capsys):
 
 def test_random_networks_of_the_published_shapes_sample():
     for network in ("sd15", "sdxl"):
-        args = sample.parsed(
+        args = sample.parse_arguments(
             ["--network", network, "--width", "32", "--pixels", "64", "--batch", "1"]
         )
         pipe = sample.make_pipeline(args)
@@ -47,12 +47,12 @@ def test_random_networks_of_the_published_shapes_sample():
 
 
 def test_the_published_loop_samples_the_same_images(tmp_path):
-    bench = sample.Bench(sample.parsed(["--steps", "3", "--batch", "2"]), tmp_path)
+    bench = sample.Stopwatch(sample.parse_arguments(["--steps", "3", "--batch", "2"]), tmp_path)
     anchor = bench.anchors["full"].network(bench.pipe.unet, torch.device("cpu"), torch.float32)
     with realign(bench.pipe, bench.anchors["full"], 0.3):
         ours = bench.call()
     for image in range(2):
-        prompt = {name: tensor[image : image + 1] for name, tensor in bench.text.items()}
+        prompt = {name: tensor[image : image + 1] for name, tensor in bench.prompts.items()}
         theirs = published_loop.sample(
             bench.pipe, anchor, 0.3, 3, 5.0, tuple(ours.shape[1:]), image, prompt
         )

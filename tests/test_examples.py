@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 import deradiff
+from deradiff.realignment.registry import MODES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -25,3 +26,15 @@ def test_train_anchor(tmp_path, monkeypatch, capsys):
     assert (folder / "metrics.jsonl").is_file()
     assert Image.open(folder / "image.png").size == (32, 32)
     assert "at lam=0.5" in capsys.readouterr().out
+
+
+def test_realign(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)  # as `python examples/realign.py` does
+    run_example("realign.py", tmp_path, monkeypatch, "--steps", "4")
+    lines = capsys.readouterr().out.splitlines()
+    (reference,) = [line for line in lines if line.startswith("lam 0 ")]
+    assert " ".join(reference.split()).startswith("lam 0 path KL 0 nats 1.00 network evaluations")
+    costs = [line for line in lines if line.startswith("mode ")]
+    assert [line.split()[1] for line in costs] == list(MODES)
+    grid = Image.open(tmp_path / "runs/realign/grid.png")
+    assert grid.width > grid.height > 0

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from configs.checks import section
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.data.cache import Cache, encodings_key
-from deradiff.data.encoders import described_encoders, encoders_key, source_key
+from deradiff.data.encoders import encoders_key, encoders_without_weights, source_key
 from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.data.reference_errors import ReferenceErrors, network_digest, reference_key
 from deradiff.files import locate
@@ -161,7 +161,7 @@ def training_pipeline(config: TrainConfig, base: BaseModel | None, encoders: boo
     dtype = frozen_dtype(config)
     parts: dict[str, Any] = {}
     if not encoders and not config.spec.saves_pipeline:
-        parts = described_encoders(base, dtype)
+        parts = encoders_without_weights(base, dtype)
     if config.finetune.method == "full" and dtype != torch.float32:
         parts[base.family.denoiser] = base.load_denoiser(torch.float32)
     return base.load_pipeline(dtype, parts)

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from configs.checks import section
 from deradiff.data import synthetic_pairs
 from deradiff.data.pairs import CaptionedImages, Pairs
 from deradiff.data.prompts import load_prompts
@@ -72,16 +73,17 @@ def open_data(
     if max_broken is None:
         max_broken = config.data.max_broken
     limit = config.data.limit
-    return reader(path, split, revision, limit, streaming=streaming, max_broken=max_broken)
+    with section("data"):
+        return reader(path, split, revision, limit, streaming=streaming, max_broken=max_broken)
 
 
 def row_counts(rows: CaptionedImages) -> str:
     """How many rows there are, and how many were dropped for which reason."""
-    dropped = f"{rows.uncaptioned} rows without a caption dropped"
+    dropped = f"{rows.missing_captions} rows without a caption dropped"
     if isinstance(rows, Pairs):
         return (
             f"{len(rows)} pairs with a winner; {rows.ties} ties, "
-            f"{rows.unlabelled} unlabelled rows and {dropped}"
+            f"{rows.missing_labels} unlabelled rows and {dropped}"
         )
     return f"{len(rows)} captioned images; {dropped}"
 
@@ -117,8 +119,9 @@ def generated_data(config: TrainConfig, base: BaseModel | None, accelerator: Acc
         pairs = synthetic_pairs.consecutive_pairs(images)
     else:
         data = config.data
-        images = CaptionedImages(str(data.path), split=data.split, revision=data.revision)
-        pairs = synthetic_pairs.drawn_pairs(images, data.count)
+        with section("data"):
+            images = CaptionedImages(str(data.path), split=data.split, revision=data.revision)
+        pairs = synthetic_pairs.random_pairs(images, data.count)
     path = _label_pairs(config.data, folder, images, pairs, accelerator)
     accelerator.wait_for_everyone()
     return path
@@ -147,7 +150,8 @@ def _sample_images(
     """
     data = config.data
     resolution = config.model.resolution
-    prompts = [prompt.text for prompt in load_prompts(str(data.prompts))]
+    with section("data"):
+        prompts = [prompt.text for prompt in load_prompts(str(data.prompts))]
     sampler = BaseModel(data.pipeline) if data.pipeline else base
     assert sampler is not None
 
@@ -188,7 +192,7 @@ def _label_pairs(
     load = partial(load_scorer, data.scorer, data.scorer_checkpoint, device=device)
     version = load().version
     key = f"{images.fingerprint}/{version}/{data.temperature}/{synthetic_pairs.PART}"
-    name = slug(Path(images.source).stem, 60)
+    name = slug(Path(images.path).stem, 60)
     path = folder / f"{name}-pairs-{data.scorer}-{len(pairs)}-{_digest(key)}"
     synthetic_pairs.write_scored_pairs(path, images, pairs, load, data.temperature)
     return path
@@ -217,8 +221,7 @@ def is_cached(config: TrainConfig) -> bool:
 
 def latent_side(config: TrainConfig, base: BaseModel) -> int:
     """Rows, and columns, of the latents."""
-    levels = len(base.vae_config["block_out_channels"])
-    return config.model.resolution // 2 ** (levels - 1)
+    return config.model.resolution // base.family.pixels_per_latent(base.vae_config)
 
 
 def cache_need(config: TrainConfig, base: BaseModel, rows: CaptionedImages) -> tuple[float, float]:

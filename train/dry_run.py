@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
+from configs.checks import section
 from deradiff.data.pairs import Examples, Item, Pairs
 from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
@@ -53,7 +54,8 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
         )
 
     # The rows; those with broken images are not counted out.
-    is_parquet = parquet_files(str(data.path), data.split, data.revision) is not None
+    with section("data"):
+        is_parquet = parquet_files(str(data.path), data.split, data.revision) is not None
     rows = open_data(config, str(data.path), data.split, data.revision, is_parquet, max_broken=1.0)
     captions = len(set(rows.captions))
     print(f"train: {data.path}, {data.split}: {row_counts(rows)}; {captions} distinct captions")
@@ -83,8 +85,8 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
 def _example_sheet(examples: Examples) -> bytes:
     """The first examples as a PNG: an example a row, its images side by side, its caption below."""
     rows = []
-    for place in examples.places(0, min(EXAMPLES, len(examples.data))):
-        rows.append(examples.batch(_images_and_caption, [place]))
+    for epoch_index in examples.epoch_indices(0, min(EXAMPLES, len(examples.data))):
+        rows.append(examples.batch(_images_and_caption, [epoch_index]))
 
     height = SIDE + LINE
     sheet = Image.new("RGB", (SIDE * len(rows[0][0]), height * len(rows)), "white")

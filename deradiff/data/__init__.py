@@ -1,0 +1,1 @@
+"""Training data and prompts: read, streamed, encoded once, and kept in caches."""

@@ -1,15 +1,22 @@
-"""Latents and text embeddings, computed once and shared by every run on the same data and base model.
+"""Latents and text embeddings, computed once for all runs on the same data and base model.
 
-A cache is a folder of safetensors shards named by what it depends on, so that a stale one is never met; each shard is written
-whole or not at all, so that an interrupted build goes on where it stopped. Ranks and other runs that build the same cache share the work.
+A cache is a folder of safetensors files, its shards. The folder's name is a digest of all that the
+encodings depend on, so encodings are never read for other data or other encoders. A shard is
+written completely or not at all, so an interrupted build continues where it stopped. Ranks, and
+runs that build the same cache, share the work.
+
+Shapes: N examples of a shard, P images of an example (pairs: 2, the winner first), latents of C
+channels, H rows and W columns; R pixels of an image's side.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import math
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,172 +27,236 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deradiff.data.locks import Locks
-from deradiff.data.pairs import BrokenPicture, CaptionedImages, pixels
+from deradiff.data.pairs import BrokenImage, CaptionedImages, image_tensor
 from deradiff.files import write_atomic
 from deradiff.models.families import family_of
 
 log = logging.getLogger(__name__)
-SHARD = 512  # examples, or captions, of one file
-BATCH = 32  # examples, or captions, of one forward
+
+SHARD = 512
+"""Examples, or captions, of one file."""
+
+BATCH = 32
+"""Examples, or captions, that are encoded at once."""
+
+LAYOUT = 3
+"""Version of the files' layout."""
+
+LATENTS = "latents"
+FLIPPED_LATENTS = "flipped"
+EMBEDDINGS = "texts"
+"""The kinds of shards; their files are named `<kind>-<number>.safetensors`."""
+
+Encode = Callable[[range], dict[str, Tensor]]
+"""From numbers of examples, or of captions, to tensors with a row for each."""
 
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Tensor) -> Tensor:
-    """The latents (N, C, H, W) of images (N, 3, R, R) in [-1, 1], as the family encodes them."""
+    """The latents (N, C, H, W) of images, as the pipeline's family encodes them.
+
+    Args:
+        pipe: a pipeline with an autoencoder.
+        images: (N, 3, R, R) in [-1, 1].
+    """
     return family_of(pipe).encode_images(pipe.vae, images)
 
 
 def encodings_key(encoders: str, data: CaptionedImages, resolution: int) -> str:
-    """All that the encodings of a data set depend on: encoders, tokenizers and precision, which `encoders` tells, resolution, rows."""
+    """A text that names all that the encodings of a data set depend on.
+
+    Args:
+        encoders: names the encoders, the tokenizers and their precision.
+        data: the examples.
+        resolution: pixels of an image's side.
+    """
     return f"{encoders}/{resolution}/{data.fingerprint}/{'-'.join(data.columns)}"
 
 
 class Cache:
-    """Encodings of one data set under one base model. `build` first; then `latents` and `texts` read.
+    """Encodings of one data set by one set of encoders. `build` it, then read.
 
-    encoders: what tells the encoders and their precision from others (`deradiff.data.encoders`). flip: mirrored pictures too.
+    Args:
+        root: folder of all caches.
+        encoders: a text that names the encoders and their precision; see
+            `deradiff.data.encoders.encoders_key`.
+        data: the examples.
+        resolution: pixels of an image's side.
+        flip: encode the mirrored images, too.
+
+    Attributes:
+        key: a text that names all that the encodings depend on.
+        folder: of this cache.
+        captions: the distinct captions, and "", in the order of their embeddings.
     """
 
     def __init__(
         self, root: Path, encoders: str, data: CaptionedImages, resolution: int, flip: bool = False
     ) -> None:
-        self.data, self.resolution, self.flip = data, resolution, flip
+        self.data = data
+        self.resolution = resolution
+        self.flip = flip
         self.key = encodings_key(encoders, data, resolution)
-        self.folder = (
-            root / hashlib.sha256(f"3/{self.key}".encode()).hexdigest()[:16]
-        )  # 3: the layout of the files
+        name = hashlib.sha256(f"{LAYOUT}/{self.key}".encode()).hexdigest()[:16]
+        self.folder = root / name
         self.captions = sorted({*data.captions, ""})
 
-    def build(self, load: Callable[[], Any], progress: bool = True) -> None:
-        """Encode what is missing; returns when all of it is there, whoever wrote it. Rows whose pictures are broken are then skipped
-        in `data`, which raises ValueError where they are too many. load: gives the pipeline that encodes; not called where all is there."""
-        pipe = cache(load)
-        for flip in (False, True) if self.flip else (False,):
-            self._shards(
-                _latents(flip),
-                len(self.data),
-                partial(self._encode_latents, pipe, flip=flip),
-                progress,
-            )
-        self._shards("texts", len(self.captions), partial(self._encode_texts, pipe), progress)
-        for start in range(0, len(self.data), SHARD):
-            for offset in (
-                self._open[self._file("latents", start).name]
-                .get_tensor("broken")
-                .nonzero()
-                .flatten()
-                .tolist()
-            ):
-                self.data.skip(
-                    start + offset,
-                    f"row {self.data.rows[start + offset]} of {self.data.source} has a broken picture",
-                )
+    # Building
 
-    def _shards(
-        self, kind: str, count: int, encode: Callable[[range], dict[str, Tensor]], progress: bool
-    ) -> None:
-        starts = range(0, count, SHARD)
-        missing = [s for s in starts if not _whole(self._file(kind, s))]
+    def build(self, load: Callable[[], Any], progress: bool = True) -> None:
+        """Encode what is missing; return when the cache is complete, whoever wrote it.
+
+        Examples whose images are broken are skipped in `data` from then on.
+
+        Args:
+            load: makes the pipeline that encodes; not called where nothing is missing.
+            progress: show progress bars.
+
+        Raises:
+            ValueError: where too many images are broken; see `CaptionedImages.skip`.
+        """
+        pipe = functools.cache(load)
+        for flip in [False, True] if self.flip else [False]:
+            encode = partial(self._encode_latents, pipe, flip)
+            self._build_shards(_latents_kind(flip), len(self.data), encode, progress)
+        encode = partial(self._encode_captions, pipe)
+        self._build_shards(EMBEDDINGS, len(self.captions), encode, progress)
+        self._skip_broken()
+
+    def _build_shards(self, kind: str, count: int, encode: Encode, progress: bool) -> None:
+        numbers = range(math.ceil(count / SHARD))
+        missing = [number for number in numbers if not _is_complete(self._file(kind, number))]
         locks = Locks(self.folder / f".{kind}.lock")
-        with (
-            locks,
-            tqdm(
-                total=len(missing),
-                desc=f"caching {kind}",
-                unit="shard",
-                disable=not progress or not missing,
-                leave=False,
-            ) as bar,
-        ):
-            for number in locks.share([s // SHARD for s in missing]):
-                file, start = self._file(kind, number * SHARD), number * SHARD
-                if not file.is_file():  # unless another process wrote it meanwhile
-                    rows = range(start, min(start + SHARD, count))
-                    parts = [encode(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
-                    write_atomic(
-                        file,
-                        save(
-                            {
-                                k: torch.cat([p[k] for p in parts]).contiguous().cpu()
-                                for k in parts[0]
-                            }
-                        ),
-                    )
+        bar = tqdm(
+            total=len(missing),
+            desc=f"caching {kind}",
+            unit="shard",
+            disable=not (progress and missing),
+            leave=False,
+        )
+        with locks, bar:
+            for number in locks.share(missing):
+                file = self._file(kind, number)
+                # Another process may have written it meanwhile
+                if not file.is_file():
+                    rows = range(number * SHARD, min((number + 1) * SHARD, count))
+                    write_atomic(file, save(_encode_in_batches(rows, encode)))
                 bar.update()
 
-    def _file(self, kind: str, index: int) -> Path:
-        return self.folder / f"{kind}-{index // SHARD:06d}.safetensors"
+    def _skip_broken(self) -> None:
+        """Skip the examples that the shards mark as broken."""
+        for number in range(math.ceil(len(self.data) / SHARD)):
+            broken = self._shard(LATENTS, number).get_tensor("broken")
+            for offset in broken.nonzero().flatten().tolist():
+                index = number * SHARD + offset
+                reason = f"row {self.data.rows[index]} of {self.data.path} has a broken image"
+                self.data.skip(index, reason)
 
     def _encode_latents(
-        self, pipe: Callable[[], Any], rows: range, flip: bool
+        self, pipe: Callable[[], Any], flip: bool, indices: range
     ) -> dict[str, Tensor]:
-        """Latents (N, P, C, H, W), and which of the N are broken: theirs are those of a grey picture, never to be read."""
-        images, broken = [], []
-        grey = torch.zeros(
-            len(self.data.columns) - 1 if "image" in self.data.columns else 2,
-            3,
-            self.resolution,
-            self.resolution,
-        )
-        for i in rows:
+        """Latents (N, P, C, H, W), and which of the N examples are broken.
+
+        The latents of a broken example are those of grey images, and never read.
+        """
+        grey = torch.zeros(self.data.images_per_example, 3, self.resolution, self.resolution)
+        examples = []
+        for index in indices:
             try:
-                images.append(
-                    torch.stack([pixels(p, self.resolution, flip) for p in self.data.pictures(i)])
-                )
-            except BrokenPicture as error:
-                self.data.skip(i, str(error))
-                images.append(grey)
-            broken.append(i in self.data.broken)
-        stacked = torch.stack(images)
+                images = self.data.images(index)
+            except BrokenImage as broken:
+                self.data.skip(index, str(broken))
+                examples.append(grey)
+                continue
+            tensors = [image_tensor(image, self.resolution, flip) for image in images]
+            examples.append(torch.stack(tensors))
+
+        stacked = torch.stack(examples)
         latents = encode_images(pipe(), stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2])
-        return {"latents": latents, "broken": torch.tensor(broken)}
+        is_broken = [index in self.data.broken for index in indices]
+        return {"latents": latents, "broken": torch.tensor(is_broken)}
 
     @torch.no_grad()
-    def _encode_texts(self, pipe: Callable[[], Any], rows: range) -> dict[str, Tensor]:
-        loaded = pipe()
-        return family_of(loaded).encode_prompts(loaded, [self.captions[i] for i in rows])
+    def _encode_captions(self, pipe: Callable[[], Any], numbers: range) -> dict[str, Tensor]:
+        captions = [self.captions[number] for number in numbers]
+        return family_of(pipe()).encode_prompts(pipe(), captions)
 
-    @cached_property
-    def _open(self) -> dict[str, Any]:
-        return {f.name: safe_open(f, "pt") for f in sorted(self.folder.glob("*.safetensors"))}
-
-    @cached_property
-    def _place(self) -> dict[str, int]:
-        return {caption: i for i, caption in enumerate(self.captions)}
-
-    @cached_property
-    def text_keys(self) -> list[str]:
-        return list(self._open[self._file("texts", 0).name].keys())
+    # Reading
 
     def latents(self, index: int, flip: bool = False) -> Tensor:
-        """(P, C, H, W): the latents of an example's P pictures, mirrored where `flip` is set."""
-        return self._open[self._file(_latents(flip), index).name].get_slice("latents")[
-            index % SHARD
-        ]
+        """The latents (P, C, H, W) of an example's images.
 
-    def texts(self, captions: list[str]) -> dict[str, Tensor]:
-        """The rows of `Family.encode_prompts` for captions of the data set, or ""."""
-        rows = [self._place[c] for c in captions]
-        return {
-            k: torch.stack(
-                [self._open[self._file("texts", r).name].get_slice(k)[r % SHARD] for r in rows]
-            )
-            for k in self.text_keys
-        }
+        Args:
+            index: number of the example.
+            flip: those of the mirrored images.
+        """
+        number, row = divmod(index, SHARD)
+        return self._shard(_latents_kind(flip), number).get_slice("latents")[row]
+
+    def embeddings(self, captions: list[str]) -> dict[str, Tensor]:
+        """The text embeddings of captions, as `Family.encode_prompts` gives them.
+
+        Args:
+            captions: of the data set, or "".
+        """
+        numbers = [self._caption_numbers[caption] for caption in captions]
+        embeddings = {}
+        for name in self._embedding_names:
+            embeddings[name] = torch.stack([self._embedding(name, number) for number in numbers])
+        return embeddings
+
+    def _embedding(self, name: str, caption_number: int) -> Tensor:
+        number, row = divmod(caption_number, SHARD)
+        return self._shard(EMBEDDINGS, number).get_slice(name)[row]
+
+    @cached_property
+    def _caption_numbers(self) -> dict[str, int]:
+        return {caption: number for number, caption in enumerate(self.captions)}
+
+    @cached_property
+    def _embedding_names(self) -> list[str]:
+        return list(self._shard(EMBEDDINGS, 0).keys())
+
+    # Shards
+
+    def _file(self, kind: str, number: int) -> Path:
+        return self.folder / f"{kind}-{number:06d}.safetensors"
+
+    def _shard(self, kind: str, number: int) -> Any:
+        """A shard of the complete cache, open."""
+        return self._open_shards[self._file(kind, number).name]
+
+    @cached_property
+    def _open_shards(self) -> dict[str, Any]:
+        files = sorted(self.folder.glob("*.safetensors"))
+        return {file.name: safe_open(file, "pt") for file in files}
 
 
-def _latents(flip: bool) -> str:
-    return "flipped" if flip else "latents"
+def _latents_kind(flip: bool) -> str:
+    return FLIPPED_LATENTS if flip else LATENTS
 
 
-def _whole(file: Path) -> bool:
-    """Whether a shard is there and complete. One that a full disk or a copy tore is told and removed, to be made again."""
+def _encode_in_batches(rows: range, encode: Encode) -> dict[str, Tensor]:
+    """The tensors of a shard, on the CPU."""
+    batches = [encode(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+    tensors = {}
+    for name in batches[0]:
+        tensors[name] = torch.cat([batch[name] for batch in batches]).contiguous().cpu()
+    return tensors
+
+
+def _is_complete(file: Path) -> bool:
+    """Whether a shard exists and is complete.
+
+    One that a full disk or a copy has cut is named in the log and removed; it is made again.
+    """
     try:
-        with safe_open(file, "pt"):  # reads the header, and holds it against the file's length
+        # Opening reads the header, and compares it with the file's length
+        with safe_open(file, "pt"):
             return True
     except FileNotFoundError:
         return False
     except (SafetensorError, OSError) as error:
-        log.warning("%s is torn (%s), and is made again", file, error)
+        log.warning("%s is incomplete (%s), and is made again", file, error)
         file.unlink(missing_ok=True)
         return False

@@ -1,4 +1,4 @@
-"""What encodes images and captions: told apart by its files, not by loading it.
+"""The encoders of a base model, recognised by their files and not loaded.
 
 A run whose data is encoded already loads no autoencoder and no text encoder.
 """
@@ -16,10 +16,10 @@ from deradiff.hub import commit_of, fetch
 from deradiff.models.base_model import INDEX, BaseModel
 
 ENCODERS = ("vae", "text_encoder", "image_encoder")
-"""How the names of a pipeline's components begin that are large and encode."""
+"""Beginnings of the names of a pipeline's large components that encode."""
 
-READERS = ("vae", "text_encoder", "tokenizer")
-"""How the names of the components begin that the encodings depend on."""
+KEY_PARTS = ("vae", "text_encoder", "tokenizer")
+"""Beginnings of the names of the components that the encodings depend on."""
 
 
 def encoders_key(base: BaseModel) -> str:
@@ -29,15 +29,15 @@ def encoders_key(base: BaseModel) -> str:
     weight becomes a network.
 
     Args:
-        base: a base model; an autoencoder that replaces its own counts instead of its own.
+        base: a base model. If another autoencoder replaces its own, that one counts.
 
     Raises:
-        ValueError: where the base model is no pipeline.
+        ValueError: where the base model is not a pipeline.
     """
     parts = []
     for name, value in base.index.items():
         is_component = isinstance(value, list) and value[1]
-        if is_component and name.startswith(READERS):
+        if is_component and name.startswith(KEY_PARTS):
             parts.append(name)
     parts.sort()
     classes = " ".join(f"{name}={base.index[name][1]}" for name in parts)
@@ -59,7 +59,7 @@ def source_key(
         source: a folder, hub id or `asset:` name.
         revision: of the hub.
         parts: subfolders that count; None: the whole folder.
-        file: a file of the hub's repository, from whose place the commit is read.
+        file: a file of the hub's repository; the path of its cached copy holds the commit.
 
     Returns:
         A digest of a folder's files; a hub id with its commit.
@@ -81,7 +81,7 @@ def source_key(
     return digest.hexdigest()
 
 
-def described_encoders(base: BaseModel, dtype: torch.dtype) -> dict[str, Any]:
+def encoders_without_weights(base: BaseModel, dtype: torch.dtype) -> dict[str, Any]:
     """Components in place of a base model's encoders, for `BaseModel.load_pipeline`.
 
     The autoencoder is there without weights (meta device), because it says the shape, scale and

@@ -1,4 +1,7 @@
-"""Locks by which processes share work on numbered files: they die with the process that holds them, so that none is ever stale."""
+"""Locks by which processes share work on numbered files.
+
+They end with the process that holds them, so a process that was killed leaves none behind.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,45 @@ from pathlib import Path
 
 
 class Locks:
-    """A lock for every number, as ranges of bytes of one empty file (POSIX record locks)."""
+    """A lock for every number, while the context lasts.
+
+    Lock i is byte i of an empty file (POSIX record locks).
+
+    Args:
+        file: is created where it is missing.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def __enter__(self) -> Locks:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.handle)
+        os.close(self._descriptor)
 
     def share(self, numbers: list[int]) -> Iterator[int]:
-        """Each number once, its lock held by this process meanwhile: first those that no other process is at, then the rest, as these
-        others finish. Whoever takes a number must look whether its work was done meanwhile."""
+        """Each number once, its lock held by this process until the next number is asked for.
+
+        First come the numbers that no other process works on, then the others, as those processes
+        finish. The caller has to check whether the work on a number was done meanwhile.
+        """
         waiting = []
         for number in numbers:
             try:
-                fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
             except OSError:
                 waiting.append(number)
                 continue
-            yield from self._held(number)
+            yield from self._until_done(number)
         for number in waiting:
-            fcntl.lockf(self.handle, fcntl.LOCK_EX, 1, number)
-            yield from self._held(number)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, number)
+            yield from self._until_done(number)
 
-    def _held(self, number: int) -> Iterator[int]:
+    def _until_done(self, number: int) -> Iterator[int]:
         try:
             yield number
         finally:
-            fcntl.lockf(self.handle, fcntl.LOCK_UN, 1, number)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)

@@ -1,4 +1,7 @@
-"""Training data, map style: captioned images and preference pairs, each item with the seed of its own random choices."""
+"""Training examples: captioned images and preference pairs, and the order in which a run sees them.
+
+Every random choice of an example is a function of (seed, epoch, example) alone.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,76 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from deradiff.data.tables import CHOICE_COLUMNS, IMAGE_COLUMNS, PAIR_COLUMNS, decode, open_table
+from deradiff.data.tables import CHOICE_COLUMNS, IMAGE_COLUMNS, PAIR_COLUMNS, open_table
+from deradiff.image_tables import decode_image
 
 log = logging.getLogger(__name__)
-Place = tuple[int, int]  # (epoch, example)
+
+
+class EpochIndex(NamedTuple):
+    """An example in one epoch.
+
+    Attributes:
+        epoch: counted from 0.
+        example: number of the example in the data.
+    """
+
+    epoch: int
+    example: int
 
 
 def generator_of(seed: int, epoch: int, index: int) -> torch.Generator:
-    """The random choices of one example in one epoch: they depend on nothing else, so neither ranks, batches nor a resume change them."""
+    """The generator of an example in one epoch.
+
+    It depends on nothing else, so ranks, batch sizes and a resumed run change no random choice.
+    """
     digest = hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-class BrokenPicture(ValueError):
-    """A picture that cannot be decoded; its message names the file, the column and the row."""
+class BrokenImage(ValueError):
+    """An image that cannot be decoded; the message names the table, the column and the row."""
 
 
 class CaptionedImages:
-    """Rows (`image`, `caption`), read lazily; `captions` are held in memory.
+    """Captioned images, in the columns `image` and `caption`. Images are read when asked for.
 
-    max_broken: the share of rows whose pictures may fail to decode before the run stops; such a row is skipped, named in the log and kept
-    in `broken`. Raises ValueError where no usable row is found, or a column is missing.
+    Args:
+        path: a parquet file, a folder, or a data set of the hub; see `open_table`.
+        split: a split of the folder or of the data set.
+        revision: a branch, tag or commit of the hub.
+        limit: use the first so many usable rows; None: all.
+        streaming: read parquet where it is.
+        max_broken: the share of examples whose images may fail to decode. Such an example is
+            skipped and named in the log; more of them raise ValueError.
+
+    Attributes:
+        path: as passed.
+        table: the rows, usable or not.
+        columns: the columns that are read.
+        rows: (N,) the usable rows of the table.
+        captions: of the N examples.
+        missing_captions: number of rows without a caption; they are not usable.
+        fingerprint: a digest of the table's content and of the rows that are used.
+        broken: skipped examples, with the reason.
+
+    Raises:
+        ValueError: where a column is missing, or no row is usable.
     """
 
-    forms: tuple[tuple[str, ...], ...] = (IMAGE_COLUMNS,)
+    column_forms: tuple[tuple[str, ...], ...] = (IMAGE_COLUMNS,)
+    images_per_example = 1
 
     def __init__(
         self,
-        source: str,
+        path: str,
         split: str = "train",
         revision: str | None = None,
         limit: int | None = None,
@@ -48,144 +86,203 @@ class CaptionedImages:
         streaming: bool = False,
         max_broken: float = 0.01,
     ) -> None:
-        self.source, self.max_broken = source, max_broken
-        self.table = open_table(source, split, revision, streaming)
-        self.columns = self._form()
+        self.path = path
+        self.max_broken = max_broken
+        self.table = open_table(path, split, revision, streaming)
+        self.columns = self._columns()
         captions = self.table.column("caption")
-        captioned = np.array([caption is not None for caption in captions], dtype=bool)
-        self.uncaptioned = int((~captioned).sum())
-        self.rows = np.flatnonzero(self.usable(captioned))[:limit]  # of the table, by number
+        has_caption = np.array([caption is not None for caption in captions], dtype=bool)
+        self.missing_captions = int((~has_caption).sum())
+        self.rows = np.flatnonzero(self.usable_rows(has_caption))[:limit]
         if len(self.rows) == 0:
-            raise ValueError(f"{source} holds no usable row")
+            raise ValueError(f"{path} has no usable row")
         self.captions: list[str] = [captions[row] for row in self.rows]
-        self.fingerprint = (
-            f"{self.table.fingerprint}-{hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]}"
-        )
+        rows_digest = hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]
+        self.fingerprint = f"{self.table.fingerprint}-{rows_digest}"
         self.broken: dict[int, str] = {}
 
-    def _form(self) -> tuple[str, ...]:
-        for form in self.forms:
-            if set(form) <= set(self.table.columns):
+    def _columns(self) -> tuple[str, ...]:
+        """The first of the column forms that the table has."""
+        present = self.table.columns
+        for form in self.column_forms:
+            if set(form) <= set(present):
                 return form
-        missing = [c for c in self.forms[0] if c not in self.table.columns]
-        other = "".join(f", nor are there {', '.join(form)}" for form in self.forms[1:])
+        missing = [name for name in self.column_forms[0] if name not in present]
+        others = [", ".join(form) for form in self.column_forms[1:]]
+        alternatives = "".join(f", nor are there {names}" for names in others)
         raise ValueError(
-            f"{self.source} lacks the column {', '.join(missing)}{other}; it has {', '.join(self.table.columns)}"
+            f"{self.path} lacks the column {', '.join(missing)}{alternatives}; it has "
+            f"{', '.join(present)}"
         )
 
-    def usable(self, captioned: np.ndarray) -> np.ndarray:
-        """Which rows of the table can be used: those with a caption."""
-        return captioned
+    def usable_rows(self, has_caption: np.ndarray) -> np.ndarray:
+        """Which rows of the table can be used, as a mask: those with a caption.
+
+        Args:
+            has_caption: (rows,) mask.
+        """
+        return has_caption
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def blocks(self) -> np.ndarray | None:
-        """(2, N) the shard and the row group of each example, where those that lie together should be read together."""
-        return None if self.table.blocks is None else self.table.blocks[:, self.rows]
+        """(2, N): the shard and the row group of each example; see `RowSource.blocks`."""
+        blocks = self.table.blocks
+        return None if blocks is None else blocks[:, self.rows]
 
-    def pictures(self, index: int) -> list[Image.Image]:
-        """The pictures of an example, decoded. Raises BrokenPicture."""
-        return self._decoded(index, self.table.row(int(self.rows[index])), "image")
+    def images(self, index: int) -> list[Image.Image]:
+        """The images of an example, decoded.
 
-    def _decoded(self, index: int, row: dict[str, Any], *columns: str) -> list[Image.Image]:
-        pictures = []
-        for column in columns:
-            try:
-                pictures.append(decode(row[column]))
-            except OSError as error:
-                raise BrokenPicture(
-                    f"{self.source}: {column} of row {self.rows[index]} is no picture that can be decoded: {error}"
-                ) from error
-        return pictures
+        Raises:
+            BrokenImage: where one cannot be decoded.
+        """
+        row = self.table.row(int(self.rows[index]))
+        return [self._decode(index, row, "image")]
 
-    def skip(self, index: int, why: str) -> None:
-        """Leave an example out from here on. Raises ValueError where more than `max_broken` of all have been."""
+    def _decode(self, index: int, row: dict[str, Any], column: str) -> Image.Image:
+        try:
+            return decode_image(row[column])
+        except OSError as error:
+            raise BrokenImage(
+                f"{self.path}: {column} of row {self.rows[index]} is not an image that can be "
+                f"decoded: {error}"
+            ) from error
+
+    def skip(self, index: int, reason: str) -> None:
+        """Skip an example from now on.
+
+        Raises:
+            ValueError: where more than `max_broken` of all examples are skipped.
+        """
         if index in self.broken:
             return
-        self.broken[index] = why
-        log.warning("skipped (%d so far): %s", len(self.broken), why)
+        self.broken[index] = reason
+        log.warning("skipped (%d so far): %s", len(self.broken), reason)
         if len(self.broken) > self.max_broken * len(self):
             raise ValueError(
-                f"{len(self.broken)} of {len(self)} rows have no picture that can be decoded, more than data.max_broken="
-                f"{self.max_broken:g} allows; the last: {why}"
+                f"{len(self.broken)} of {len(self)} rows have an image that cannot be decoded, "
+                f"more than max_broken={self.max_broken:g} allows; the last: {reason}"
             )
 
-    def instead_of(self, index: int) -> int:
-        """The example itself, or where it is broken the next that is not."""
+    def replacement(self, index: int) -> int:
+        """The example itself; if it is broken, the next one that is not."""
         while index in self.broken:
             index = (index + 1) % len(self)
         return index
 
 
 class Pairs(CaptionedImages):
-    """Rows in Pick-a-Pic's columns, or (`winner`, `loser`, `caption`). Ties (label_0 = .5) and rows without a label are dropped, and
-    counted in `ties` and `unlabelled`."""
+    """Preference pairs, in the columns of Pick-a-Pic or as `winner`, `loser` and `caption`.
 
-    forms = (PAIR_COLUMNS, CHOICE_COLUMNS)
+    Ties (label_0 = 0.5) and rows without a label are not usable.
 
-    def usable(self, captioned: np.ndarray) -> np.ndarray:
-        self.ties = self.unlabelled = 0
-        self.label = np.ones(len(captioned))
+    Attributes:
+        label: (rows,) of the table: 1 where the first image is the winner, 0 where the second is,
+            0.5 for a tie, NaN without a label.
+        ties: number of ties.
+        missing_labels: number of rows without a label.
+    """
+
+    column_forms = (PAIR_COLUMNS, CHOICE_COLUMNS)
+    images_per_example = 2
+
+    def usable_rows(self, has_caption: np.ndarray) -> np.ndarray:
+        """Which rows of the table have a caption and a winner, as a mask."""
+        self.ties = 0
+        self.missing_labels = 0
+        self.label = np.ones(len(has_caption))
         if self.columns == CHOICE_COLUMNS:
-            return captioned
+            return has_caption
+
         self.label = np.array(self.table.column("label_0"), dtype=float)
         if "has_label" in self.table.columns:
-            self.label[~np.array(self.table.column("has_label"), dtype=bool)] = np.nan
-        decided = (self.label == 0) | (self.label == 1)
-        self.unlabelled = int((captioned & np.isnan(self.label)).sum())
-        self.ties = int((captioned & ~decided).sum()) - self.unlabelled
-        if not decided.any():
+            has_label = np.array(self.table.column("has_label"), dtype=bool)
+            self.label[~has_label] = np.nan
+        has_winner = (self.label == 0) | (self.label == 1)
+        self.missing_labels = int((has_caption & np.isnan(self.label)).sum())
+        self.ties = int((has_caption & ~has_winner).sum()) - self.missing_labels
+        if not has_winner.any():
             raise ValueError(
-                f"{self.source} has no pair with a winner: every label_0 is a tie or missing"
+                f"{self.path} has no pair with a winner: every label_0 is a tie or missing"
             )
-        return captioned & decided
+        return has_caption & has_winner
 
-    def pictures(self, index: int) -> list[Image.Image]:
-        """[winner, loser]."""
+    def images(self, index: int) -> list[Image.Image]:
+        """The winner and the loser of an example, decoded.
+
+        Raises:
+            BrokenImage: where one cannot be decoded.
+        """
         row = self.table.row(int(self.rows[index]))
-        if self.columns == CHOICE_COLUMNS:
-            return self._decoded(index, row, "winner", "loser")
-        first, second = self._decoded(index, row, "jpg_0", "jpg_1")
-        return [first, second] if self.label[self.rows[index]] == 1 else [second, first]
+        first_column, second_column = self.columns[:2]
+        first = self._decode(index, row, first_column)
+        second = self._decode(index, row, second_column)
+        first_is_winner = self.label[self.rows[index]] == 1
+        return [first, second] if first_is_winner else [second, first]
 
 
-def pixels(image: Image.Image, resolution: int, flip: bool = False) -> Tensor:
-    """(3, R, R) in [-1, 1]: the shorter side resized to R, the centre kept, and mirrored where `flip` is set."""
+def image_tensor(image: Image.Image, resolution: int, flip: bool = False) -> Tensor:
+    """An image as (3, R, R) in [-1, 1]: its shorter side resized to R, the centre cropped.
+
+    Args:
+        image: of any size.
+        resolution: R, in pixels.
+        flip: mirror it.
+    """
     square = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.BICUBIC)
-    square = ImageOps.mirror(square) if flip else square
-    return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    if flip:
+        square = ImageOps.mirror(square)
+    values = torch.from_numpy(np.asarray(square).copy())
+    return values.permute(2, 0, 1).float() / 127.5 - 1
 
 
 @dataclass
 class Item:
-    """One training example in one epoch. place: where the schedule put it; generator: the source of its every random choice."""
+    """One training example in one epoch.
+
+    Attributes:
+        data: where it is from.
+        index: number of the example in the data.
+        epoch_index: as the order of the run has it; its index is another one where the example of
+            that index is broken and was replaced.
+        generator: for all its random choices.
+    """
 
     data: CaptionedImages
     index: int
-    place: Place
+    epoch_index: EpochIndex
     generator: torch.Generator
 
     @property
     def caption(self) -> str:
+        """Its caption."""
         return self.data.captions[self.index]
 
     @property
     def images(self) -> list[Image.Image]:
-        """The example's pictures, decoded now; winner first where there are two. A broken one is marked, and raises BrokenPicture."""
+        """Its images, decoded now; the winner first, if there are two.
+
+        Raises:
+            BrokenImage: where one cannot be decoded. The example is then skipped from now on.
+        """
         try:
-            return self.data.pictures(self.index)
-        except BrokenPicture as broken:
+            return self.data.images(self.index)
+        except BrokenImage as broken:
             self.data.skip(self.index, str(broken))
             raise
 
 
 @dataclass
 class Examples:
-    """Where training draws its examples from, and in which order.
+    """The examples of a run in its order: shuffled epochs, one after another.
 
-    in_blocks: examples that lie together in a streamed table come together, for a run that decodes pictures as it goes.
+    Attributes:
+        data: the examples.
+        seed: of the order, and of the random choices of every example.
+        in_blocks: keep examples of one block of a streamed table together. For runs that decode
+            images at every step.
     """
 
     data: CaptionedImages
@@ -193,44 +290,64 @@ class Examples:
     in_blocks: bool = False
 
     def item(self, epoch: int, index: int) -> Item:
+        """An example in one epoch; the next one, if its images are known to be broken."""
         return Item(
             self.data,
-            self.data.instead_of(index),
-            (epoch, index),
+            self.data.replacement(index),
+            EpochIndex(epoch, index),
             generator_of(self.seed, epoch, index),
         )
 
-    def batch(self, collate: Callable[[list[Item]], Any], places: list[Place]) -> Any:
-        """The collated examples of these places; where a picture turns out to be broken, its row is skipped and the next one taken."""
+    def batch(self, collate: Callable[[list[Item]], Any], epoch_indices: list[EpochIndex]) -> Any:
+        """A batch of examples.
+
+        It takes the function that collates, because an image may turn out to be broken while the
+        batch is made: its example is skipped, and the batch is made again with the next one.
+
+        Args:
+            collate: makes a batch of examples.
+            epoch_indices: of the examples.
+        """
         while True:
             try:
-                return collate([self.item(*place) for place in places])
-            except BrokenPicture:  # `Item.images` has marked it
+                return collate([self.item(*epoch_index) for epoch_index in epoch_indices])
+            # `Item.images` has marked the example as broken
+            except BrokenImage:
                 continue
 
     def span(self, start: int, stop: int) -> np.ndarray:
-        """(2, stop - start): the epoch and the example at consecutive positions of an endless row of shuffled epochs.
+        """The examples at positions `start` to `stop` of the run, counted over all epochs.
 
-        A function of its arguments, the data and the seed alone, so a resumed run needs no replay and two ranks cannot disagree.
+        They are a function of the positions, the data and the seed alone: a resumed run needs no
+        replay, and ranks cannot disagree.
+
+        Returns:
+            (2, stop - start): epochs and indices.
         """
         count = len(self.data)
-        epoch, offset = np.divmod(np.arange(start, stop), count)
+        epochs, offsets = np.divmod(np.arange(start, stop), count)
         blocks = self.data.blocks if self.in_blocks else None
-        index = np.empty_like(epoch)
-        for e in np.unique(epoch):
-            index[epoch == e] = _permutation(count, self.seed, int(e), blocks)[offset[epoch == e]]
-        return np.stack([epoch, index])
+        indices = np.empty_like(epochs)
+        for epoch in np.unique(epochs):
+            in_epoch = epochs == epoch
+            order = _permutation(count, self.seed, int(epoch), blocks)
+            indices[in_epoch] = order[offsets[in_epoch]]
+        return np.stack([epochs, indices])
 
-    def places(self, start: int, stop: int) -> list[Place]:
-        """The same as (epoch, example) pairs: what a micro-batch takes."""
-        return [(int(e), int(i)) for e, i in self.span(start, stop).T]
+    def epoch_indices(self, start: int, stop: int) -> list[EpochIndex]:
+        """The same examples as a list, for `batch`."""
+        return [EpochIndex(int(epoch), int(index)) for epoch, index in self.span(start, stop).T]
 
 
+# The two latest permutations, since a batch may hold the end of one epoch and the start of the next
 _permutations: dict[tuple[int, int, int, bool], np.ndarray] = {}
 
 
 def _permutation(count: int, seed: int, epoch: int, blocks: np.ndarray | None) -> np.ndarray:
-    """All examples in random order; of a streamed table its shards, the row groups within each, and the rows within each of these."""
+    """All examples in random order.
+
+    With blocks: the shards in random order, the row groups of each, and the rows of each of these.
+    """
     key = (count, seed, epoch, blocks is None)
     if key not in _permutations:
         if len(_permutations) > 1:
@@ -238,7 +355,7 @@ def _permutation(count: int, seed: int, epoch: int, blocks: np.ndarray | None) -
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(count)
         if blocks is not None:
-            shard, group = (rng.permutation(int(ids.max()) + 1)[ids] for ids in blocks)
-            order = np.lexsort((order, group, shard))
+            shard_order, group_order = (rng.permutation(int(ids.max()) + 1)[ids] for ids in blocks)
+            order = np.lexsort((order, group_order, shard_order))
         _permutations[key] = order
     return _permutations[key]

@@ -1,4 +1,7 @@
-"""Published prompt sets by name: their captions alone, read from the hub, never the pictures beside them."""
+"""Published prompt sets by name.
+
+Only their captions are read from the hub, never the images beside them.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +11,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+from huggingface_hub import HfFileSystem
+
 from deradiff.hub import fetch, listing
 
-TABLES = (".parquet", ".csv", ".tsv")
+TABLE_ENDINGS = (".parquet", ".csv", ".tsv")
+
+REQUEST_BYTES = 2**16
+"""Bytes that one request reads of a remote table."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where a set lies: in the first of `repos` that answers. files: by name, json lists of prompts; else column: of the tables of `split`.
+    """Where a prompt set is: in the first repository that answers.
 
-    illustrated: repositories whose tables hold pictures, too, of which the one column is read and nothing downloaded.
+    Attributes:
+        repos: data sets of the hub without images, in the order in which they are tried.
+        files: names of JSON files that hold lists of prompts; empty: the prompts are in tables.
+        split: of the tables.
+        column: of the tables.
+        repos_with_images: tried last. Only the column is read of their tables; the tables are not
+            downloaded.
     """
 
     repos: tuple[str, ...]
     files: tuple[str, ...] = ()
     split: str = "train"
     column: str = ""
-    illustrated: tuple[str, ...] = ()
+    repos_with_images: tuple[str, ...] = ()
 
 
-SETS = {
-    # Pick-a-Pic v1's test_unique, as the paper evaluates it: 500 prompts, in a repository without pictures (150 kB)
+PROMPT_SETS = {
+    # Split test_unique of Pick-a-Pic v1, on which the paper evaluates: 500 prompts, 150 kB
     "pickapic": PromptSet(
         ("yuvalkirstain/pickapic_v1_no_images",),
         split="test_unique",
         column="caption",
-        illustrated=("yuvalkirstain/pickapic_v1", "pickapic-anonymous/pickapic_v1"),
+        repos_with_images=("yuvalkirstain/pickapic_v1", "pickapic-anonymous/pickapic_v1"),
     ),
-    "hpdv2": PromptSet(  # the benchmark's 3200: 800 of each style
+    # The benchmark's 3200 prompts: 800 of each style
+    "hpdv2": PromptSet(
         ("zhwang/HPDv2", "ymhao/HPDv2"),
-        tuple(
-            f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")
+        files=(
+            "benchmark/anime.json",
+            "benchmark/concept-art.json",
+            "benchmark/paintings.json",
+            "benchmark/photo.json",
         ),
     ),
     "partiprompts": PromptSet(("nateraw/parti-prompts",), column="Prompt"),
@@ -46,70 +65,86 @@ SETS = {
 }
 
 
-def captions(name: str) -> list[Any]:
-    """The prompts of a set of `SETS`, in its order; from the hub's cache where the hub does not answer.
+def load_prompt_set(name: str) -> list[Any]:
+    """The prompts of a set, in its order.
 
-    Raises ValueError, in one sentence, where no repository gives them: some are gated, and some are reported gone.
+    Where the hub does not answer, they are read from the hub's cache.
+
+    Args:
+        name: a key of `PROMPT_SETS`.
+
+    Raises:
+        ValueError: where no repository can be read. Some need a permission, some were removed.
     """
-    wanted, said = SETS[name], []
-    for repo in (*wanted.repos, *wanted.illustrated):
+    prompt_set = PROMPT_SETS[name]
+    failures = []
+    for repo in (*prompt_set.repos, *prompt_set.repos_with_images):
         try:
-            return _read(repo, wanted)
+            return _read(repo, prompt_set)
         except OSError as error:
-            said.append(f"{repo}: {error}")
+            failures.append(f"{repo}: {error}")
     raise ValueError(
-        f"the prompt set {name} could not be read from the hub ({'; '.join(said)}): save its captions as a text file, a line each, or take "
-        "a parquet file with a column caption from a mirror, and give prompts=<that file>"
+        f"the prompt set {name} could not be read from the hub ({'; '.join(failures)}): save its "
+        "captions as a text file, one a line, or take a parquet file with a column caption from a "
+        "mirror, and give prompts=<that file>"
     )
 
 
-def _read(repo: str, wanted: PromptSet) -> list[Any]:
-    if wanted.files:
-        files = [fetch(repo, name, repo_type="dataset") for name in wanted.files]
-        return [prompt for file in files for prompt in json.loads(file.read_text(encoding="utf-8"))]
+def _read(repo: str, prompt_set: PromptSet) -> list[Any]:
+    """The prompts of a set from one repository. Raises OSError where it does not have them."""
+    prompts = []
+    if prompt_set.files:
+        for name in prompt_set.files:
+            file = fetch(repo, name, repo_type="dataset")
+            prompts += json.loads(file.read_text(encoding="utf-8"))
+        return prompts
+
+    # `root` is a folder of the hub's cache where the hub does not answer
     root, names = listing(repo, repo_type="dataset")
-    tables = [name for name in names if name.endswith(TABLES)]
-    split = [
-        name
-        for name in tables
-        if Path(name).name.partition(".")[0].partition("-")[0] == wanted.split
-    ] or tables
-    if (len(tables) > 1 and split == tables) or not tables:
-        raise OSError(f"it has no table of the split {wanted.split}")
-    if repo in wanted.illustrated:
-        return [
-            prompt
-            for name in sorted(split)
-            for prompt in _remote_column(f"datasets/{repo}/{name}", wanted.column)
-        ]
-    files = [
-        Path(root) / name if Path(root).is_dir() else fetch(repo, name, repo_type="dataset")
-        for name in sorted(split)
-    ]
-    return [prompt for file in files for prompt in _column(file, wanted.column)]
+    for name in sorted(_tables_of_split(names, prompt_set.split)):
+        if repo in prompt_set.repos_with_images:
+            prompts += _remote_column(f"datasets/{repo}/{name}", prompt_set.column)
+        elif Path(root).is_dir():
+            prompts += _column(Path(root) / name, prompt_set.column)
+        else:
+            prompts += _column(fetch(repo, name, repo_type="dataset"), prompt_set.column)
+    return prompts
+
+
+def _tables_of_split(names: list[str], split: str) -> list[str]:
+    """The tables of a split among the files of a repository; one table alone is that split."""
+    tables = [name for name in names if name.endswith(TABLE_ENDINGS)]
+    of_split = [name for name in tables if _split_of(name) == split] or tables
+    if not tables or (len(tables) > 1 and of_split == tables):
+        raise OSError(f"it has no table of the split {split}")
+    return of_split
+
+
+def _split_of(name: str) -> str:
+    """`train` of `data/train-00000-of-00001.parquet`."""
+    stem = Path(name).name.partition(".")[0]
+    return stem.partition("-")[0]
 
 
 def _remote_column(address: str, column: str) -> list[Any]:
-    """A column of a parquet file of the hub, by requests for its ranges of bytes."""
-    import pyarrow.parquet as pq
-    from huggingface_hub import HfFileSystem
-
+    """A column of a parquet file of the hub; only the bytes of the column are requested."""
     try:
-        with HfFileSystem().open(address, block_size=2**16) as opened:
-            return pq.read_table(opened, columns=[column])[column].to_pylist()
-    except Exception as error:  # of the hub's client, of the network, of the table
+        with HfFileSystem().open(address, block_size=REQUEST_BYTES) as file:
+            return pq.read_table(file, columns=[column])[column].to_pylist()
+    # Of the hub's client, of the network, or of the table
+    except Exception as error:
         raise OSError(type(error).__name__) from error
 
 
 def _column(file: Path, column: str) -> list[Any]:
+    """A column of a local table."""
     if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         if column not in pq.read_schema(file).names:
             raise OSError(f"{file.name} has no column {column}")
         return pq.read_table(file, columns=[column])[column].to_pylist()
+    delimiter = "\t" if file.suffix == ".tsv" else ","
     with open(file, encoding="utf-8-sig", newline="") as opened:
-        rows = list(csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ","))
+        rows = list(csv.DictReader(opened, delimiter=delimiter))
     if not rows or column not in rows[0]:
         raise OSError(f"{file.name} has no column {column}")
     return [row[column] for row in rows]

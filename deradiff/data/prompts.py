@@ -1,4 +1,4 @@
-"""Prompts from where users keep them, each with an id that can name a file."""
+"""Prompts from a file, a list or a published set, each with an id that can name a file."""
 
 from __future__ import annotations
 
@@ -10,94 +10,120 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deradiff.data.prompt_sets import SETS, captions
+import pyarrow.parquet as pq
+
+from deradiff.data.prompt_sets import PROMPT_SETS, load_prompt_set
 from deradiff.files import UNSAFE
+from deradiff.worlds.shapes import held_out_captions
+
+SHAPES = "shapes"
+"""The captions that no model of the shapes world was trained on."""
 
 COLUMNS = ("prompt", "caption")
+
 SOURCES = (
-    "a text file with a prompt a line, a .jsonl or .parquet file with a column prompt or caption, a list such as ['a red fox'], or one of "
-    f"shapes, {', '.join(SETS)}"
+    "a text file with one prompt a line, a .jsonl or .parquet file with a column prompt or "
+    f"caption, a list such as ['a red fox'], or one of {SHAPES}, {', '.join(PROMPT_SETS)}"
 )
+"""What prompts may be read from, for messages."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """prompt_id: file-system safe, a function of the text alone; where a text comes again, of how often it came before, too."""
+    """A prompt and its id.
+
+    Attributes:
+        prompt_id: safe in a file name. It is a function of the text alone; where a text comes
+            again, also of how often it came before.
+        text: the prompt.
+    """
 
     prompt_id: str
     text: str
 
 
-def load_prompts(source: str | Sequence[str], limit: int | None = None) -> list[Prompt]:
-    """The prompts of a source, in its order: `SOURCES` says what it may be; `shapes` are the captions that the shapes world holds out.
+def load_prompts(prompts: str | Sequence[str], limit: int | None = None) -> list[Prompt]:
+    """Read prompts, in the order of their source.
 
-    limit: at most so many, evenly spaced over the source, whose neighbours are often of one kind; an id does not depend on it.
-    Raises ValueError for a source that is none, is empty, or holds a blank prompt.
+    Args:
+        prompts: a file, a list, or the name of a set, as `SOURCES` says.
+        limit: at most so many, evenly spaced over the source, because neighbours are often alike.
+            A prompt's id does not depend on it.
+
+    Raises:
+        ValueError: for an unknown or empty source, and for a blank prompt.
     """
-    texts = _texts(source)
-    where = f"the prompt list {source}" if isinstance(source, str) else "the list of prompts"
+    texts = _texts(prompts)
     if not texts:
-        raise ValueError(f"{where} is empty; give prompts={SOURCES}")
+        raise ValueError(f"prompts={prompts} is empty: give {SOURCES}")
+    where = prompts if isinstance(prompts, str) else "the list of prompts"
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"prompt {number} of {where} is {text!r}; every prompt needs words, so remove it or write some"
+                f"prompt {number} of {where} is {text!r}, but every prompt needs words: remove it "
+                "or write some"
             )
-    seen: Counter[str] = Counter()
-    prompts = []
+
+    loaded = []
+    occurrences: Counter[str] = Counter()
     for text in texts:
-        seen[text] += 1
-        again = f"-{seen[text]}" if seen[text] > 1 else ""
-        prompts.append(Prompt(prompt_id(text) + again, text))
-    kept = min(limit or len(prompts), len(prompts))
-    return [prompts[i * len(prompts) // kept] for i in range(kept)]
+        occurrences[text] += 1
+        is_repeated = occurrences[text] > 1
+        suffix = f"-{occurrences[text]}" if is_repeated else ""
+        loaded.append(Prompt(prompt_id(text) + suffix, text))
+
+    count = min(limit or len(loaded), len(loaded))
+    return [loaded[i * len(loaded) // count] for i in range(count)]
 
 
 def prompt_id(text: str) -> str:
-    """The text's first words as a file name may hold them, and 12 hexadecimal digits of its SHA-256: at most 53 ASCII characters."""
+    """The first words of a text, as a file name can hold them, and a digest of it.
+
+    Args:
+        text: any text.
+
+    Returns:
+        At most 53 ASCII characters, of which 12 are hexadecimal digits of the text's SHA-256.
+    """
     words = UNSAFE.sub("-", text[:200]).strip("-.")[:40].rstrip("-.")
     return f"{words or 'prompt'}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _texts(source: str | Sequence[str]) -> list[Any]:
-    if not isinstance(source, str):
-        return list(source)
-    if source == "shapes":
-        from deradiff.worlds.shapes import held_out_captions
+def _texts(prompts: str | Sequence[str]) -> list[Any]:
+    if not isinstance(prompts, str):
+        return list(prompts)
+    if prompts == SHAPES:
+        return held_out_captions()
+    if prompts in PROMPT_SETS:
+        return load_prompt_set(prompts)
 
-        return list(held_out_captions())
-    if source in SETS:
-        return captions(source)
-    path = Path(source)
+    path = Path(prompts)
     if not path.is_file():
-        raise ValueError(f"there is no prompt file {source[:200]}; give prompts={SOURCES}")
+        raise ValueError(f"prompts={prompts[:200]} is no prompt file: give {SOURCES}")
     if path.suffix == ".parquet":
         return _parquet_column(path)
-    lines = (
-        path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    )  # not splitlines: U+2028 may stand inside a prompt
+    # `splitlines` would also split at characters that may be inside a prompt, such as U+2028
+    lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     if path.suffix == ".jsonl":
-        return [
-            _field(line, f"line {number} of {source}") for number, line in enumerate(lines, start=1)
-        ]
+        return [_json_prompt(line, n, prompts) for n, line in enumerate(lines, start=1)]
     return lines if lines != [""] else []
 
 
-def _field(line: str, where: str) -> Any:
+def _json_prompt(line: str, number: int, file: str) -> Any:
+    """The prompt of a line of a .jsonl file."""
     try:
         record = json.loads(line)
-        return next(record[c] for c in COLUMNS if c in record)
+        return next(record[name] for name in COLUMNS if name in record)
     except (ValueError, TypeError, StopIteration):
         raise ValueError(
-            f'{where} is no JSON object with a key prompt or caption, such as {{"prompt": "a red fox"}}'
+            f"line {number} of {file} is not a JSON object with a key prompt or caption, such "
+            'as {"prompt": "a red fox"}'
         ) from None
 
 
 def _parquet_column(path: Path) -> list[Any]:
-    import pyarrow.parquet as pq
-
     names = pq.read_schema(path).names
-    column = next((c for c in COLUMNS if c in names), None)
-    if column is None:
-        raise ValueError(f"{path} has no column prompt or caption; it has {', '.join(names)}")
-    return pq.read_table(path, columns=[column])[column].to_pylist()
+    for column in COLUMNS:
+        if column in names:
+            return pq.read_table(path, columns=[column])[column].to_pylist()
+    raise ValueError(f"{path} has no column prompt or caption; it has {', '.join(names)}")

@@ -1,8 +1,11 @@
-"""The reference's errors, kept: with every random choice of a pair a function of (seed, epoch, example), what the frozen reference makes
-of a pair is two numbers, whatever beta is. The first run writes them as it goes, and every other run reads them.
+"""The reference's errors, kept on disk.
 
-A store is a folder named by all that the numbers depend on. Each process appends to a file of its own, in records of a fixed size with a
-checksum: a record that a kill tore is no record.
+Every random choice of a pair is a function of (seed, epoch, example). So the frozen reference's
+errors on a pair are two numbers, the same for every beta. The first run writes them as it goes,
+every other run reads them.
+
+A store is a folder named by all that the numbers depend on. Each process appends to a file of its
+own, in records of a fixed size with a checksum: a record that a kill has cut is not read.
 """
 
 from __future__ import annotations
@@ -17,60 +20,98 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deradiff.data.pairs import EpochIndex
+
 RECORD = np.dtype(
     [("epoch", "<u4"), ("index", "<u4"), ("winner", "<f4"), ("loser", "<f4"), ("crc", "<u4")]
 )
-Place = tuple[int, int]  # (epoch, example)
 
 
 class ReferenceErrors:
-    """A store, opened: what other runs, and earlier sittings of this one, have left is read once, at the start."""
+    """A store. What it holds is read once, when it is opened.
+
+    Args:
+        root: folder of all stores.
+        key: a text that names all that the errors depend on (`reference_key`).
+
+    Attributes:
+        folder: of this store.
+        file: the file that this process appends to.
+    """
 
     def __init__(self, root: Path, key: str) -> None:
         self.folder = root / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        parts = [_read(file) for file in sorted(self.folder.glob("*.bin"))]
-        known = np.concatenate(parts) if parts else np.empty(0, RECORD)
-        self.places, first = np.unique(_place(known["epoch"], known["index"]), return_index=True)
-        self.errors = np.stack([known["winner"][first], known["loser"][first]])
         self.file = self.folder / f"{uuid.uuid4().hex}.bin"
-        self.pending: tuple[list[Place], Tensor] | None = None
+        parts = [_read_records(file) for file in sorted(self.folder.glob("*.bin"))]
+        records = np.concatenate(parts) if parts else np.empty(0, RECORD)
 
-    def get(self, places: list[Place]) -> Tensor:
-        """(2, B) float32 errors of the winner and the loser; NaN where a pair is not known."""
-        found = torch.full((2, len(places)), torch.nan)
-        if len(self.places):
-            wanted = _place(*np.array(places, dtype=np.int64).T)
-            at = np.searchsorted(self.places, wanted).clip(max=len(self.places) - 1)
-            known = self.places[at] == wanted
-            found[:, torch.from_numpy(known)] = torch.from_numpy(self.errors[:, at[known]])
-        return found
+        # Sorted by epoch and index, for binary search
+        packed = _pack(records["epoch"], records["index"])
+        self._packed, first = np.unique(packed, return_index=True)
+        self._errors = np.stack([records["winner"][first], records["loser"][first]])
+        self._pending: tuple[list[EpochIndex], Tensor] | None = None
+
+    def get(self, epoch_indices: list[EpochIndex]) -> Tensor:
+        """The errors (2, B) of winner and loser, float32 on the CPU; NaN where they are unknown.
+
+        Args:
+            epoch_indices: of B pairs.
+        """
+        errors = torch.full((2, len(epoch_indices)), torch.nan)
+        if not len(self._packed):
+            return errors
+        epochs, indices = np.array(epoch_indices, dtype=np.int64).T
+        wanted = _pack(epochs, indices)
+        positions = np.searchsorted(self._packed, wanted).clip(max=len(self._packed) - 1)
+        known = self._packed[positions] == wanted
+        errors[:, torch.from_numpy(known)] = torch.from_numpy(self._errors[:, positions[known]])
+        return errors
 
     def covers(self, epochs: np.ndarray, indices: np.ndarray) -> bool:
-        """Whether every one of these places is known, so that a run needs no reference network."""
-        return bool(np.isin(_place(epochs, indices), self.places).all())
+        """Whether the errors of all these pairs are known, so that a run needs no reference.
 
-    def add(self, places: list[Place], errors: Tensor) -> None:
-        """Keep (2, B) errors, on any device. They are written one call later, when the device has long finished them: no step waits."""
+        Args:
+            epochs: (n,) integers.
+            indices: (n,) integers, of the examples.
+        """
+        return bool(np.isin(_pack(epochs, indices), self._packed).all())
+
+    def add(self, epoch_indices: list[EpochIndex], errors: Tensor) -> None:
+        """Keep the errors of pairs.
+
+        They are written at the next call, or by `flush`. The device has computed them by then, so
+        no training step waits for it.
+
+        Args:
+            epoch_indices: of B pairs.
+            errors: (2, B) of winner and loser, on any device.
+        """
         self.flush()
-        self.pending = (places, errors.detach())
+        self._pending = (epoch_indices, errors.detach())
 
     def flush(self) -> None:
-        """Write what `add` holds back."""
-        if self.pending is None:
+        """Write what `add` holds back; errors that are not finite are left out."""
+        if self._pending is None:
             return
-        (places, errors), self.pending = self.pending, None
+        epoch_indices, errors = self._pending
+        self._pending = None
+        epochs, indices = np.array(epoch_indices).T
         winner, loser = errors.float().cpu().numpy()
-        records = np.zeros(len(places), RECORD)
-        records["epoch"], records["index"] = np.array(places).T
-        records["winner"], records["loser"] = winner, loser
+
+        records = np.zeros(len(epoch_indices), RECORD)
+        records["epoch"] = epochs
+        records["index"] = indices
+        records["winner"] = winner
+        records["loser"] = loser
         records = records[np.isfinite(winner) & np.isfinite(loser)]
-        records["crc"] = [_checksum(r) for r in records]
+        records["crc"] = [_checksum(record) for record in records]
+
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(handle, records.tobytes())
+            os.write(descriptor, records.tobytes())
         finally:
-            os.close(handle)
+            os.close(descriptor)
 
 
 def reference_key(
@@ -82,35 +123,54 @@ def reference_key(
     flip: bool,
     precision: str,
 ) -> str:
-    """All that the errors depend on. reference: digest of the reference's weights, its precision in them; encodings: `encodings_key` of
-    data and encoders; noising: its `key`; seed, caption_dropout and flip fix a pair's random choices; precision: of the computation."""
+    """A text that names all that the reference's errors depend on.
+
+    Args:
+        reference: digest of the reference's weights, which covers their precision.
+        encodings: `encodings_key` of the data and the encoders.
+        noising: key of the forward process.
+        seed: with the next two, it fixes the random choices of every pair.
+        caption_dropout: the share of examples whose caption is replaced by "".
+        flip: whether images are mirrored at random.
+        precision: of the computation.
+    """
     return f"1/{reference}/{encodings}/{noising}/{seed}/{caption_dropout}/{flip}/{precision}"
 
 
 def network_digest(network: nn.Module) -> str:
-    """A digest of a network's weights, whatever folder or revision they came from; of one with adapters, those of its base."""
+    """A digest of a network's weights, whatever folder or revision they are from.
+
+    Of a network with adapters, the weights without them count.
+    """
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer.", ".")] = tensor
     digest = hashlib.sha256()
-    weights = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in network.state_dict().items()
-        if ".lora_" not in name
-    }
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _place(epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
-    return (epoch.astype(np.int64) << 32) | index.astype(np.int64)
+def _pack(epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Epochs and indices as one integer each."""
+    return (epochs.astype(np.int64) << 32) | indices.astype(np.int64)
 
 
 def _checksum(record: np.void) -> int:
     return zlib.crc32(record.tobytes()[: -RECORD["crc"].itemsize])
 
 
-def _read(file: Path) -> np.ndarray:
-    """The whole records of a file; it is aligned by size, as only the last can be torn, and nothing follows it in a file of its own."""
+def _read_records(file: Path) -> np.ndarray:
+    """The complete records of a file.
+
+    Only the last one can be cut, since nothing is appended after a kill: a new process writes a
+    file of its own.
+    """
     data = file.read_bytes()
-    records = np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
-    return records[[_checksum(r) == r["crc"] for r in records]] if len(records) else records
+    length = len(data) // RECORD.itemsize * RECORD.itemsize
+    records = np.frombuffer(data[:length], RECORD)
+    if not len(records):
+        return records
+    return records[[_checksum(record) == record["crc"] for record in records]]

@@ -1,63 +1,61 @@
-"""Where a data set lies: a path of this machine, or an id of the hub, resolved to the parquet files of one split."""
+"""Where a data set is: a path, or an id of the hub, resolved to the parquet files of one split."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
+from huggingface_hub.errors import HfHubHTTPError
+
 from deradiff.hub import is_hub_id
 
 
-def parquet_files(source: str, split: str, revision: str | None = None) -> list[str] | None:
-    """The files (paths, or hf:// addresses with their commit) of a split; None where the source is no parquet: a folder of images, say.
+def parquet_files(path: str, split: str, revision: str | None = None) -> list[str] | None:
+    """The parquet files of one split; no other split is read or downloaded.
 
-    Only this split is ever read or downloaded. Raises ValueError for a source or split that is not there.
+    Args:
+        path: a parquet file, a folder, or a data set of the hub (`org/name`).
+        split: a split of the folder or of the data set.
+        revision: a branch, tag or commit of the hub.
+
+    Returns:
+        Paths, or `hf://` addresses that hold the commit; None where the data set is not parquet
+        (a folder of images, for example).
+
+    Raises:
+        ValueError: for a path or split that does not exist.
     """
-    path = Path(source)
-    if path.is_file():
-        return [str(path)]
-    if path.is_dir():
-        return (
-            _split_of(source, split, data_dir=str(path))
-            if next(path.glob("**/*.parquet"), None)
-            else None
-        )
-    if is_hub_id(source) and not source.endswith(".parquet"):
-        return _from_hub(source, split, revision)
+    local = Path(path)
+    if local.is_file():
+        return [str(local)]
+    if local.is_dir():
+        if next(local.glob("**/*.parquet"), None) is None:
+            return None
+        builder = datasets.load_dataset_builder("parquet", data_dir=str(local))
+        return _files_of_split(builder, path, split)
+    if is_hub_id(path) and not path.endswith(".parquet"):
+        builder = _hub_builder(path, revision)
+        return _files_of_split(builder, path, split) if "parquet" in builder.name else None
     raise ValueError(
-        f"data.path {source} does not exist; give a parquet file, a folder, or a hub data set such as org/name"
+        f"path={path} does not exist: give a parquet file, a folder, or a data set of the hub "
+        "such as org/name"
     )
 
 
-def _from_hub(source: str, split: str, revision: str | None) -> list[str] | None:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
+def _hub_builder(path: str, revision: str | None) -> datasets.DatasetBuilder:
     try:
-        builder = datasets.load_dataset_builder(source, revision=revision)
+        return datasets.load_dataset_builder(path, revision=revision)
     except (HfHubHTTPError, datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"the data set {source} could not be read from the hub ({type(error).__name__}); "
-            "give a mirror's id, or download one as parquet and give data.path=<folder>"
+            f"path={path} could not be read from the hub ({type(error).__name__}): give a "
+            "mirror's id, or download the data set as parquet and give its folder"
         ) from error
-    return (
-        _named_split(builder.config.data_files, source, split)
-        if "parquet" in builder.name
-        else None
-    )
 
 
-def _split_of(source: str, split: str, data_dir: str) -> list[str]:
-    import datasets
-
-    return _named_split(
-        datasets.load_dataset_builder("parquet", data_dir=data_dir).config.data_files, source, split
-    )
-
-
-def _named_split(files: dict[str, list[str]], source: str, split: str) -> list[str]:
-    by_name = {str(name): list(found) for name, found in files.items()}
-    if split not in by_name:
+def _files_of_split(builder: datasets.DatasetBuilder, path: str, split: str) -> list[str]:
+    files = {str(name): list(paths) for name, paths in builder.config.data_files.items()}
+    if split not in files:
         raise ValueError(
-            f"{source} has no split {split}; it has {', '.join(by_name)}: give data.split=<one of them>"
+            f"split={split} is not in {path}, which has {', '.join(files)}: give one of these"
         )
-    return by_name[split]
+    return files[split]

@@ -1,25 +1,36 @@
-"""Preference pairs without human labels: pictures of one caption, found or sampled, and a scorer that says which is preferred.
+"""Preference pairs without human labels: two images of one caption, and a scorer that prefers one.
 
-Both are written in parts, each whole or not at all: an interrupted run goes on where it stopped, and processes share the work.
+The images are sampled, or chosen among images that exist. Both images and labels are written in
+parts, each completely or not at all: an interrupted run continues where it stopped, and processes
+share the work.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from deradiff.data.locks import Locks
 from deradiff.data.pairs import CaptionedImages, generator_of
-from deradiff.data.tables import encode_png, write_pair_table, write_table
-from deradiff.scorers.base import Scorer
+from deradiff.image_tables import encode_png, write_pair_table, write_table
 
-PART = 64  # pairs of one file
+PART = 64
+"""Pairs of one file."""
+
+LABEL_STREAM = 2
+"""Numbers the random choices of a pair: 0 and 1 are the noise of its images, 2 is its label."""
+
+Score = Callable[[list[Image.Image], list[str]], Tensor]
+"""From images and their captions to scores (N,)."""
 
 
 def write_sampled_images(
@@ -32,113 +43,169 @@ def write_sampled_images(
     batch_size: int = 8,
     **call: Any,
 ) -> None:
-    """Two pictures of a prompt for each of `count` pairs, as captioned images: rows 2i and 2i + 1 are pair i, of prompt i % len(prompts).
+    """Sample two images for each of `count` pairs, and write them as captioned images.
 
-    load: makes the text-to-image pipeline, any of diffusers', and is not called where nothing is missing. call: goes to the pipeline
-    (num_inference_steps, guidance_scale, height, width). A picture depends on (seed, i, which of the two) alone, not on batches or ranks.
+    Rows 2i and 2i + 1 are pair i, of prompt i % len(prompts). An image depends on the seed, on i
+    and on which of the two it is, not on batches or ranks.
+
+    Args:
+        folder: of the parquet files.
+        load: makes a text-to-image pipeline of diffusers; not called where nothing is missing.
+        prompts: one or more.
+        count: number of pairs.
+        seed: of the noise.
+        batch_size: images of one call of the pipeline.
+        call: arguments of the pipeline (num_inference_steps, guidance_scale, height, width).
     """
-    pipe = None
+    pipe = functools.cache(load)
 
-    def part(rows: range, file: Path) -> None:
-        nonlocal pipe
-        pipe = pipe or load()
-        wanted = [(i, side) for i in rows for side in (0, 1)]
-        images: list[Any] = []
-        for start in range(0, len(wanted), batch_size):
-            some = wanted[start : start + batch_size]
-            generators = [generator_of(seed, i, side) for i, side in some]
-            images += pipe(
-                prompt=[prompts[i % len(prompts)] for i, _ in some], generator=generators, **call
-            ).images
-        write_table(
-            file,
-            {
-                "image": [encode_png(i) for i in images],
-                "caption": [prompts[i % len(prompts)] for i, _ in wanted],
-            },
-        )
+    def write(pairs: range, file: Path) -> None:
+        captions = []
+        generators = []
+        for pair in pairs:
+            for side in (0, 1):
+                captions.append(prompts[pair % len(prompts)])
+                generators.append(generator_of(seed, pair, side))
+        images: list[Image.Image] = []
+        for start in range(0, len(captions), batch_size):
+            batch = slice(start, start + batch_size)
+            output = pipe()(prompt=captions[batch], generator=generators[batch], **call)
+            images += output.images
+        write_table(file, {"image": _encode_all(images), "caption": captions})
 
-    _in_parts(folder, count, part, "sampling pairs")
+    _write_parts(folder, count, write, "sampling pairs")
 
 
 def consecutive_pairs(images: CaptionedImages) -> np.ndarray:
-    """(N, 2): the rows 2i and 2i + 1, as `write_sampled_images` left them."""
+    """The pairs that `write_sampled_images` wrote.
+
+    Returns:
+        (N, 2) rows of `images`.
+    """
     return np.arange(len(images)).reshape(-1, 2)
 
 
-def drawn_pairs(images: CaptionedImages, count: int, seed: int = 0) -> np.ndarray:
-    """(count, 2): rows of different pictures that share a caption, drawn at random. Raises ValueError where no caption has two."""
-    rng = np.random.default_rng(seed)
-    by_caption: dict[str, list[int]] = {}
-    for index, caption in enumerate(images.captions):
-        by_caption.setdefault(caption, []).append(index)
-    groups = [rows for rows in by_caption.values() if len(rows) > 1]
+def random_pairs(images: CaptionedImages, count: int, seed: int = 0) -> np.ndarray:
+    """Random pairs of different images that share a caption.
+
+    Args:
+        images: the images to choose from.
+        count: number of pairs.
+        seed: of the choice.
+
+    Returns:
+        (count, 2) rows of `images`.
+
+    Raises:
+        ValueError: where no caption has two images.
+    """
+    rows_of_caption: dict[str, list[int]] = {}
+    for row, caption in enumerate(images.captions):
+        rows_of_caption.setdefault(caption, []).append(row)
+    groups = [rows for rows in rows_of_caption.values() if len(rows) > 1]
     if not groups:
         raise ValueError(
-            f"{images.source} has no caption with two pictures, so there is nothing to compare"
+            f"{images.path} has no caption with two images, so there is nothing to compare"
         )
-    share = np.array([len(rows) for rows in groups]) / sum(len(rows) for rows in groups)
-    return np.array(
-        [rng.choice(groups[g], 2, replace=False) for g in rng.choice(len(groups), count, p=share)]
-    )
+    rng = np.random.default_rng(seed)
+    sizes = np.array([len(rows) for rows in groups])
+    chosen = rng.choice(len(groups), count, p=sizes / sizes.sum())
+    return np.array([rng.choice(groups[group], 2, replace=False) for group in chosen])
 
 
 def write_scored_pairs(
     folder: Path,
     images: CaptionedImages,
     pairs: np.ndarray,
-    load: Callable[[], Scorer],
+    load: Callable[[], Score],
     temperature: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Pick-a-Pic's columns, and score_0 and score_1, of pairs (N, 2) of `images`' rows.
+    """Label pairs by a scorer, and write them in Pick-a-Pic's columns, with score_0 and score_1.
 
-    temperature 0: the higher score is preferred, equal ones are ties (label .5). Above: a Bradley-Terry draw, image 0 being preferred with
-    probability sigmoid((score_0 - score_1) / temperature), in units of the scorer. load: makes the scorer where something is missing.
-    Raises ValueError for a temperature below 0 and for a picture that cannot be decoded.
+    Args:
+        folder: of the parquet files.
+        images: captioned images.
+        pairs: (N, 2) rows of `images`.
+        load: makes the scorer; not called where nothing is missing.
+        temperature: see `bradley_terry`.
+        seed: of the labels.
+
+    Raises:
+        ValueError: for a temperature below 0, and for an image that cannot be decoded.
     """
     if temperature < 0:
         raise ValueError(f"the temperature must be 0, for hard labels, or above, not {temperature}")
-    score: Scorer | None = None
+    score = functools.cache(load)
 
-    def part(rows: range, file: Path) -> None:
-        nonlocal score
-        score = score or load()
-        captions = [images.captions[int(pairs[i][0])] for i in rows]
-        sides = [[images.pictures(int(pairs[i][side]))[0] for i in rows] for side in (0, 1)]
-        first, second = (score(side, captions) for side in sides)
-        label = bradley_terry(first - second, temperature, seed, rows)
-        jpg_0, jpg_1 = ([encode_png(i) for i in side] for side in sides)
+    def write(numbers: range, file: Path) -> None:
+        captions = [images.captions[int(pairs[number][0])] for number in numbers]
+        first_images = [images.images(int(pairs[number][0]))[0] for number in numbers]
+        second_images = [images.images(int(pairs[number][1]))[0] for number in numbers]
+        first_scores = score()(first_images, captions)
+        second_scores = score()(second_images, captions)
+        label = bradley_terry(first_scores - second_scores, temperature, seed, numbers)
         write_pair_table(
             file,
-            jpg_0,
-            jpg_1,
+            _encode_all(first_images),
+            _encode_all(second_images),
             label.tolist(),
             captions,
-            score_0=first.tolist(),
-            score_1=second.tolist(),
+            score_0=first_scores.tolist(),
+            score_1=second_scores.tolist(),
         )
 
-    _in_parts(folder, len(pairs), part, "labelling pairs")
+    _write_parts(folder, len(pairs), write, "labelling pairs")
 
 
-def bradley_terry(difference: Tensor, temperature: float, seed: int, rows: Sequence[int]) -> Tensor:
-    """(N,) label of the first picture: 0, .5 or 1. difference: (N,) of scores; a row's draw depends on (seed, row) alone."""
+def bradley_terry(
+    difference: Tensor, temperature: float, seed: int, numbers: Sequence[int]
+) -> Tensor:
+    """Labels of pairs: 1 where the first image is preferred, 0 where the second is, 0.5 for a tie.
+
+    The random choice of a pair depends on the seed and its number alone.
+
+    Args:
+        difference: (N,) score of the first image minus that of the second.
+        temperature: in units of the scores. 0: the higher score is preferred. Above 0: the first
+            image is preferred with probability sigmoid(difference / temperature).
+        seed: of the random choices.
+        numbers: of the N pairs.
+
+    Returns:
+        (N,).
+    """
     if temperature == 0:
         return (difference.sign() + 1) / 2
-    drawn = torch.cat([torch.rand(1, generator=generator_of(seed, row, 2)) for row in rows])
-    return (drawn < torch.sigmoid(difference / temperature)).float()
+    generators = [generator_of(seed, number, LABEL_STREAM) for number in numbers]
+    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+    return (uniform < torch.sigmoid(difference / temperature)).float()
 
 
-def _in_parts(folder: Path, count: int, write: Callable[[range, Path], None], told: str) -> None:
-    numbers = [n for n in range(-(-count // PART)) if not _part(folder, n).is_file()]
-    with (
-        Locks(folder / ".lock") as locks,
-        tqdm(total=len(numbers), desc=told, unit="part", disable=not numbers, leave=False) as bar,
-    ):
-        for number in locks.share(numbers):
-            if not _part(folder, number).is_file():  # unless another process wrote it meanwhile
-                write(range(number * PART, min((number + 1) * PART, count)), _part(folder, number))
+def _encode_all(images: list[Image.Image]) -> list[bytes]:
+    return [encode_png(image) for image in images]
+
+
+def _write_parts(
+    folder: Path, count: int, write: Callable[[range, Path], None], description: str
+) -> None:
+    """Write the parts that are missing, shared with other processes.
+
+    Args:
+        folder: of the parts.
+        count: number of pairs.
+        write: writes the pairs of a range into a file.
+        description: for the progress bar.
+    """
+    numbers = range(math.ceil(count / PART))
+    missing = [number for number in numbers if not _part(folder, number).is_file()]
+    bar = tqdm(total=len(missing), desc=description, unit="part", disable=not missing, leave=False)
+    with Locks(folder / ".lock") as locks, bar:
+        for number in locks.share(missing):
+            file = _part(folder, number)
+            # Another process may have written it meanwhile
+            if not file.is_file():
+                write(range(number * PART, min((number + 1) * PART, count)), file)
             bar.update()
 
 

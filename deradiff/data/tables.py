@@ -1,151 +1,113 @@
-"""The tables that training reads: captioned images, and preference pairs in Pick-a-Pic's columns or as winner and loser."""
+"""The tables that training reads: captioned images, and preference pairs in two forms."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
 from typing import Any, Protocol
 
+import datasets
 import numpy as np
-from PIL import Image
+
+from deradiff.data.sources import parquet_files
+from deradiff.data.stream import ParquetStream
 
 PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+"""Of Pick-a-Pic: two images, and which of them is preferred."""
+
 CHOICE_COLUMNS = ("winner", "loser", "caption")
+
 IMAGE_COLUMNS = ("image", "caption")
 
 
-class Table(Protocol):
-    """Rows that are read one at a time. fingerprint: of the content. blocks: (shard, row group) of every row where rows that lie
-    together should be read together, as (2, rows); None where any order is as good."""
+class RowSource(Protocol):
+    """A table whose rows are read one at a time.
+
+    Attributes:
+        columns: names of the columns.
+        fingerprint: a digest of the content.
+    """
 
     columns: list[str]
     fingerprint: str
 
     @property
-    def blocks(self) -> np.ndarray | None: ...
+    def blocks(self) -> np.ndarray | None:
+        """(2, rows): the shard and the row group of each row; rows of one block are read together.
+
+        None where any order of reading is equally fast.
+        """
 
     def __len__(self) -> int: ...
 
     def column(self, name: str) -> list[Any]:
-        """One column of small values, in memory."""
+        """A column of small values (captions, labels) of all rows."""
 
     def row(self, index: int) -> dict[str, Any]:
-        """One row; images as their encoded bytes."""
+        """One row; its images are encoded bytes."""
 
 
 def open_table(
-    source: str, split: str = "train", revision: str | None = None, streaming: bool = False
-) -> Table:
-    """A parquet file, a folder of parquet files or of captioned images (with a metadata.jsonl of `file_name` and `caption`), or a hub id.
+    path: str, split: str = "train", revision: str | None = None, streaming: bool = False
+) -> RowSource:
+    """Open a table.
 
-    streaming: parquet is read where it lies, on this disk or on the hub; otherwise it is downloaded, and mapped into memory through a
-    copy in arrow's format. Raises ValueError for a source, split or revision that is not there.
+    Args:
+        path: a parquet file, a folder of parquet files, a folder of images with a
+            `metadata.jsonl` (`file_name`, `caption`), or a data set of the hub.
+        split: a split of the folder or of the data set.
+        revision: a branch, tag or commit of the hub.
+        streaming: read parquet where it is, on this disk or on the hub. Otherwise it is
+            downloaded, copied into arrow's format and mapped into memory.
+
+    Raises:
+        ValueError: for a path, split or revision that does not exist, and for streaming what is
+            not parquet.
     """
-    from deradiff.data.sources import parquet_files
-
-    files = parquet_files(source, split, revision)
-    if streaming:
-        if files is None:
-            raise ValueError(
-                f"{source} is not parquet, so it cannot be streamed: give data.streaming=false"
-            )
-        from deradiff.data.stream import ParquetStream
-
-        return ParquetStream(files)
-    return ArrowTable(source, split, revision, files)
+    files = parquet_files(path, split, revision)
+    if not streaming:
+        return ArrowTable(path, split, revision, files)
+    if files is None:
+        raise ValueError(
+            f"streaming=True reads parquet only, and {path} is not parquet: give streaming=False"
+        )
+    return ParquetStream(files)
 
 
 class ArrowTable:
-    """A `datasets.Dataset`: memory-mapped, read in any order."""
+    """A `RowSource` in arrow's format, mapped into memory and read in any order.
+
+    Args:
+        path: a folder of images, or a data set of the hub; not read where `files` are given.
+        split: of the data set.
+        revision: of the data set.
+        files: parquet files to read.
+    """
 
     blocks = None
 
     def __init__(
-        self, source: str, split: str, revision: str | None, files: list[str] | None
+        self, path: str, split: str, revision: str | None, files: list[str] | None
     ) -> None:
-        import datasets
-
         datasets.disable_progress_bars()
         if files is not None:
             table = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
-            table = datasets.load_dataset(source, split=split, revision=revision)
-        for (
-            name,
-            feature,
-        ) in (
-            table.features.items()
-        ):  # bytes are decoded by us, one image at a time, so that a broken one can be named
+            table = datasets.load_dataset(path, split=split, revision=revision)
+
+        # Images stay bytes here: decoded one at a time, a broken one can be named
+        for name, feature in table.features.items():
             if isinstance(feature, datasets.Image):
                 table = table.cast_column(name, datasets.Image(decode=False))
-        self.table, self.columns, self.fingerprint = (
-            table,
-            list(table.column_names),
-            str(table._fingerprint),
-        )
+        self.table = table
+        self.columns = list(table.column_names)
+        self.fingerprint = str(table._fingerprint)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def column(self, name: str) -> list[Any]:
+        """A column of all rows, in memory."""
         return list(self.table[name])
 
     def row(self, index: int) -> dict[str, Any]:
+        """One row; its images are encoded bytes."""
         return self.table[index]
-
-
-def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
-    """Write a parquet file whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from deradiff.files import write_atomic
-
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def write_pair_table(
-    path: Path,
-    first: list[bytes],
-    second: list[bytes],
-    label: list[float],
-    captions: list[str],
-    **more: list[Any],
-) -> None:
-    """Pairs in Pick-a-Pic's columns, and `more`. first, second: encoded images; label: 1 where the first is preferred, 0 the second, .5 a
-    tie."""
-    pairs: dict[str, list[Any]] = {
-        "jpg_0": first,
-        "jpg_1": second,
-        "label_0": label,
-        "label_1": [1 - x for x in label],
-        "caption": captions,
-    }
-    write_table(path, pairs | more)
-
-
-def decode(value: Any) -> Image.Image:
-    """An RGB picture from encoded bytes, or from the record that `datasets` makes of an image. Raises OSError for what is no picture."""
-    if isinstance(value, dict):
-        value = (
-            value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-        )
-    if value is None:
-        raise OSError("there is nothing in this cell")
-    try:
-        return Image.open(io.BytesIO(value)).convert("RGB")
-    except (
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # what PIL says of some torn PNGs, and of a bomb
-        raise OSError(str(error)) from error
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """The picture as a PNG, which loses nothing."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

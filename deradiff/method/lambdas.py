@@ -74,43 +74,63 @@ def validated(lam: Lambda) -> Lambda:
     return float(value)
 
 
-def broadcast_to(lam: Strength, output: Tensor, copies: int) -> Strength:
-    """`lam` in a shape that broadcasts to a denoiser's output (rows, C, H, W), or (rows, L, C) of 2x2 patches as FLUX packs them.
+def broadcast_to(
+    lam: Strength, output: Tensor, rows_per_image: int, patch_size: int = 1
+) -> Strength:
+    """`lam` in a shape that broadcasts to a denoiser's output.
 
-    copies: 2 where the pipeline asks for unconditional and conditional rows in one batch, as for each image in turn; else 1.
-    Raises ValueError where the images, or the sides of a mask, are not the output's.
+    Args:
+        lam: a number, (images,), or a mask (H, W) or (images, H, W) over the latents.
+        output: (rows, C, H, W), or (rows, L, channels) of L patches of latents.
+        rows_per_image: 2 with classifier-free guidance: the unconditional rows of all images, then
+            the conditional ones; else 1.
+        patch_size: side of a patch, where the output is one of patches.
+
+    Raises:
+        ValueError: where the images, or the sides of a mask, are not the output's.
     """
     if not isinstance(lam, Tensor):
         return lam
-    lam, rows = lam.to(output.device), len(output)
-    if lam.ndim != 2 and len(lam) * copies != rows:
+    lam = lam.to(output.device)
+    rows = len(output)
+    images = rows // rows_per_image
+    is_per_image = lam.ndim != 2
+    if is_per_image and len(lam) * rows_per_image != rows:
         raise ValueError(
-            f"lam is of {len(lam)} images and the pipeline samples {rows // copies}: give a value, or a mask, for each of them"
+            f"lam is of {len(lam)} images and the pipeline samples {images}: give a value, or a "
+            "mask, for each of them"
         )
     if lam.ndim == 1:
-        return lam.repeat(copies).view(rows, *[1] * (output.ndim - 1))
-    masks = lam.expand(rows // copies, *lam.shape[-2:]).repeat(copies, 1, 1).unsqueeze(1)
-    return _packed(masks, output) if output.ndim == 3 else _fitting(masks, output.shape[-2:])
+        return lam.repeat(rows_per_image).view(rows, *[1] * (output.ndim - 1))
+    masks = lam.expand(images, *lam.shape[-2:]).repeat(rows_per_image, 1, 1)
+    if output.ndim == 3:
+        return _in_patches(masks, output, patch_size)
+    return _in_latents(masks, output)
 
 
-def _fitting(masks: Tensor, sides: torch.Size) -> Tensor:
+def _in_latents(masks: Tensor, output: Tensor) -> Tensor:
+    """Masks (rows, H, W) as (rows, 1, H, W)."""
+    sides = output.shape[-2:]
     if masks.shape[-2:] != sides:
         raise ValueError(
-            f"lam is a mask of {tuple(masks.shape[-2:])} over latents of {tuple(sides)}: resize it to the latents"
+            f"lam is a mask of {tuple(masks.shape[-2:])} over latents of {tuple(sides)}: resize it "
+            "to the latents"
         )
-    return masks
+    return masks.unsqueeze(1)
 
 
-def _packed(masks: Tensor, output: Tensor) -> Tensor:
+def _in_patches(masks: Tensor, output: Tensor, size: int) -> Tensor:
+    """Masks (rows, H, W) as patches (rows, L, channels), channels before the places in a patch."""
     rows, patches, channels = output.shape
     height, width = masks.shape[-2:]
-    if height % 2 or width % 2 or height * width != 4 * patches:
+    elements = patches * size**2
+    if height % size or width % size or height * width != elements:
         raise ValueError(
-            f"lam is a mask of {height} x {width} over latents of {4 * patches} elements: resize it to the latents"
+            f"lam is a mask of {height} x {width} over latents of {elements} elements: resize it "
+            "to the latents"
         )
-    squares = masks.view(rows, 1, height // 2, 2, width // 2, 2).expand(
-        -1, channels // 4, -1, -1, -1, -1
-    )
+    squares = masks.view(rows, 1, height // size, size, width // size, size)
+    squares = squares.expand(-1, channels // size**2, -1, -1, -1, -1)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(rows, patches, channels)
 
 

@@ -1,1 +1,1 @@
-"""What differs between model families."""
+"""Base models: their families, one file each, how they are found and loaded, and what they cost."""

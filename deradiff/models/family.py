@@ -10,6 +10,11 @@ Nothing outside this folder asks for a family by its name. A new family is
 
 `tests/models/test_new_family.py` says what is missing or does not fit.
 
+Of the family's diffusers pipeline, `realign` needs what nearly all of them have: a denoiser whose
+noisy latents are its first argument, `sample` or `hidden_states`; `scheduler.timesteps`; and, where
+a guided call evaluates two rows for an image in one batch, the property
+`do_classifier_free_guidance`.
+
 The files of the families import neither torch nor diffusers. The stages' configs read the names and
 the sampling defaults from them, and a typo in a command is answered before torch is loaded. The
 methods get tensors, and write `tensor.new_zeros(...)` where others write `torch.zeros(...)`. So all
@@ -76,7 +81,8 @@ class Family(ABC):
         autoencoder_class: diffusers' class of the autoencoder.
         sampling: its defaults: the paper's evaluation, or the model card's example.
         prompt_tokens: tokens of a prompt, as its pipeline encodes it.
-        original_sign: how a name in the authors' own single-file layout begins, and in no other's.
+        original_sign: how a name of a tensor begins in the authors' own single-file layout. Where a
+            file has the signs of several families, the last of them in FAMILIES counts.
         flow: flow matching: x_t = (1 - t) x_0 + t noise, and the network predicts the velocity
             noise - x_0.
         lora_targets: the linear layers that a LoRA adapts, by the end of their names.
@@ -85,11 +91,11 @@ class Family(ABC):
         patch_size: side of the patches of latents that the network gets and returns: 2 for rows
             (B, H/2 * W/2, 4 C), 1 for (B, C, H, W).
         latent_side: side of the latents where the network's config names none.
+        latents_argument: the argument of the network that takes the noisy latents.
+        shared_arguments: arguments of the network that belong to all rows of a batch alike.
         guidance_distilled: guidance is an input of the network, and a guided call evaluates one row
             an image.
         sliced_decoding: decode images one by one, because a batch needs too much memory.
-        latents_argument: the argument of the network that takes the noisy latents.
-        shared_arguments: arguments of the network that belong to all rows of a batch alike.
         nested_original: diffusers reads the original layout only with the prefix of a whole
             checkpoint.
         reads_peft_prefix: diffusers' LoRA loader reads names with peft's prefix `base_model.model`.
@@ -104,16 +110,22 @@ class Family(ABC):
     prompt_tokens: int
     original_sign: str
     autoencoder_class: str = "AutoencoderKL"
+
+    # The network: what it predicts, what it gets, what of it a LoRA adapts
     flow: bool = False
     lora_targets: tuple[str, ...] = ATTENTION
     timestep_scale: float = 1.0
     multiple: int = 8
     patch_size: int = 1
     latent_side: int = 128
-    guidance_distilled: bool = False
-    sliced_decoding: bool = True
     latents_argument: str = "hidden_states"
     shared_arguments: tuple[str, ...] = ()
+
+    # Sampling
+    guidance_distilled: bool = False
+    sliced_decoding: bool = True
+
+    # Files
     nested_original: bool = False
     reads_peft_prefix: bool = False
     lora_format: str = "diffusers"
@@ -207,6 +219,14 @@ class Family(ABC):
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         shift = getattr(vae.config, "shift_factor", None) or 0
         return (latents - shift) * vae.config.scaling_factor
+
+    def pixels_per_latent(self, vae_config: Mapping[str, Any]) -> int:
+        """By how much the autoencoder shrinks an image's sides.
+
+        Args:
+            vae_config: the autoencoder's config.
+        """
+        return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
     def latent_shape(self, pipe: Any, resolution: int) -> tuple[int, int, int]:
         """Shape (C, H, W) of a square image's latents.

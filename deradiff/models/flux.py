@@ -23,7 +23,11 @@ if TYPE_CHECKING:  # not imported when a command starts
 TRAINING_GUIDANCE = 3.5
 """The guidance that the network is given in training: its pipeline's default."""
 
+PATCH = 2
+"""Side of a patch of latents."""
+
 COORDINATES = 3
+"""Numbers that say where a patch lies: an unused one, its row and its column."""
 
 
 class FluxFamily(Family):
@@ -55,8 +59,8 @@ class FluxFamily(Family):
     ) -> Tensor:
         """The predicted velocity (B, C, H, W)."""
         text = conditioning["encoder_hidden_states"]
-        rows = noisy.shape[2] // 2
-        columns = noisy.shape[3] // 2
+        rows = noisy.shape[2] // PATCH
+        columns = noisy.shape[3] // PATCH
         predicted = denoiser(
             pack(noisy),
             timestep=timesteps / self.timestep_scale,
@@ -86,7 +90,7 @@ class FluxFamily(Family):
         self, config: Mapping[str, Any], height: int, width: int, tokens: int
     ) -> Shapes:
         """`hidden_states` in patches, `timestep`, the prompt, coordinates, and `guidance`."""
-        patches = (height // 2) * (width // 2)
+        patches = (height // PATCH) * (width // PATCH)
         shapes: Shapes = {
             "hidden_states": (1, patches, config["in_channels"]),
             "timestep": (1,),
@@ -101,7 +105,8 @@ class FluxFamily(Family):
 
 def pack(latents: Tensor) -> Tensor:
     """Latents (B, C, H, W) as patches (B, H/2 * W/2, 4 C), channels first within a patch."""
-    squares = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, H/2, 2, W/2, 2)
+    columns = latents.unflatten(3, (-1, PATCH))
+    squares = columns.unflatten(2, (-1, PATCH))  # (B, C, H/2, 2, W/2, 2)
     channels = squares.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)  # (B, 4 C, H/2, W/2)
     return channels.flatten(2).transpose(1, 2)
 
@@ -109,7 +114,7 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(patches: Tensor, rows: int, columns: int) -> Tensor:
     """Patches (B, rows * columns, 4 C) as latents (B, C, 2 rows, 2 columns)."""
     channels = patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, 4 C, rows, columns)
-    squares = channels.unflatten(1, (-1, 2, 2))  # (B, C, 2, 2, rows, columns)
+    squares = channels.unflatten(1, (-1, PATCH, PATCH))  # (B, C, 2, 2, rows, columns)
     return squares.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
@@ -133,7 +138,7 @@ FLUX = FluxFamily(
     lora_targets=JOINT_ATTENTION,
     timestep_scale=1000.0,
     multiple=16,
-    patch_size=2,
+    patch_size=PATCH,
     guidance_distilled=True,
     shared_arguments=("img_ids", "txt_ids"),
     reads_peft_prefix=True,

@@ -131,7 +131,7 @@ def realign(
         attached = [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(anchors)]
         networks = Networks(attached, batched, shared_start)
         has_full = any(isinstance(network, FullAnchor) for network in attached)
-        if has_full and mode != "weights":
+        if has_full and MODES[mode].evaluates_anchors:
             check_own_loras(denoiser)
         for network in attached:
             if isinstance(network, Adapter):
@@ -143,7 +143,7 @@ def realign(
         resampling = Resampling(particles, clock, kl) if particles > 1 else None
 
         # The user's side.
-        dial = Dial(networks, clock, kl, resampling, trust_region)
+        dial = Dial(networks, clock, kl, resampling, trust_region, family.patch_size)
         dial.lam = lams  # type: ignore[assignment]
 
         # The pipeline's side: the mode evaluates in place of the reference's own forward.

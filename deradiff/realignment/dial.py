@@ -46,6 +46,7 @@ class Dial:
         kl: the path KL of the chain.
         resampling: the particles; None: there are none.
         trust_region: nats of KL that the chain may go from the anchor's chain; None: any number.
+        patch_size: side of the patches of latents that the denoiser gets and returns.
 
     Attributes:
         lams: lambda of each anchor.
@@ -58,12 +59,14 @@ class Dial:
         kl: PathKL,
         resampling: Resampling | None,
         trust_region: float | None,
+        patch_size: int = 1,
     ) -> None:
         self._networks = networks
         self._clock = clock
         self._kl = kl
         self._resampling = resampling
         self._trust_region = trust_region
+        self._patch_size = patch_size
         self._rows_requested = 0
         self._has_warned = False
         self.lams: list[Lambda] = []
@@ -130,7 +133,8 @@ class Dial:
         self._rows_requested += len(x)
         lams = [value_at(lam, self._clock.fraction) for lam in self.lams]
         self._warn_beyond(lams, stacklevel=2)
-        return [broadcast_to(lam, x, self._kl.rows_per_image) for lam in lams]
+        rows_per_image = self._kl.rows_per_image
+        return [broadcast_to(lam, x, rows_per_image, self._patch_size) for lam in lams]
 
     def limit_lams(self, lams: Sequence[Strength], differences: Sequence[Tensor]) -> list[Strength]:
         """Lower lams to the trust region, if there is one: each step has an equal share of it.

@@ -48,9 +48,9 @@ class MicroBatches(Dataset):
         size = self.options.batch_size
         micro_step = self.first_step * self.options.accumulation + number
         start = (micro_step * self.processes + self.rank) * size
-        places = self.examples.places(start, start + size)
+        epoch_indices = self.examples.epoch_indices(start, start + size)
         # `Examples.batch` collates, because it must be able to replace a broken image.
-        return self.examples.batch(self.objective.collate, places)
+        return self.examples.batch(self.objective.collate, epoch_indices)
 
 
 def loader(

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deradiff.image_tables import encode_png, write_pair_table, write_table
+
 SIDE = 32
 RADII = {"small": 7.5, "large": 11.2}  # pixels from the centre to the rim of the shape
 HUES = {
@@ -178,8 +180,6 @@ def crisp(images: list[Image.Image], prompts: list[str]) -> Tensor:
 
 def write_images(path: Path, count: int, seed: int) -> None:
     """A parquet of captioned images (columns `image`, `caption`), captions from the training split."""
-    from deradiff.data.tables import encode_png, write_table
-
     rng = np.random.default_rng(seed)
     captions = [str(c) for c in rng.choice(training_captions(), count)]
     pictures = render([scene_of(c) for c in captions], rng)
@@ -193,8 +193,6 @@ def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> Non
 
     p(image 0 is preferred) = sigmoid(2 (r_0 - r_1)); reward: `vivid` or `crisp`.
     """
-    from deradiff.data.tables import encode_png, write_pair_table
-
     rng = np.random.default_rng(seed)
     captions = [str(c) for c in rng.choice(training_captions(), count)]
     scenes = [scene_of(c) for c in captions]

@@ -1,1 +1,4 @@
-"""Hydra's side of `--multirun`: one process group per value. Found by Hydra because it lies in `hydra_plugins`."""
+"""Hydra's side of `--multirun`: a process group for each value.
+
+Hydra finds it because it is in a package called `hydra_plugins`.
+"""

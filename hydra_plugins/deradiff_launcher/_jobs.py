@@ -1,4 +1,4 @@
-"""Processes side by side: started, watched, told about, and ended with their parent."""
+"""Processes side by side: started, watched, and ended together with their parent."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-GRACE = 35.0  # seconds between SIGTERM and SIGKILL: torch's elastic agent takes up to 30 to end its workers
+GRACE_SECONDS = 35.0
+"""Between SIGTERM and SIGKILL: torch's elastic agent takes up to 30 to end its workers."""
+
+POLL_SECONDS = 0.05
+
+Process = subprocess.Popen[bytes]
 
 
 @dataclass
 class Job:
-    """name: what varies, for the user. command: argument list. run_dir: where the run writes."""
+    """One run.
+
+    Attributes:
+        name: the overrides that tell it from the others.
+        command: its argument list.
+        run_dir: where it writes.
+    """
 
     name: str
     command: list[str]
@@ -24,91 +35,126 @@ class Job:
 
     @property
     def log(self) -> Path:
+        """The file of its output, where jobs run side by side."""
         return self.run_dir / "launch.log"
 
 
-def run_jobs(jobs: list[Job], workers: int, one_thread: bool) -> list[str]:
-    """Run every job, at most `workers` at once, and say how each ended. Returns a phrase per failed job.
+def run_jobs(jobs: Sequence[Job], workers: int, one_thread: bool) -> list[str]:
+    """Run every job and print how each ended. A failed job does not stop the others.
 
     With one worker the jobs write to our own output; side by side each appends to its `launch.log`.
-    An interrupt, or SIGTERM, ends every child before it passes on.
+    An interrupt, or SIGTERM, ends every child before it is passed on.
+
+    Args:
+        jobs: to run, in this order.
+        workers: how many run at once, at most.
+        one_thread: limit each job to one thread, unless OMP_NUM_THREADS says otherwise.
+
+    Returns:
+        A phrase for each job that failed.
     """
-    env = dict(os.environ, PYTHONUNBUFFERED="1")
-    if one_thread:
-        env.setdefault("OMP_NUM_THREADS", "1")
-    side_by_side = min(workers, len(jobs)) > 1
-    waiting, running, failed = (
-        list(jobs),
-        dict[subprocess.Popen[bytes], tuple[Job, float]](),
-        list[str](),
-    )
+    crew = _Crew(workers, one_thread, to_logs=min(workers, len(jobs)) > 1)
+    waiting = list(jobs)
     with _terminate_as_interrupt():
         try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    job = waiting.pop(0)
-                    print(
-                        f"start {job.name}" + (f", output in {job.log}" if side_by_side else ""),
-                        flush=True,
-                    )
-                    running[_start(job, env, side_by_side)] = job, time.monotonic()
-                for process in [p for p in running if p.poll() is not None]:
-                    job, started = running.pop(process)
-                    ended = (
-                        f"failed with status {process.returncode}" if process.returncode else "done"
-                    )
-                    print(
-                        f"{job.name}: {ended} after {time.monotonic() - started:.0f} s", flush=True
-                    )
-                    if process.returncode:
-                        failed.append(f"{job.name} ({_last_words(job) if side_by_side else ended})")
-                time.sleep(0.05)
+            while waiting or crew.running:
+                while waiting and crew.has_room():
+                    crew.start(waiting.pop(0))
+                crew.collect()
+                time.sleep(POLL_SECONDS)
         finally:
-            _end(list(running))
-    return failed
+            _end(list(crew.running))
+    return crew.failures
 
 
-def _start(job: Job, env: dict[str, str], to_log: bool) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C reaches us alone, and everything that the job starts can be ended as one group.
-    if not to_log:
-        return subprocess.Popen(job.command, env=env, start_new_session=True)
-    job.run_dir.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "ab") as log:
-        return subprocess.Popen(
-            job.command,
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+class _Crew:
+    """The processes that run now.
+
+    Args:
+        workers: how many may run at once.
+        one_thread: limit each process to one thread.
+        to_logs: write each job's output to its log, not to our own output.
+
+    Attributes:
+        running: the job of each process, and when it was started.
+        failures: a phrase for each job that failed.
+    """
+
+    def __init__(self, workers: int, one_thread: bool, to_logs: bool) -> None:
+        self.workers = workers
+        self.to_logs = to_logs
+        self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        if one_thread:
+            self.environment.setdefault("OMP_NUM_THREADS", "1")
+        self.running: dict[Process, tuple[Job, float]] = {}
+        self.failures: list[str] = []
+
+    def has_room(self) -> bool:
+        return len(self.running) < self.workers
+
+    def start(self, job: Job) -> None:
+        output = f", output in {job.log}" if self.to_logs else ""
+        print(f"start {job.name}{output}", flush=True)
+        self.running[self._process(job)] = (job, time.monotonic())
+
+    def _process(self, job: Job) -> Process:
+        # In a session of its own: Ctrl-C reaches us alone, and all that the job starts can be
+        # ended as one group
+        if not self.to_logs:
+            return subprocess.Popen(job.command, env=self.environment, start_new_session=True)
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        with open(job.log, "ab") as log:
+            return subprocess.Popen(
+                job.command,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def collect(self) -> None:
+        """Print how the processes ended that have ended since the last call."""
+        for process in [process for process in self.running if process.poll() is not None]:
+            job, start = self.running.pop(process)
+            status = process.returncode
+            outcome = f"failed with status {status}" if status else "done"
+            seconds = time.monotonic() - start
+            print(f"{job.name}: {outcome} after {seconds:.0f} s", flush=True)
+            if status:
+                reason = _last_line(job) if self.to_logs else outcome
+                self.failures.append(f"{job.name} ({reason})")
 
 
-def _last_words(job: Job) -> str:
-    lines = job.log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
-    return f"{lines[-1]}: see {job.log}"
+def _last_line(job: Job) -> str:
+    """The last line of a job's log, and where the log is."""
+    lines = job.log.read_text(errors="replace").strip().splitlines()
+    last = lines[-1] if lines else "it wrote nothing"
+    return f"{last}: see {job.log}"
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+def _end(processes: list[Process]) -> None:
+    """End processes and all that they started: politely first, then by SIGKILL."""
     for process in processes:
-        _signal(process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE
+        _signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            _signal(process, signal.SIGKILL)
+            _signal_group(process, signal.SIGKILL)
             process.wait()
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    with suppress(ProcessLookupError):  # it ended meanwhile
-        os.killpg(process.pid, number)
+def _signal_group(process: Process, signal_number: int) -> None:
+    # It may have ended meanwhile
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal_number)
 
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM (a cluster's, or `kill`) ends the children as Ctrl-C does."""
+    """SIGTERM (of a cluster, or of `kill`) ends the children as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,16 +1,18 @@
-"""`--multirun dpo.beta=500,1000`: one process group per value, instead of Hydra's one process for all of them.
+"""`--multirun dpo.beta=500,1000`: a process group for each value.
 
-Two jobs in one process would share what lives once per process (accelerate's state, the CUDA allocator, the random state), so each
-value gets processes of its own: on a CUDA machine `accelerate launch` over all local GPUs, one value after another; elsewhere
-single-thread processes, as many side by side as there are cores.
+Hydra's own launcher runs all values in one process. They would share what exists once in a process:
+accelerate's state, the CUDA allocator, the random state. So each value gets processes of its own.
+On a CUDA machine they are started by `accelerate launch` on all local GPUs, one value after
+another; elsewhere single-thread processes run side by side, as many as there are cores.
 """
 
-# No `from __future__ import annotations`: Hydra executes a plugin before it is in sys.modules, where dataclasses look strings up.
+# No `from __future__ import annotations`: Hydra executes a plugin before it is in sys.modules,
+# where dataclasses look up annotations that are strings.
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,14 @@ from hydra_plugins.deradiff_launcher._jobs import Job, run_jobs
 
 @dataclass
 class ProcessGroupConf:
-    """workers: how many values run side by side; null: one on a CUDA machine, one per core elsewhere. config_file: of `accelerate config`,
-    for FSDP or DeepSpeed; null: the stored one, if there is one."""
+    """The launcher's settings, `hydra.launcher.<key>`.
+
+    Attributes:
+        workers: how many values run side by side; null: one on a CUDA machine, one for each core
+            elsewhere.
+        config_file: of `accelerate config`, for FSDP or DeepSpeed; null: the stored one, if there
+            is one.
+    """
 
     _target_: str = "hydra_plugins.deradiff_launcher.process_group.ProcessGroupLauncher"
     workers: int | None = None
@@ -40,9 +48,17 @@ ConfigStore.instance().store(
 
 
 class ProcessGroupLauncher(Launcher):
-    """Starts `python -m <hydra.job.name> <overrides of one value>` per value; goes on after a failed one and names it at the end.
+    """Starts `python -m <stage> <overrides of one value>` for each value of a sweep.
 
-    The stage's config has `runs` and `run_name()`, from which follows the run directory, and there `launch.log`.
+    A value that fails does not stop the others, and is named at the end. The stage's config has
+    `runs` and `run_name()`, which give the run directory; `launch.log` is there.
+
+    Args:
+        workers: see `ProcessGroupConf`.
+        config_file: see `ProcessGroupConf`.
+
+    Raises:
+        ValueError: for less than one worker, and for a config file that does not exist.
     """
 
     def __init__(self, workers: int | None = None, config_file: str | None = None) -> None:
@@ -50,49 +66,77 @@ class ProcessGroupLauncher(Launcher):
             raise ValueError(f"hydra.launcher.workers must be at least 1, not {workers}")
         if config_file is not None and not Path(config_file).is_file():
             raise ValueError(
-                f"hydra.launcher.config_file={config_file} does not exist: type accelerate config to write one"
+                f"hydra.launcher.config_file={config_file} does not exist: type accelerate config "
+                "to write one"
             )
-        self.workers, self.config_file = workers, config_file
+        self.workers = workers
+        self.config_file = config_file
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.context, self.config = hydra_context, config
+        """Called by Hydra before `launch`.
+
+        Args:
+            hydra_context: composes the configs.
+            task_function: the stage's own, which is not called here.
+            config: the composed config, without the values of the sweep.
+
+        Raises:
+            ValueError: inside torchrun or accelerate launch.
+        """
+        self.context = hydra_context
+        self.config = config
         self.stage = str(config.hydra.job.name)
         if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-            again = shlex.join(
-                ["python", "-m", self.stage, "--multirun", *config.hydra.overrides.task]
-            )
+            overrides = config.hydra.overrides.task
+            command = shlex.join(["python", "-m", self.stage, "--multirun", *overrides])
             raise ValueError(
-                f"--multirun starts the process groups itself and cannot run inside torchrun or accelerate launch: type {again}"
+                "--multirun starts the process groups itself and cannot run inside torchrun or "
+                f"accelerate launch: type {command}"
             )
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        names = [_varying(overrides, job_overrides) for overrides in job_overrides]
-        run_dirs = [self._run_dir(overrides) for overrides in job_overrides]
-        for i, run_dir in enumerate(run_dirs):
-            if run_dir in run_dirs[:i]:
-                same = names[run_dirs.index(run_dir)]
-                raise ValueError(
-                    f"{same} and {names[i]} would both write to {run_dir}: put what varies into name=..."
-                )
-        import torch
+        """Run every value.
 
-        gpus = torch.cuda.device_count()
-        command = _command(self.stage, gpus, self.config_file) + self._flags()
-        jobs = [
-            Job(name, command + list(overrides), run_dir)
-            for name, overrides, run_dir in zip(names, job_overrides, run_dirs)
-        ]
-        failed = run_jobs(jobs, self.workers or (1 if gpus else _cores()), one_thread=not gpus)
-        if failed:
-            raise HydraException(f"{len(failed)} of {len(jobs)} runs failed: " + "; ".join(failed))
+        Args:
+            job_overrides: the overrides of each value.
+            initial_job_idx: unused.
+
+        Returns:
+            Nothing: the results are in the run directories.
+
+        Raises:
+            ValueError: where a value's config is wrong, and where two values would write to one
+                folder; no value has started then.
+            HydraException: where runs failed, with the reason of each.
+        """
+        names = [_name(overrides, job_overrides) for overrides in job_overrides]
+        run_dirs = [self._run_dir(overrides) for overrides in job_overrides]
+        _check_distinct(names, run_dirs)
+
+        # Imported here, because it loads torch, and Hydra imports this file for every command
+        commands: Any = import_module("hydra_plugins.deradiff_launcher._commands")
+        gpus = commands.gpu_count()
+        command = commands.stage_command(self.stage, gpus, self.config_file) + self._flags()
+        jobs = []
+        for name, overrides, run_dir in zip(names, job_overrides, run_dirs):
+            jobs.append(Job(name, [*command, *overrides], run_dir))
+
+        usual_workers = 1 if gpus else commands.core_count()
+        failures = run_jobs(jobs, self.workers or usual_workers, one_thread=not gpus)
+        if failures:
+            listed = "; ".join(failures)
+            raise HydraException(f"{len(failures)} of {len(jobs)} runs failed: {listed}")
         return []
 
     def _run_dir(self, overrides: Sequence[str]) -> Path:
-        """Of one value's config, composed and checked in full here, so that no value starts where another one is refused."""
+        """The run directory of one value.
+
+        Its config is composed and checked here, so that no value starts where another is refused.
+        """
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             del config["hydra"]
@@ -100,55 +144,29 @@ class ProcessGroupLauncher(Launcher):
         return Path(stage_config.runs) / self.stage / stage_config.run_name()
 
     def _flags(self) -> list[str]:
-        """What else the user's command said to Hydra that a value's config depends on: --config-dir."""
-        return [
-            f"--config-dir={source.path}"
-            for source in self.config.hydra.runtime.config_sources
-            if source.provider == "command-line"
-        ]
+        """The user's flags for Hydra that a value's config depends on: --config-dir."""
+        flags = []
+        for source in self.config.hydra.runtime.config_sources:
+            if source.provider == "command-line":
+                flags.append(f"--config-dir={source.path}")
+        return flags
 
 
-def _varying(overrides: Sequence[str], everyone: Sequence[Sequence[str]]) -> str:
-    """The overrides that not all values share: what a value is called."""
-    return " ".join(
-        o for o in overrides if not all(o in others for others in everyone)
-    ) or " ".join(overrides)
+def _name(overrides: Sequence[str], all_overrides: Sequence[Sequence[str]]) -> str:
+    """What a value is called: the overrides that not all values share."""
+    own = []
+    for override in overrides:
+        if not all(override in others for others in all_overrides):
+            own.append(override)
+    return " ".join(own or overrides)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _command(stage: str, gpus: int, config_file: str | None = None) -> list[str]:
-    if not gpus:
-        return [sys.executable, "-m", stage]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    if config_file:
-        launch += ["--config_file", str(Path(config_file).absolute())]
-    launch += ["--num_machines", "1", "--num_processes", str(gpus)]
-    if gpus > 1 and not _shards(
-        config_file
-    ):  # accelerate takes --multi_gpu for plain DDP, whatever its config says
-        launch += ["--multi_gpu"]
-    # The stage's own config decides the precision; port 0 takes a free one, so that another launch on this machine is no obstacle.
-    return [
-        *launch,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        stage,
-    ]
-
-
-def _shards(config_file: str | None) -> bool:
-    """Whether the accelerate config that will be used asks for FSDP or DeepSpeed."""
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-
-    file = config_file or default_config_file
-    return Path(file).is_file() and str(load_config_from_file(file).distributed_type).rpartition(
-        "."
-    )[2] in ("FSDP", "DEEPSPEED")
+def _check_distinct(names: Sequence[str], run_dirs: Sequence[Path]) -> None:
+    """Raises ValueError where two values would write to one folder."""
+    for position, run_dir in enumerate(run_dirs):
+        if run_dir in run_dirs[:position]:
+            first = names[run_dirs.index(run_dir)]
+            raise ValueError(
+                f"{first} and {names[position]} would both write to {run_dir}: put what varies "
+                "into name=..."
+            )

@@ -1,6 +1,5 @@
-"""Whole networks from one file, in the layout of the models' authors: written by hand here, read by diffusers' converters."""
-
-from __future__ import annotations
+"""Whole networks from one file, in the layout of the models' authors: written by hand here, and
+read by diffusers' converters."""
 
 import copy
 import re
@@ -12,11 +11,15 @@ from safetensors.torch import save_file
 
 from deradiff.anchors.anchor import load_anchor
 from deradiff.models.families import FAMILIES
-from tests.anchors.test_lora_files import check, denoiser_of, refused, said
+from tests.support.anchor_files import assert_acts_as, denoiser_of, predict, refused
 from tests.support.realign_world import BASES
 from tests.support.tiny_pipelines import perturbed_denoiser, tiny_denoiser
 
-UNET = {  # of a UNet of two levels with one layer each: diffusers' name, the authors'
+CPU = torch.device("cpu")
+PREFIX = "model.diffusion_model."
+
+# Of a UNet of two levels with one layer each: the name in diffusers, and the authors' name.
+UNET = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -82,44 +85,57 @@ SD3_QKV = {
 }
 
 
+def longest_start(names, key):
+    """The longest of the names that a key begins with."""
+    return max((name for name in names if key.startswith(name)), key=len)
+
+
+def contiguous(state):
+    """The tensors as safetensors takes them."""
+    return {key: value.contiguous() for key, value in state.items()}
+
+
 def ldm(network):
-    """CompVis' and Stability's names of a UNet, as part of a checkpoint."""
+    """A UNet in the names of CompVis and Stability, as part of a checkpoint."""
     state = {}
     for key, value in network.state_dict().items():
-        ours = max((name for name in UNET if key.startswith(f"{name}.")), key=len)
+        ours = longest_start([f"{name}." for name in UNET], key).removesuffix(".")
         rest = key.removeprefix(f"{ours}.")
         if "resnets" in ours:
             part = rest.split(".")[0]
             rest = rest.replace(part, RESNET[part], 1)
-        state[f"model.diffusion_model.{UNET[ours]}.{rest}"] = value
+        state[f"{PREFIX}{UNET[ours]}.{rest}"] = value
     return state
 
 
-def swapped(value):
-    return torch.cat(value.chunk(2)[::-1])
-
-
 def sd3(network):
-    """Stability's names of an SD3 transformer: one matrix for queries, keys and values; shift before scale in the last norms."""
-    state, ours = {}, network.state_dict()
-    last = f"transformer_blocks.{network.config.num_layers - 1}.norm1_context.linear"
+    """An SD3 transformer in Stability's names, as part of a checkpoint.
+
+    Queries, keys and values are one matrix there, and the last norms have the shift before the
+    scale.
+    """
+    ours = network.state_dict()
+    last_norm = f"transformer_blocks.{network.config.num_layers - 1}.norm1_context.linear"
+    state = {}
     for key, value in ours.items():
+        if key.startswith((last_norm, "norm_out.linear")):
+            scale, shift = value.chunk(2)
+            value = torch.cat([shift, scale])
         block = re.match(r"transformer_blocks\.(\d+)\.(.+?)(\.weight|\.bias)$", key)
-        value = swapped(value) if key.startswith((last, "norm_out.linear")) else value
         if block is None:
-            name = max((name for name in SD3 if key.startswith(name)), key=len)
-            state[SD3[name] + key.removeprefix(name)] = value
-        elif block[2] in SD3_BLOCK:
-            state[f"joint_blocks.{block[1]}.{SD3_BLOCK[block[2]]}{block[3]}"] = value
-        elif block[2] in SD3_QKV:
-            parts = [
-                ours[key.replace("q", part)]
-                if "add_q" not in key
-                else ours[key.replace("add_q", f"add_{part}")]
-                for part in "qkv"
-            ]
-            state[f"joint_blocks.{block[1]}.{SD3_QKV[block[2]]}.qkv{block[3]}"] = torch.cat(parts)
-    return {f"model.diffusion_model.{key}": value for key, value in state.items()}
+            name = longest_start(SD3, key)
+            state[PREFIX + SD3[name] + key.removeprefix(name)] = value
+            continue
+        number, layer, kind = block.groups()
+        if layer in SD3_BLOCK:
+            state[f"{PREFIX}joint_blocks.{number}.{SD3_BLOCK[layer]}{kind}"] = value
+        elif layer in SD3_QKV:
+            parts = []
+            for part in "qkv":
+                name = key.replace(".to_q", f".to_{part}")
+                parts.append(ours[name.replace("add_q_proj", f"add_{part}_proj")])
+            state[f"{PREFIX}joint_blocks.{number}.{SD3_QKV[layer]}.qkv{kind}"] = torch.cat(parts)
+    return state
 
 
 WRITERS = {"sd15": ldm, "sdxl": ldm, "sd3": sd3}
@@ -129,23 +145,19 @@ WRITERS = {"sd15": ldm, "sdxl": ldm, "sd3": sd3}
 @pytest.mark.parametrize("whole", [True, False], ids=["checkpoint", "denoiser"])
 def test_the_authors_layout(tmp_path, family, whole):
     trained = perturbed_denoiser(denoiser_of(family))
-    state = {key: value.contiguous() for key, value in WRITERS[family](trained).items()}
-    if whole:  # with the rest of a checkpoint, of which nothing is read
-        state |= {
-            "first_stage_model.encoder.conv_in.weight": torch.zeros(1),
-            "cond_stage_model.x": torch.zeros(1),
-        }
+    state = contiguous(WRITERS[family](trained))
+    if whole:
+        # With the rest of a checkpoint, of which nothing is read.
+        state["first_stage_model.encoder.conv_in.weight"] = torch.zeros(1)
+        state["cond_stage_model.x"] = torch.zeros(1)
     else:
-        state = {key.removeprefix("model.diffusion_model."): value for key, value in state.items()}
+        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
     save_file(state, tmp_path / "model.safetensors")
+
     anchor = load_anchor(tmp_path / "model.safetensors")
-    assert (anchor.method, anchor.weights, anchor.family, anchor.card) == (
-        "full",
-        "model.safetensors",
-        family,
-        None,
-    )
-    network = anchor.network(denoiser_of(family), torch.device("cpu"), torch.float32)
+    assert (anchor.method, anchor.weights) == ("full", "model.safetensors")
+    assert (anchor.family, anchor.card) == (family, None)
+    network = anchor.network(denoiser_of(family), CPU, torch.float32)
     assert not network.training
 
     # The weights are the same bits. What they compute need not be: a matrix that was read from the
@@ -154,35 +166,34 @@ def test_the_authors_layout(tmp_path, family, whole):
     assert weights.keys() == trained.state_dict().keys()
     for name, value in trained.state_dict().items():
         assert torch.equal(weights[name], value)
-    outputs = said(BASES[family], network), said(BASES[family], trained)
+    outputs = predict(BASES[family], network), predict(BASES[family], trained)
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
-    assert (
-        anchor.network(denoiser_of(family), torch.device("cpu"), torch.bfloat16).dtype
-        == torch.bfloat16
-    )
-    check(family, tmp_path, trained, atol=1e-6)
+    assert anchor.network(denoiser_of(family), CPU, torch.bfloat16).dtype == torch.bfloat16
+    assert_acts_as(family, tmp_path, trained, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_layout(tmp_path, family):
     trained = perturbed_denoiser(denoiser_of(family))
-    save_file(
-        {key: value.contiguous() for key, value in trained.state_dict().items()},
-        tmp_path / "model.safetensors",
-    )
-    check(family, tmp_path / "model.safetensors", trained, atol=1e-6)
+    save_file(contiguous(trained.state_dict()), tmp_path / "model.safetensors")
+    assert_acts_as(family, tmp_path / "model.safetensors", trained, atol=1e-6)
 
 
 def test_what_is_not_the_whole_network_is_refused(tmp_path):
-    state = {key: value.contiguous() for key, value in ldm(denoiser_of("sd15")).items()}
     file = tmp_path / "model.safetensors"
+
+    # A part of the network.
+    state = contiguous(ldm(denoiser_of("sd15")))
     save_file({key: value for key, value in state.items() if "out.2" not in key}, file)
     refused("sd15", file, "holds only a part of a UNet2DConditionModel")
+
+    # A network of another size.
     save_file(ldm(tiny_denoiser("sd15", cross_attention_dim=24)), file)
-    refused(
-        "sd15", file, "is no LoRA, and does not hold a UNet2DConditionModel of the pipeline's size"
-    )
-    save_file({key: value.contiguous() for key, value in sd3(denoiser_of("sd3")).items()}, file)
+    message = "is no LoRA, and does not hold a UNet2DConditionModel of the pipeline's size"
+    refused("sd15", file, message)
+
+    # A network of another family, and no network at all.
+    save_file(contiguous(sd3(denoiser_of("sd3"))), file)
     refused("sd15", file, "is of family sd3 and the pipeline of sd15")
     save_file({"other": torch.zeros(1)}, file)
     refused("flux", file, "is no LoRA, and does not hold a FluxTransformer2DModel")
@@ -194,11 +205,10 @@ def test_nothing_is_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
         "huggingface_hub.file_download._hf_hub_download_to_cache_dir",
-        lambda *_, **__: pytest.fail("asked"),
+        lambda *_, **__: pytest.fail("the hub was asked"),
     )
     trained = perturbed_denoiser(denoiser_of("sdxl"))
     save_file(ldm(trained), tmp_path / "model.safetensors")
-    network = load_anchor(tmp_path).network(
-        copy.deepcopy(denoiser_of("sdxl")), torch.device("cpu"), torch.float32
-    )
-    assert torch.equal(said(BASES["sdxl"], network), said(BASES["sdxl"], trained))
+    like = copy.deepcopy(denoiser_of("sdxl"))
+    network = load_anchor(tmp_path).network(like, CPU, torch.float32)
+    assert torch.equal(predict(BASES["sdxl"], network), predict(BASES["sdxl"], trained))

@@ -1,14 +1,16 @@
-"""What encodes: told apart by its files alone, and not loaded where all is encoded."""
+"""What encodes: told apart by its files alone, and not loaded where everything is encoded."""
 
 import json
 import shutil
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from deradiff.data.encoders import described_encoders, encoders_key
+from deradiff.data.encoders import encoders_key, encoders_without_weights
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from tests.support.tiny_pipelines import save_tiny
@@ -17,121 +19,127 @@ from train.config import FinetuneConfig
 
 FAMILIES = ["sd15", "sdxl", "sd3", "flux"]
 
+VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
-def rewrite(file, change):
+
+def change_weight(file, name=None):
+    """Add 1 to one tensor of a file; None: the first by name."""
     tensors = load_file(file)
-    change(tensors)
+    name = name or min(tensors)
+    tensors[name] = tensors[name] + 1
     save_file(tensors, file)
 
 
-def add(tensors, name):
-    tensors[name] = tensors[name] + 1
+def change_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def edit(file, **keys):
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+def change_autoencoder(base):
+    change_weight(base / VAE_WEIGHTS, "quant_conv.bias")
 
 
-def test_the_key_changes_with_whatever_changes_the_encodings_and_with_nothing_else(
-    base_folder, tmp_path
-):
-    before = encoders_key(BaseModel(str(base_folder)))
-    for name, change in {
-        "vae": lambda b: rewrite(
-            b / "vae/diffusion_pytorch_model.safetensors", lambda t: add(t, "quant_conv.bias")
-        ),
-        "scale": lambda b: edit(b / "vae/config.json", scaling_factor=0.5),
-        "text": lambda b: rewrite(
-            next((b / "text_encoder").glob("*.safetensors")), lambda t: add(t, sorted(t)[0])
-        ),
-        "tokenizer": lambda b: edit(b / "tokenizer/tokenizer_config.json", model_max_length=7),
-    }.items():
-        changed = shutil.copytree(base_folder, tmp_path / name)
-        assert encoders_key(BaseModel(str(changed))) == before, "a copy is no other model"
-        change(changed)
-        assert encoders_key(BaseModel(str(changed))) != before, name
-    other = shutil.copytree(base_folder, tmp_path / "other")
-    rewrite(other / "unet/diffusion_pytorch_model.safetensors", lambda t: add(t, "conv_in.bias"))
-    (other / "vae/.DS_Store").write_text("x")
-    assert encoders_key(BaseModel(str(other))) == before, "the denoiser encodes nothing"
+def change_scale(base):
+    change_json(base / "vae/config.json", scaling_factor=0.5)
+
+
+def change_text_encoder(base):
+    change_weight(next((base / "text_encoder").glob("*.safetensors")))
+
+
+def change_tokenizer(base):
+    change_json(base / "tokenizer/tokenizer_config.json", model_max_length=7)
+
+
+def key_of(folder, **options):
+    return encoders_key(BaseModel(str(folder), **options))
+
+
+@pytest.mark.parametrize(
+    "change", [change_autoencoder, change_scale, change_text_encoder, change_tokenizer]
+)
+def test_the_key_changes_with_whatever_changes_the_encodings(base_folder, tmp_path, change):
+    before = key_of(base_folder)
+    copy = shutil.copytree(base_folder, tmp_path / "copy")
+    assert key_of(copy) == before, "a copy is no other model"
+    change(copy)
+    assert key_of(copy) != before
+
+
+def test_the_key_does_not_change_with_what_encodes_nothing(base_folder, tmp_path):
+    copy = shutil.copytree(base_folder, tmp_path / "copy")
+    change_weight(copy / UNET_WEIGHTS, "conv_in.bias")
+    (copy / "vae/.DS_Store").write_text("x")
+    assert key_of(copy) == key_of(base_folder)
 
 
 def test_another_autoencoder_takes_the_place_of_the_bases_own(base_folder, tmp_path):
-    own, same, other = (
-        encoders_key(BaseModel(str(base_folder))),
-        encoders_key(BaseModel(str(base_folder), vae=str(base_folder / "vae"))),
-        save_tiny("sd15", tmp_path, seed=1) / "vae",
-    )
-    keys = {own, same, encoders_key(BaseModel(str(base_folder), vae=str(other)))}
-    assert len(keys) == 3
-    shutil.copytree(base_folder, tmp_path / "base")
-    rewrite(
-        tmp_path / "base/vae/diffusion_pytorch_model.safetensors",
-        lambda t: add(t, "quant_conv.bias"),
-    )
-    assert encoders_key(BaseModel(str(tmp_path / "base"), vae=str(base_folder / "vae"))) == same, (
-        "its own is not asked for"
-    )
+    vae = str(base_folder / "vae")
+    other_vae = str(save_tiny("sd15", tmp_path, seed=1) / "vae")
+    key = key_of(base_folder, vae=vae)
+    assert len({key_of(base_folder), key, key_of(base_folder, vae=other_vae)}) == 3
+
+    # The base's own is not looked at
+    copy = shutil.copytree(base_folder, tmp_path / "base")
+    change_autoencoder(copy)
+    assert key_of(copy, vae=vae) == key
 
 
 def test_a_hub_model_is_told_by_its_commit(monkeypatch, tmp_path):
+    index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+
     def fetch(repo, name, revision=None):
         file = tmp_path / f"snapshots/{repo[-1]}{revision or 'main'}" / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            json.dumps(
-                {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
-            )
-        )
+        file.write_text(json.dumps(index))
         return file
 
     for module in ("models.base_model", "data.encoders"):
         monkeypatch.setattr(f"deradiff.{module}.fetch", fetch)
-    assert (
-        encoders_key(BaseModel("a/b")) == "vae=AutoencoderKL a/b@bmain"
-        and encoders_key(BaseModel("a/b", "v2")) == "vae=AutoencoderKL a/b@bv2"
-    )
-    assert encoders_key(BaseModel("a/b", vae="c/d")).endswith(" a/b@bmain c/d@dmain")
+    assert key_of("a/b") == "vae=AutoencoderKL a/b@bmain"
+    assert key_of("a/b", revision="v2") == "vae=AutoencoderKL a/b@bv2"
+    assert key_of("a/b", vae="c/d").endswith(" a/b@bmain c/d@dmain")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(family, tmp_path):
-    folder = str(save_tiny(family, tmp_path))
-    whole = BaseModel(str(folder)).load_pipeline()
-    name = family_of(whole).denoiser
-    encodes = BaseModel(str(folder)).load_pipeline(parts={name: None})
-    for key, rows in family_of(whole).encode_prompts(whole, ["a", ""]).items():
-        assert torch.equal(rows, family_of(encodes).encode_prompts(encodes, ["a", ""])[key])
-    described = described_encoders(BaseModel(folder), torch.bfloat16)
-    trains = BaseModel(str(folder)).load_pipeline(parts=described)
-    assert (
-        family_of(trains).latent_shape(trains, 64) == family_of(whole).latent_shape(whole, 64)
-        and trains.vae.dtype == torch.bfloat16
-    )
-    assert all(p.is_meta for p in trains.vae.parameters())
-    assert [n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)].count(
-        "vae"
-    ) == 1
-    assert {n for n, m in trains.components.items() if isinstance(m, torch.nn.Module)} == {
-        "vae",
-        name,
-    }
+    base = BaseModel(str(save_tiny(family, tmp_path)))
+    complete = base.load_pipeline()
+    family = family_of(complete)
+
+    # The one that encodes has no denoiser
+    encodes = base.load_pipeline(parts={family.denoiser: None})
+    embeddings = family.encode_prompts(encodes, ["a", ""])
+    for name, rows in family.encode_prompts(complete, ["a", ""]).items():
+        assert torch.equal(rows, embeddings[name])
+
+    # The one that trains has no text encoder, and of the autoencoder only what it is
+    trains = base.load_pipeline(parts=encoders_without_weights(base, torch.bfloat16))
+    assert family.latent_shape(trains, 64) == family.latent_shape(complete, 64)
+    assert trains.vae.dtype == torch.bfloat16
+    assert all(parameter.is_meta for parameter in trains.vae.parameters())
+    networks = []
+    for name, part in trains.components.items():
+        if isinstance(part, torch.nn.Module):
+            networks.append(name)
+    assert sorted(networks) == sorted(["vae", family.denoiser])
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_whose_data_is_encoded_loads_no_encoder(train_config, method, monkeypatch, tmp_path):
-    import diffusers
-    import transformers
+def test_a_run_whose_data_is_encoded_loads_no_encoder(train_config, method, monkeypatch):
+    config = replace(train_config, finetune=FinetuneConfig(method=method))
+    first = go(replace(config, name="first"))
 
-    tuned = replace(train_config, finetune=FinetuneConfig(method=method))
-    first = go(replace(tuned, name="first"))
-
-    def refused(*_, **__):
+    def refuse(*_, **__):
         pytest.fail("an encoder was loaded")
 
-    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", refused)
-    monkeypatch.setattr(transformers.CLIPTextModel, "from_pretrained", refused)
-    monkeypatch.setattr("train.build.encoding_pipeline", refused)
-    second = go(replace(tuned, name="second"))
-    a, b = (load_file(next(folder.rglob("*.safetensors"))) for folder in (first, second))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.CLIPTextModel, "from_pretrained", refuse)
+    monkeypatch.setattr("train.build.encoding_pipeline", refuse)
+    second = go(replace(config, name="second"))
+
+    expected = load_file(next(first.rglob("*.safetensors")))
+    weights = load_file(next(second.rglob("*.safetensors")))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name])

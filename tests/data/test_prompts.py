@@ -1,3 +1,5 @@
+"""Prompts from every kind of source, and their ids."""
+
 import json
 
 import pandas as pd
@@ -11,24 +13,28 @@ def texts(source):
     return [prompt.text for prompt in load_prompts(source)]
 
 
+def write_json_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def test_every_kind_of_source_gives_the_same_prompts(tmp_path):
-    wanted = ["a red fox, in snow", "zwölf Boxkämpfer", "a\u2028line separator stays inside"]
-    (tmp_path / "p.txt").write_text("\n".join(wanted) + "\n", encoding="utf-8")
-    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(wanted).encode())
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"prompt": p, "other": 1}) + "\n" for p in wanted)
-    )
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"caption": p}) + "\n" for p in wanted))
-    pd.DataFrame({"caption": wanted, "x": 1}).to_parquet(tmp_path / "p.parquet")
-    for source in ("p.txt", "bom.txt", "p.jsonl", "c.jsonl", "p.parquet"):
-        assert texts(str(tmp_path / source)) == wanted, source
-    assert texts(wanted) == wanted
+    prompts = ["a red fox, in snow", "zwölf Boxkämpfer", "a\u2028line separator stays inside"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(prompts).encode())
+    write_json_lines(tmp_path / "p.jsonl", [{"prompt": text, "other": 1} for text in prompts])
+    write_json_lines(tmp_path / "c.jsonl", [{"caption": text} for text in prompts])
+    pd.DataFrame({"caption": prompts, "x": 1}).to_parquet(tmp_path / "p.parquet")
+    for name in ("p.txt", "bom.txt", "p.jsonl", "c.jsonl", "p.parquet"):
+        assert texts(str(tmp_path / name)) == prompts, name
+    assert texts(prompts) == prompts
 
 
 def test_shapes_are_the_captions_that_training_never_saw():
     assert texts("shapes") == held_out_captions()
     assert not set(texts("shapes")) & set(training_captions())
 
+
+# Ids
 
 AWKWARD = [
     "🦊🦊🦊",
@@ -51,10 +57,12 @@ AWKWARD = [
 @pytest.mark.parametrize("text", AWKWARD)
 def test_an_id_names_a_file_whatever_the_prompt_holds(text, tmp_path):
     name = prompt_id(text)
-    assert len(name) <= 53 and name.isascii() and name[0] not in ".-"
+    assert len(name) <= 53
+    assert name.isascii()
+    assert name[0] not in ".-"
     file = tmp_path / f"{name}-s0.png"
     file.touch()
-    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_ids_are_distinct_even_where_case_is_not_and_do_not_move():
@@ -65,31 +73,51 @@ def test_ids_are_distinct_even_where_case_is_not_and_do_not_move():
 def test_repeated_prompts_get_ids_of_their_own_and_order_does_not_matter():
     first = load_prompts(["a fox", "a cat", "a fox", "a fox"])
     second = load_prompts(["a fox", "a fox", "a cat", "a fox"])
-    assert len({p.prompt_id for p in first}) == 4
-    assert {p.prompt_id for p in first} == {p.prompt_id for p in second}
-    assert first[0].prompt_id == prompt_id("a fox") and first[1].prompt_id == prompt_id("a cat")
+    ids = {prompt.prompt_id for prompt in first}
+    assert len(ids) == 4
+    assert ids == {prompt.prompt_id for prompt in second}
+    assert first[0].prompt_id == prompt_id("a fox")
+    assert first[1].prompt_id == prompt_id("a cat")
 
 
-def refused(source, *words):
+# What is refused
+
+
+def check_refusal(source, *words):
+    """Check that a source is refused in one sentence that holds all words."""
     with pytest.raises(ValueError) as error:
         load_prompts(source)
-    said = str(error.value)
-    assert "\n" not in said and all(word in said for word in words), said
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
 
 
-def test_what_is_no_list_of_prompts_is_refused_in_one_sentence(tmp_path):
-    refused([], "empty")
-    refused(["a fox", " \t"], "prompt 2", "words")
-    refused(["a fox", ""], "prompt 2")
-    refused(["a fox", 3], "prompt 2 of the list of prompts is 3")
-    refused("a red fox", "no prompt file a red fox", "['a red fox']")
-    refused(str(tmp_path), "no prompt file")
+def test_a_list_that_is_empty_or_holds_a_blank_is_refused():
+    check_refusal([], "empty")
+    check_refusal(["a fox", " \t"], "prompt 2", "words")
+    check_refusal(["a fox", ""], "prompt 2")
+    check_refusal(["a fox", 3], "prompt 2 of the list of prompts is 3")
+
+
+def test_a_text_that_is_no_file_is_refused(tmp_path):
+    check_refusal("a red fox", "prompts=a red fox is no prompt file", "['a red fox']")
+    check_refusal(str(tmp_path), "no prompt file")
+
+
+def test_a_text_file_that_is_empty_or_holds_a_blank_is_refused(tmp_path):
     (tmp_path / "blank.txt").write_text("a fox\n\na cat\n")
-    refused(str(tmp_path / "blank.txt"), "prompt 2", "blank.txt")
+    check_refusal(str(tmp_path / "blank.txt"), "prompt 2", "blank.txt")
     (tmp_path / "empty.txt").write_text("")
-    refused(str(tmp_path / "empty.txt"), "empty.txt is empty")
-    for broken in ("not json", '{"text": "a fox"}', "3"):
-        (tmp_path / "p.jsonl").write_text('{"prompt": "a fox"}\n' + broken)
-        refused(str(tmp_path / "p.jsonl"), "line 2", '{"prompt": "a red fox"}')
+    check_refusal(str(tmp_path / "empty.txt"), "empty.txt is empty")
+
+
+@pytest.mark.parametrize("line", ["not json", '{"text": "a fox"}', "3"])
+def test_a_line_without_a_prompt_is_refused_by_its_number(tmp_path, line):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red fox"}\n' + line)
+    check_refusal(str(tmp_path / "p.jsonl"), "line 2", '{"prompt": "a red fox"}')
+
+
+def test_a_table_without_a_column_of_prompts_is_refused(tmp_path):
     pd.DataFrame({"text": ["a fox"]}).to_parquet(tmp_path / "p.parquet")
-    refused(str(tmp_path / "p.parquet"), "no column prompt or caption", "it has text")
+    check_refusal(str(tmp_path / "p.parquet"), "no column prompt or caption", "it has text")

@@ -1,4 +1,4 @@
-"""The reference's errors: kept by the first run, read by the others, and the losses are the same."""
+"""The reference's errors: kept by the first run, read by the others, with the same losses."""
 
 import json
 import os
@@ -22,175 +22,219 @@ from train.config import DPOConfig, FinetuneConfig
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
+    """Twelve pairs of the shapes world."""
     path = tmp_path_factory.mktemp("data") / "pairs.parquet"
     shapes.write_pairs(path, 12, seed=0)
     return Pairs(str(path))
 
 
-def test_what_was_kept_is_read_and_the_rest_is_not_known(tmp_path):
+# The store
+
+
+def test_what_was_kept_is_read_and_the_rest_is_unknown(tmp_path):
     errors = ReferenceErrors(tmp_path, "key")
-    assert errors.get([(0, 3)]).isnan().all() and not errors.covers(np.array([0]), np.array([3]))
+    assert errors.get([(0, 3)]).isnan().all()
+    assert not errors.covers(np.array([0]), np.array([3]))
     errors.add([(0, 3), (2, 7)], torch.tensor([[0.5, 1.5], [2.5, torch.pi]]))
     errors.add([(1, 3)], torch.tensor([[9.0], [8.0]]))
     errors.flush()
+
     again = ReferenceErrors(tmp_path, "key")
-    found = again.get([(2, 7), (0, 7), (1, 3)])
-    assert (
-        torch.equal(found[:, [0, 2]], torch.tensor([[1.5, 9.0], [torch.pi, 8.0]]))
-        and found[:, 1].isnan().all()
-    )
-    assert again.covers(np.array([0, 2, 1]), np.array([3, 7, 3])) and not again.covers(
-        np.array([0, 0]), np.array([3, 7])
-    )
+    stored = again.get([(2, 7), (0, 7), (1, 3)])
+    assert torch.equal(stored[:, [0, 2]], torch.tensor([[1.5, 9.0], [torch.pi, 8.0]]))
+    assert stored[:, 1].isnan().all()
+    assert again.covers(np.array([0, 2, 1]), np.array([3, 7, 3]))
+    assert not again.covers(np.array([0, 0]), np.array([3, 7]))
     assert ReferenceErrors(tmp_path, "another key").get([(0, 3)]).isnan().all()
 
 
-def test_a_torn_record_and_one_that_is_not_finite_are_none(tmp_path):
+def test_errors_that_are_not_finite_are_not_kept(tmp_path):
     errors = ReferenceErrors(tmp_path, "key")
     errors.add([(0, 0), (0, 1), (0, 2)], torch.tensor([[1.0, torch.inf, 3.0], [1.0, 2.0, 3.0]]))
     errors.flush()
-    whole = errors.file.read_bytes()
-    assert len(whole) == 2 * RECORD.itemsize and ReferenceErrors(tmp_path, "key").covers(
-        np.zeros(2, int), np.array([0, 2])
-    )
-    for torn in (
-        whole[:-1],
-        whole[: RECORD.itemsize] + b"\0" * RECORD.itemsize,
-        whole[:-6] + b"?" + whole[-5:],
-    ):
-        errors.file.write_bytes(torn)
-        found = ReferenceErrors(tmp_path, "key").get([(0, 0), (0, 2)])
-        assert not found[:, 0].isnan().any() and found[:, 1].isnan().all()
+    assert len(errors.file.read_bytes()) == 2 * RECORD.itemsize
+    assert ReferenceErrors(tmp_path, "key").covers(np.zeros(2, int), np.array([0, 2]))
+
+
+def test_a_record_that_was_cut_or_changed_is_not_read(tmp_path):
+    errors = ReferenceErrors(tmp_path, "key")
+    errors.add([(0, 0), (0, 2)], torch.tensor([[1.0, 3.0], [1.0, 3.0]]))
+    errors.flush()
+    complete = errors.file.read_bytes()
+    cut = complete[:-1]
+    empty = complete[: RECORD.itemsize] + b"\0" * RECORD.itemsize
+    changed = complete[:-6] + b"?" + complete[-5:]
+    for content in (cut, empty, changed):
+        errors.file.write_bytes(content)
+        stored = ReferenceErrors(tmp_path, "key").get([(0, 0), (0, 2)])
+        assert not stored[:, 0].isnan().any()
+        assert stored[:, 1].isnan().all()
+
+
+KEY_PARTS = {
+    "reference": "w",
+    "encodings": "e",
+    "noising": "n",
+    "seed": 0,
+    "caption_dropout": 0.1,
+    "flip": False,
+    "precision": "no cpu",
+}
 
 
 @pytest.mark.parametrize(
-    "family, method", [("sd15", "full"), ("sdxl", "lora"), ("flux", "lora"), ("sd3", "full")]
+    ("name", "value"),
+    [
+        ("reference", "x"),
+        ("encodings", "x"),
+        ("noising", "x"),
+        ("seed", 1),
+        ("caption_dropout", 0.2),
+        ("flip", True),
+        ("precision", "bf16 cpu"),
+    ],
+)
+def test_the_key_names_all_that_the_errors_depend_on(name, value):
+    assert reference_key(**KEY_PARTS | {name: value}) != reference_key(**KEY_PARTS)
+
+
+# The objective
+
+
+def loss_of(objective, pairs, count=4, epoch=0):
+    """Loss and metrics of the first pairs."""
+    batch = objective.collate(items(pairs, count, epoch))
+    return objective.loss(objective.network, batch)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("sd15", "full"), ("sdxl", "lora"), ("flux", "lora"), ("sd3", "full")]
 )
 def test_losses_are_the_same_bit_for_bit_read_or_evaluated(tmp_path, pairs, family, method):
     _, plain = make(family, method, dropout=0.5)
     _, first = make(family, method, dropout=0.5, errors=ReferenceErrors(tmp_path, family))
-    losses = [o.loss(o.network, o.collate(items(pairs, 4, epoch=1)))[0] for o in (plain, first)]
-    assert torch.equal(*losses)
+    plain_loss, _ = loss_of(plain, pairs, epoch=1)
+    first_loss, _ = loss_of(first, pairs, epoch=1)
+    assert torch.equal(plain_loss, first_loss)
     first.errors.flush()
-    _, second = make(
-        family, method, dropout=0.5, errors=ReferenceErrors(tmp_path, family), complete=True
-    )
-    assert second.copy is None and second.frozen.count(None) == 0
+
+    # A run that finds all errors keeps no reference
+    errors = ReferenceErrors(tmp_path, family)
+    _, second = make(family, method, dropout=0.5, errors=errors, complete=True)
+    assert second.copy is None
+    assert second.frozen.count(None) == 0
     second.reference = None  # whoever asks for it fails
-    for objective in (plain, second):
-        disturb(objective, method)
-    (loss, terms), (again, read) = (
-        o.loss(o.network, o.collate(items(pairs, 4, epoch=1))) for o in (plain, second)
-    )
-    assert torch.equal(loss, again) and torch.equal(terms["reference_mse"], read["reference_mse"])
+
+    disturb(plain, method)
+    disturb(second, method)
+    loss, terms = loss_of(plain, pairs, epoch=1)
+    loss_as_read, terms_as_read = loss_of(second, pairs, epoch=1)
+    assert torch.equal(loss, loss_as_read)
+    assert torch.equal(terms["reference_mse"], terms_as_read["reference_mse"])
 
 
 def test_a_batch_that_is_half_known_is_evaluated_and_completed(tmp_path, pairs):
-    _, objective = make("sd15", "lora", errors=ReferenceErrors(tmp_path, "key"))
-    objective.loss(objective.network, objective.collate(items(pairs, 2)))
-    objective.errors.flush()
+    _, first = make("sd15", "lora", errors=ReferenceErrors(tmp_path, "key"))
+    loss_of(first, pairs, count=2)
+    first.errors.flush()
+
     _, second = make("sd15", "lora", errors=ReferenceErrors(tmp_path, "key"))
     batch = second.collate(items(pairs, 4))
-    assert not batch["known"] and batch["reference_error"].isnan().sum() == 4
+    assert not batch["known"]
+    assert batch["reference_error"].isnan().sum() == 4
     second.loss(second.network, batch)
     second.errors.flush()
     assert ReferenceErrors(tmp_path, "key").covers(np.zeros(4, int), np.arange(4))
 
 
-def test_the_key_tells_all_that_the_numbers_depend_on():
-    whole = {
-        "reference": "w",
-        "encodings": "e",
-        "noising": "n",
-        "seed": 0,
-        "caption_dropout": 0.1,
-        "flip": False,
-        "precision": "no cpu",
-    }
-    changed = {
-        "reference": "x",
-        "encodings": "x",
-        "noising": "x",
-        "seed": 1,
-        "caption_dropout": 0.2,
-        "flip": True,
-        "precision": "bf16 cpu",
-    }
-    keys = {reference_key(**(whole | {name: value})) for name, value in changed.items()} | {
-        reference_key(**whole)
-    }
-    assert len(keys) == 8
+# Runs
+
+METRICS = ("loss", "margin", "reference_mse", "winner_vs_reference", "grad_norm")
 
 
-def metrics(folder):
-    kept = ("loss", "margin", "reference_mse", "winner_vs_reference", "grad_norm")
-    return [
-        [json.loads(line)[k] for k in kept]
-        for line in (folder.parent / "metrics.jsonl").read_text().splitlines()
-    ]
+def metrics(anchor):
+    """The metrics of a run, by the folder of its anchor."""
+    rows = []
+    for line in (anchor.parent / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        rows.append([values[name] for name in METRICS])
+    return rows
 
 
-def weights(folder):
-    return load_file(next(file for file in folder.rglob("*.safetensors")))
+def weights(anchor):
+    return load_file(next(anchor.rglob("*.safetensors")))
 
 
 @pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_another_beta_ends_with_the_weights_that_it_would_have_without_the_store(
     train_config, method, capsys
 ):
-    tuned = replace(train_config, finetune=FinetuneConfig(method=method))
-    plain, first = (
-        go(replace(tuned, name="off", dpo=DPOConfig(beta=900.0, reference_errors=False))),
-        go(tuned),
-    )
+    config = replace(train_config, finetune=FinetuneConfig(method=method))
+    without_store = DPOConfig(beta=900.0, reference_errors=False)
+    plain = go(replace(config, name="off", dpo=without_store))
+    first = go(config)
     assert "all known" not in capsys.readouterr().out
-    second = go(replace(tuned, dpo=DPOConfig(beta=900.0)))
-    assert "the reference's errors are all known" in capsys.readouterr().out and first != second
+
+    second = go(replace(config, dpo=DPOConfig(beta=900.0)))
+    assert "the reference's errors are all known" in capsys.readouterr().out
+    assert first != second
     assert metrics(plain) == metrics(second)
-    expected, found = weights(plain), weights(second)
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    expected = weights(plain)
+    for name, weight in weights(second).items():
+        assert torch.equal(weight, expected[name])
+
+
+RANKS = """
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from deradiff.data.pairs import Pairs
+from deradiff.data.reference_errors import ReferenceErrors
+from tests.support.objectives import items, make
+
+root = Path(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+pairs = Pairs(str(root / "pairs.parquet"))
+losses = []
+for sitting in range(2):
+    _, objective = make("sd15", "lora", errors=ReferenceErrors(root, "key"))
+    evaluations = []
+    reference = objective.reference
+
+    def counted_reference():
+        evaluations.append(1)
+        return reference()
+
+    objective.reference = counted_reference
+    batch = objective.collate(items(pairs)[2 * rank : 2 * rank + 2])
+    losses.append(objective.loss(objective.network, batch)[0].item())
+    # The first sitting evaluates the reference, the second one reads its errors.
+    assert len(evaluations) == 1 - sitting
+    objective.errors.flush()
+    accelerator.wait_for_everyone()
+
+# If one rank lacks errors, both evaluate, because a sharded network must be called by all.
+batch["known"] = rank == 0
+objective.loss(objective.network, batch)
+assert len(evaluations) == 1
+assert losses[0] == losses[1]
+"""
 
 
 @pytest.mark.slow
 def test_two_ranks_keep_what_two_ranks_read(tmp_path):
-    script = """
-import sys, torch
-from pathlib import Path
-from accelerate import Accelerator
-sys.path.insert(0, "tests")
-from tests.training.test_objectives import items, make
-from deradiff.data.pairs import Pairs
-from deradiff.data.reference_errors import ReferenceErrors
-accelerator, root = Accelerator(cpu=True), Path(sys.argv[1])
-pairs, losses, rank = Pairs(str(root / "pairs.parquet")), [], accelerator.process_index
-for sitting in range(2):
-    _, objective = make("sd15", "lora", errors=ReferenceErrors(root, "key"))
-    asked = []
-    reference = objective.reference
-    objective.reference = lambda: (asked.append(1), reference())[1]
-    batch = objective.collate(items(pairs)[2 * rank : 2 * rank + 2])
-    losses.append(objective.loss(objective.network, batch)[0].item())
-    assert len(asked) == 1 - sitting, asked
-    objective.errors.flush()
-    accelerator.wait_for_everyone()
-known = {"known": rank == 0}  # one rank lacks them: both evaluate, as a sharded network needs
-objective.loss(objective.network, batch | known)
-assert len(asked) == 1 and losses[0] == losses[1]
-"""
     shapes.write_pairs(tmp_path / "pairs.parquet", 8, seed=0)
-    (tmp_path / "ranks.py").write_text(script)
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
     root = Path(__file__).parents[2]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(tmp_path / "ranks.py"),
-        str(tmp_path),
-    ]
-    done = subprocess.run(run, env=env, cwd=root, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launch, "--nproc_per_node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list(tmp_path.glob("reference-*/*.bin"))) == 2

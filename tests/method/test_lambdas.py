@@ -50,7 +50,7 @@ def test_a_schedule_that_returns_none_is_refused_when_it_does():
 
 def test_images_and_masks_become_rows_of_a_guided_batch():
     output = torch.zeros(4, 3, 2, 6)
-    per_image = broadcast_to(torch.tensor([0.1, 0.7]), output, copies=2)
+    per_image = broadcast_to(torch.tensor([0.1, 0.7]), output, rows_per_image=2)
     assert per_image.shape == (4, 1, 1, 1) and per_image.flatten().tolist() == pytest.approx(
         [0.1, 0.7, 0.1, 0.7]
     )
@@ -66,11 +66,11 @@ def test_a_mask_is_packed_as_flux_packs_latents():
     mask = torch.rand(2, 4, 6)
     latents = mask[:, None].expand(2, 16, 4, 6)
     packed = FluxPipeline._pack_latents(latents, 2, 16, 4, 6)
-    assert torch.equal(broadcast_to(mask, torch.zeros(2, 6, 64), copies=1), packed)
+    assert torch.equal(broadcast_to(mask, torch.zeros(2, 6, 64), 1, patch_size=2), packed)
 
 
 @pytest.mark.parametrize(
-    ("lam", "shape", "copies", "said"),
+    ("lam", "shape", "rows_per_image", "message"),
     [
         (torch.rand(3), (4, 4, 8, 8), 2, "of 3 images and the pipeline samples 2"),
         (torch.rand(2), (4, 4, 8, 8), 1, "of 2 images and the pipeline samples 4"),
@@ -78,9 +78,9 @@ def test_a_mask_is_packed_as_flux_packs_latents():
         (torch.rand(4, 4), (2, 6, 64), 1, "mask of 4 x 4 over latents of 24"),
     ],
 )
-def test_a_tensor_that_does_not_fit_the_latents_is_refused(lam, shape, copies, said):
-    with pytest.raises(ValueError, match=said):
-        broadcast_to(lam, torch.zeros(shape), copies)
+def test_a_tensor_that_does_not_fit_the_latents_is_refused(lam, shape, rows_per_image, message):
+    with pytest.raises(ValueError, match=message):
+        broadcast_to(lam, torch.zeros(shape), rows_per_image, patch_size=2)
 
 
 def test_the_trust_region_bounds_the_overshoot_alone():

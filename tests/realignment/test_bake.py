@@ -1,4 +1,5 @@
-"""Baked weights: that stock diffusers loads them and samples what mode `weights` samples, what lies beside them, and what is refused."""
+"""Baked weights: stock diffusers loads them and samples what mode `weights` samples; what lies
+beside them, and what is refused."""
 
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, load_anchor, save_anchor
 from deradiff.models.families import FAMILIES
 from deradiff.realignment.bake import bake
@@ -22,141 +24,137 @@ from tests.support.tiny_pipelines import (
 )
 
 LAM = 0.6
+LORA = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """<family>-base, <family>-full, <family>-lora for every family, and sd15-dora; the LoRA's alpha is twice its rank."""
+    """A folder with <family>-base, <family>-full and <family>-lora, and with sd15-dora.
+
+    The alpha of the LoRAs is twice their rank.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     for family in FAMILIES:
-        base, denoiser = (
-            save_tiny(family, folder / f"{family}-base"),
-            getattr(tiny_pipeline(family), FAMILIES[family].denoiser),
-        )
+        base = save_tiny(family, folder / f"{family}-base")
+        denoiser = getattr(tiny_pipeline(family), FAMILIES[family].denoiser)
         networks = {
             "full": perturbed_denoiser(denoiser, 0.3),
             "lora": tiny_lora(denoiser, scale=VISIBLE),
         }
-        networks |= {"dora": tiny_lora(denoiser, use_dora=True)} if family == "sd15" else {}
+        if family == "sd15":
+            networks["dora"] = tiny_lora(denoiser, use_dora=True)
         for name, network in networks.items():
-            card = AnchorCard(
-                base_model=str(base),
-                family=family,
-                method="full" if name == "full" else "lora",
-                beta=300.0,
-            )
+            method = "full" if name == "full" else "lora"
+            card = AnchorCard(base_model=str(base), family=family, method=method, beta=300.0)
             save_anchor(folder / f"{family}-{name}", network, card)
     return folder
 
 
-def sampled(pipe):
+def sample(pipe):
+    """Latents of two prompts."""
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    call = {
-        "num_inference_steps": 3,
-        "guidance_scale": 3.0,
-        "output_type": "latent",
-        "height": 64,
-        "width": 64,
-    }
-    return pipe(["a fox", "a cat"], generator=generators, **call).images
+    return pipe(
+        ["a fox", "a cat"],
+        generator=generators,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        output_type="latent",
+        height=64,
+        width=64,
+    ).images
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_diffusers_loads_the_folder_and_samples_mode_weights(tiny, tmp_path, family, method):
-    anchor, denoiser = tiny / f"{family}-{method}", FAMILIES[family].denoiser
+    anchor = tiny / f"{family}-{method}"
     folder = bake(anchor, LAM, tmp_path / "baked")
     pipe = tiny_pipeline(family)
-    reference = sampled(pipe)
+    reference = sample(pipe)
     with realign(pipe, anchor, LAM, mode="weights"):
-        wanted = sampled(pipe)
+        expected = sample(pipe)
     with realign(pipe, folder, 1.0):
-        again = sampled(pipe)
+        as_anchor = sample(pipe)
+
+    # As users of diffusers load it.
     if method == "lora":
         pipe.load_lora_weights(folder)
     else:
-        setattr(
-            pipe,
-            denoiser,
-            type(getattr(pipe, denoiser)).from_pretrained(folder, subfolder=denoiser),
-        )
-    stock, scale = sampled(pipe), (wanted - reference).abs().max()
+        denoiser = FAMILIES[family].denoiser
+        network_type = type(getattr(pipe, denoiser))
+        network = network_type.from_pretrained(folder, subfolder=denoiser)
+        setattr(pipe, denoiser, network)
+    stock = sample(pipe)
+
+    scale = (expected - reference).abs().max()
     assert scale > 0.05
-    assert (stock - wanted).abs().max() < 2e-3 * scale and (
-        again - wanted
-    ).abs().max() < 2e-3 * scale
+    assert (stock - expected).abs().max() < 2e-3 * scale
+    assert (as_anchor - expected).abs().max() < 2e-3 * scale
 
 
 def test_a_lora_has_the_names_that_other_programs_read(tiny, tmp_path):
-    state = load_file(
-        bake(tiny / "sdxl-lora", LAM, tmp_path / "sdxl") / "pytorch_lora_weights.safetensors"
-    )
+    state = load_file(bake(tiny / "sdxl-lora", LAM, tmp_path / "sdxl") / LORA)
     layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     assert {f"{layer}.lora_down.weight", f"{layer}.lora_up.weight", f"{layer}.alpha"} < set(state)
-    assert state[f"{layer}.alpha"] == len(state[f"{layer}.lora_down.weight"]) == 4, (
-        "strength 1 is the lambda, also where alpha is not read"
-    )
-    trained = load_file(tiny / "sdxl-lora/pytorch_lora_weights.safetensors")
+
+    # Alpha is the rank: strength 1 is the lambda, also where alpha is not read.
+    assert state[f"{layer}.alpha"] == len(state[f"{layer}.lora_down.weight"]) == 4
+    trained = load_file(tiny / "sdxl-lora" / LORA)
     up = trained["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"]
     torch.testing.assert_close(state[f"{layer}.lora_up.weight"], LAM * 2 * up)
-    flow = load_file(
-        bake(tiny / "flux-lora", LAM, tmp_path / "flux") / "pytorch_lora_weights.safetensors"
-    )
-    assert all(
-        key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight"))
-        for key in flow
-    )
+
+    for name in load_file(bake(tiny / "flux-lora", LAM, tmp_path / "flux") / LORA):
+        assert name.startswith("transformer.")
+        assert name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def test_the_folder_is_an_anchor_that_says_where_it_comes_from(tiny, tmp_path):
     folder = bake(tiny / "sd15-lora", LAM, tmp_path / "deep/baked")
-    card, note = load_anchor(folder).card, json.loads((folder / "bake.json").read_text())
-    assert (
-        card.beta == pytest.approx(500)
-        and card.method == "lora"
-        and card.objective == "dpo, baked at lam 0.6"
-    )
-    assert (
-        note["lam"] == LAM
-        and note["anchor"] == str(tiny / "sd15-lora")
-        and len(note["anchor_sha256"]) == 16
-    )
-    assert (
-        "load_lora_weights" in (folder / "README.md").read_text()
-        and "stands for beta 500" in (folder / "README.md").read_text()
-    )
-    assert [p.name for p in folder.parent.iterdir()] == ["baked"], "nothing else is left"
+    card = load_anchor(folder).card
+    assert card.beta == pytest.approx(500)
+    assert card.method == "lora"
+    assert card.objective == "dpo, baked at lam 0.6"
+    note = json.loads((folder / "bake.json").read_text())
+    assert note["lam"] == LAM
+    assert note["anchor"] == str(tiny / "sd15-lora")
+    assert len(note["anchor_sha256"]) == 16
+    readme = (folder / "README.md").read_text()
+    assert "load_lora_weights" in readme
+    assert "stands for beta 500" in readme
+    assert [path.name for path in folder.parent.iterdir()] == ["baked"], "nothing else is left"
+
+    # The same bake again changes nothing.
     (folder / "bake.json").touch()
-    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert bake(tiny / "sd15-lora", LAM, folder) == folder
-    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before, "the same bake is there"
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_what_cannot_be_baked_is_refused_in_one_sentence(tiny, tmp_path):
-    def refused(said, anchor="sd15-lora", lam=LAM, path=tmp_path / "new", **options):
+    def refused(message, anchor="sd15-lora", lam=LAM, path=tmp_path / "new", **options):
         with pytest.raises(ValueError) as error:
             bake(tiny / anchor, lam, path, **options)
-        assert said in str(error.value) and "\n" not in str(error.value), str(error.value)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
 
     refused("a number above 0, not 0", lam=0)
     refused("a finite number", lam=float("nan"))
     refused("a number above 0", lam=torch.tensor([0.5, 0.6]))
     refused("is a DoRA", anchor="sd15-dora")
     refused("of family sd15 and the pipeline of sdxl", base=str(tiny / "sdxl-base"))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("years of work")
-    refused("holds something else than this bake", path=tmp_path / "mine")
+
+    # A folder that holds anything else is left as it is.
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    refused("holds something else than this bake", path=mine)
     bake(tiny / "sd15-lora", LAM, tmp_path / "there")
     refused("holds something else than this bake", lam=0.5, path=tmp_path / "there")
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ["mine", "there"]
-        and len(list((tmp_path / "mine").iterdir())) == 1
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "there"]
+    assert len(list(mine.iterdir())) == 1
 
 
 def test_the_stage_bakes_samples_and_notes_how_far_it_is_from_exact(tiny, tmp_path, capsys):
-    from configs.tracking import TrackingConfig
-
     config = SampleConfig(
         anchor=str(tiny / "sd15-full"),
         lambdas=[LAM],
@@ -170,24 +168,21 @@ def test_the_stage_bakes_samples_and_notes_how_far_it_is_from_exact(tiny, tmp_pa
     run(config, tmp_path / "run")
     folder = Path(config.bake)
     compared = json.loads((folder / "bake.json").read_text())["compared"]
-    for value, low, high in (
-        compared[key] for key in ("rms_from_exact", "rms_reference_anchor", "percent_of_distance")
-    ):
+    for key in ("rms_from_exact", "rms_reference_anchor", "percent_of_distance"):
+        value, low, high = compared[key]
         assert 0 < low <= value <= high
-    assert (
-        compared["rms_from_exact"][0] < compared["rms_reference_anchor"][0]
-        and compared["prompts"] == 3
-    )
-    assert (
-        "How far from mode exact" in (folder / "README.md").read_text()
-        and "% of reference to anchor" in capsys.readouterr().out
-    )
-    baked = [
-        json.loads(line)
-        for line in (tmp_path / "run-baked0.6/manifest.jsonl").read_text().splitlines()
-    ]
-    assert len(baked) == 6 and all(r["beta"] == pytest.approx(500) and r["lam"] == 1 for r in baked)
+    assert compared["rms_from_exact"][0] < compared["rms_reference_anchor"][0]
+    assert compared["prompts"] == 3
+    assert "How far from mode exact" in (folder / "README.md").read_text()
+    assert "% of reference to anchor" in capsys.readouterr().out
+
+    # The baked images are those of an anchor at its own lambda 1.
+    lines = (tmp_path / "run-baked0.6/manifest.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 6
+    assert all(record["beta"] == pytest.approx(500) for record in records)
+    assert all(record["lam"] == 1 for record in records)
+
+    # The same command resumes.
     run(config, tmp_path / "run")
-    assert json.loads((folder / "bake.json").read_text())["compared"] == compared, (
-        "the same command resumes"
-    )
+    assert json.loads((folder / "bake.json").read_text())["compared"] == compared

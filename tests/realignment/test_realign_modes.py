@@ -1,63 +1,67 @@
 """What a dial can be turned to inside a pipeline, and the cheaper ways to evaluate it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from deradiff.method.lambdas import piecewise, ramp
 from deradiff.realignment.context import realign
-from tests.support.realign_world import SCHEDULERS, denoise, fingerprint, sample
+from tests.support.realign_world import denoise, fingerprint, sample
+
+METHODS = pytest.mark.parametrize("method", ["full1", "lora1"])
 
 
-@pytest.mark.parametrize("method", ["full1", "lora1"])
+@METHODS
 def test_a_mixed_batch_is_each_lambda_on_its_own(world, method):
-    with realign(world.pipe, world.anchors[method], lam=torch.tensor([0.0, 0.4, 1.0])) as dial:
+    lams = (0.0, 0.4, 1.0)
+    with realign(world.pipe, world.anchors[method], lam=torch.tensor(lams)) as dial:
         together = sample(world.pipe, (0, 1, 2))
-        for image, lam in enumerate((0.0, 0.4, 1.0)):
+        for image, lam in enumerate(lams):
             dial.lam = lam
             alone = sample(world.pipe, (0, 1, 2))[image]
-            assert (
-                torch.equal(together[image], alone)
-                if lam in (0, 1)
-                else torch.allclose(together[image], alone, atol=1e-5)
-            )
+            if lam in (0, 1):
+                assert torch.equal(together[image], alone)
+            else:
+                assert torch.allclose(together[image], alone, atol=1e-5)
 
 
-def test_a_mask_splits_the_picture(sd15):
+def test_a_mask_splits_the_image(sd15):
     mask = torch.zeros(8, 8)
     mask[:, 4:] = 1
-    reference, anchor = denoise(sd15.pipe.unet), denoise(sd15.stock("full1").unet)
+    reference = denoise(sd15.pipe.unet)
+    anchor = denoise(sd15.stock("full1").unet)
     with realign(sd15.pipe, sd15.anchors["full1"], mask):
         split = denoise(sd15.pipe.unet)
-    assert torch.equal(split[..., :4], reference[..., :4]) and torch.equal(
-        split[..., 4:], anchor[..., 4:]
-    )
+    assert torch.equal(split[..., :4], reference[..., :4])
+    assert torch.equal(split[..., 4:], anchor[..., 4:])
 
 
 def test_a_schedule_turns_the_dial_by_time(sd15):
-    seen = []
+    fractions = []
 
-    def watched(fraction):
-        seen.append(fraction)
+    def half(fraction):
+        fractions.append(fraction)
         return 0.5
 
-    with realign(sd15.pipe, sd15.anchors["full1"], watched) as dial:
+    with realign(sd15.pipe, sd15.anchors["full1"], half) as dial:
         constant = sample(sd15.pipe)
         times = 1 - sd15.pipe.scheduler.timesteps / 1000
-        assert seen == pytest.approx(times.tolist())
+        assert fractions == pytest.approx(times.tolist())
         dial.lam = 0.5
         assert torch.equal(sample(sd15.pipe), constant)
+
+        # Steps, beside the same values set by hand after each step.
         dial.lam = piecewise([(0, 1.0), (0.5, 0.0)])
         stepped = sample(sd15.pipe)
-        by_hand = iter([1.0, 0.0, 0.0])
-        dial.lam = next(by_hand) if times[1] >= 0.5 else None
+        assert times[1] >= 0.5
+        values_by_hand = iter([1.0, 0.0, 0.0])
+        dial.lam = next(values_by_hand)
 
         def turn(pipe, step, t, values):
-            dial.lam = next(by_hand, 0.0)
+            dial.lam = next(values_by_hand, 0.0)
             return values
 
         assert torch.equal(sample(sd15.pipe, callback_on_step_end=turn), stepped)
+
         dial.lam = ramp(0.2, 0.2)
         ramped = sample(sd15.pipe)
         dial.lam = 0.2
@@ -65,16 +69,17 @@ def test_a_schedule_turns_the_dial_by_time(sd15):
 
 
 def test_lora_rows_and_reference_rows_go_as_one_batch(world):
-    calls = []
     with realign(world.pipe, world.anchors["lora1"], 0.6) as dial:
         apart = sample(world.pipe)
         assert dial.evaluations == 2
         kl = dial.path_kl
     before = fingerprint(world.pipe.unet)
+    calls = []
     with realign(world.pipe, world.anchors["lora1"], 0.6, batched=True) as dial:
         world.pipe.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
         together = sample(world.pipe)
-        assert len(calls) == 3 and dial.evaluations == 2
+        assert len(calls) == 3
+        assert dial.evaluations == 2
         torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
         torch.testing.assert_close(dial.path_kl, kl, rtol=1e-3, atol=0)
         dial.lam = 1
@@ -96,7 +101,7 @@ def test_the_first_step_is_shared_by_all_lambdas(sd15):
         assert dial.evaluations == 2
         dial.lam = 0.7
         second = sample(sd15.pipe)
-        assert dial.evaluations == pytest.approx(4 / 3)  # two of three steps were evaluated anew
+        assert dial.evaluations == pytest.approx(4 / 3), "two of three steps were evaluated anew"
         sample(sd15.pipe, (5, 6))
         assert dial.evaluations == 2
     for lam, images in ((0.7, second), (0.3, first)):
@@ -104,74 +109,92 @@ def test_the_first_step_is_shared_by_all_lambdas(sd15):
             assert torch.equal(sample(sd15.pipe), images)
 
 
+def test_without_a_shared_start_a_network_that_changes_between_calls_is_evaluated_anew(sd15):
+    """Arguments do not show everything: the scale of a LoRA or an IP-Adapter may change."""
+    with realign(sd15.pipe, sd15.anchors["full1"], 0.0):
+        before = sample(sd15.pipe, num_inference_steps=1)
+        with torch.no_grad():
+            sd15.pipe.unet.conv_out.bias.add_(1.0)
+        assert not torch.equal(sample(sd15.pipe, num_inference_steps=1), before)
+
+
 @pytest.mark.parametrize("lam", [0.3, 0.8])
-@pytest.mark.parametrize("method", ["full1", "lora1"])
+@METHODS
 def test_reuse_costs_one_evaluation_and_a_kth(sd15, method, lam):
+    def chain(pipe):
+        return sample(pipe, num_inference_steps=12)
+
     with realign(sd15.pipe, sd15.anchors[method], lam) as dial:
-        exact = sample(sd15.pipe, num_inference_steps=12)
+        exact = chain(sd15.pipe)
         kl = dial.path_kl
         dial.lam = 0
-        reference = sample(sd15.pipe, num_inference_steps=12)
-    with realign(sd15.pipe, sd15.anchors[method], lam, mode="reuse", every=1) as dial:
-        assert torch.equal(sample(sd15.pipe, num_inference_steps=12), exact)
+        reference = chain(sd15.pipe)
+    with realign(sd15.pipe, sd15.anchors[method], lam, mode="reuse", every=1):
+        assert torch.equal(chain(sd15.pipe), exact)
     with realign(sd15.pipe, sd15.anchors[method], lam, mode="reuse", every=3) as dial:
-        reused = sample(sd15.pipe, num_inference_steps=12)
+        reused = chain(sd15.pipe)
         assert dial.evaluations == pytest.approx(1 + 1 / 3)
-        assert (
-            (dial.path_kl > 0.3 * kl) & (dial.path_kl < 3 * kl)
-        ).all()  # random networks: D is rough in time
-        for end, images in (
-            (0, reference),
-            (1, sample(sd15.stock(method), num_inference_steps=12)),
-        ):
+        # Of random networks the difference is rough in time.
+        assert (dial.path_kl > 0.3 * kl).all()
+        assert (dial.path_kl < 3 * kl).all()
+
+        for end, images in ((0, reference), (1, chain(sd15.stock(method)))):
             dial.lam = end
-            assert torch.equal(sample(sd15.pipe, num_inference_steps=12), images)
+            assert torch.equal(chain(sd15.pipe), images)
             assert dial.evaluations <= 1
     assert 0 < (reused - exact).norm() < 0.5 * (exact - reference).norm()
 
 
 def test_reuse_extrapolates_the_difference_on_a_line(sd15):
-    """Between evaluations the output is base + share * line; told by a network whose difference is linear in time."""
+    """Between evaluations the output is the reference's plus lam times the line."""
+    x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    text = torch.randn((1, 5, 32), generator=torch.Generator().manual_seed(1))
     outputs = []
-    with realign(sd15.pipe, sd15.anchors["full1"], 0.5, mode="reuse", every=2):
+    with (
+        torch.no_grad(),
+        realign(sd15.pipe, sd15.anchors["full1"], 0.5, mode="reuse", every=2),
+    ):
         sd15.pipe.scheduler.set_timesteps(5)
         for t in sd15.pipe.scheduler.timesteps:
-            x, text = (
-                torch.randn(s, generator=torch.Generator().manual_seed(1))
-                for s in ((1, 4, 8, 8), (1, 5, 32))
-            )
-            with torch.no_grad():
-                outputs.append((t, sd15.pipe.unet(x, t, text).sample))
+            outputs.append(sd15.pipe.unet(x, t, text).sample)
+
     anchor = sd15.stock("full1").unet
+    references = []
+    differences = []
     with torch.no_grad():
-        pairs = [(sd15.pipe.unet(x, t, text).sample, anchor(x, t, text).sample) for t, _ in outputs]
-    d0, d2 = pairs[0][1] - pairs[0][0], pairs[2][1] - pairs[2][0]
-    torch.testing.assert_close(outputs[1][1], pairs[1][0] + 0.5 * d0, atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        outputs[3][1], pairs[3][0] + 0.5 * (d2 + 0.5 * (d2 - d0)), atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(outputs[4][1], (pairs[4][0] + pairs[4][1]) / 2, atol=1e-5, rtol=0)
+        for t in sd15.pipe.scheduler.timesteps:
+            reference = sd15.pipe.unet(x, t, text).sample
+            references.append(reference)
+            differences.append(anchor(x, t, text).sample - reference)
+
+    # Steps 0, 2 and 4 evaluate the difference, 1 knows one and 3 two of them.
+    line = differences[2] + 0.5 * (differences[2] - differences[0])
+    for step, difference in ((1, differences[0]), (3, line), (4, differences[4])):
+        expected = references[step] + 0.5 * difference
+        torch.testing.assert_close(outputs[step], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:lam .* lies beyond")
+@pytest.mark.filterwarnings("ignore::deradiff.realignment.dial.BeyondAnchorWarning")
 def test_the_trust_region_holds_each_steps_overshoot(sd15):
-    sd15.pipe.scheduler = SCHEDULERS["ddim"].from_config(sd15.pipe.scheduler.config)
+    sd15.use_sampler("ddim")
+    anchor = sample(sd15.stock("full1"))
     with realign(sd15.pipe, sd15.anchors["full1"], 1.0, path_kl=True) as dial:
         sample(sd15.pipe)
-        at_anchor = dial.path_kl
+        nats_at_anchor = float(dial.path_kl.min())
     distances = []
-    for nats in (1e-9, 0.1 * float(at_anchor.min()), 1e9):
-        with realign(sd15.pipe, sd15.anchors["full1"], 2.0, trust_region=nats) as dial:
+    for nats in (1e-9, 0.1 * nats_at_anchor, 1e9):
+        with realign(sd15.pipe, sd15.anchors["full1"], 2.0, trust_region=nats):
             images = sample(sd15.pipe)
-            distances.append((images - sample(sd15.stock("full1"))).norm().item())
+        distances.append((images - anchor).norm().item())
     with realign(sd15.pipe, sd15.anchors["full1"], 2.0):
         free = sample(sd15.pipe)
     torch.testing.assert_close(images, free, atol=1e-5, rtol=0)
-    assert distances[0] < 0.01 * distances[2] and distances[0] < distances[1] < distances[2]
+    assert distances[0] < 0.01 * distances[2]
+    assert distances[0] < distances[1] < distances[2]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"mode": "reuse", "every": 0}, "every must be a whole number"),
         ({"particles": 2.5}, "particles must be a whole number"),
@@ -182,10 +205,10 @@ def test_the_trust_region_holds_each_steps_overshoot(sd15):
         ({"batched": True}, "a full anchor is another network"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(sd15, options, said):
+def test_options_that_do_not_go_together_are_refused(sd15, options, message):
     before = fingerprint(sd15.pipe.unet)
     with (
-        pytest.raises(ValueError, match=said),
+        pytest.raises(ValueError, match=message),
         realign(sd15.pipe, sd15.anchors["full1"], 0.5, **options),
     ):
         pass
@@ -208,12 +231,3 @@ def test_modes_for_one_lambda_refuse_several(sd15):
         pytest.raises(ValueError, match="of 2 images"),
     ):
         sample(sd15.pipe, (0, 1, 2))
-
-
-def test_without_a_shared_start_a_network_that_changes_between_calls_is_evaluated_anew(sd15):
-    """What arguments do not show, as a LoRA's or an IP-Adapter's scale, may change between two calls of the same seed."""
-    with realign(sd15.pipe, sd15.anchors["full1"], 0.0):
-        before = sample(sd15.pipe, num_inference_steps=1)
-        with torch.no_grad():
-            sd15.pipe.unet.conv_out.bias.add_(1.0)
-        assert not torch.equal(sample(sd15.pipe, num_inference_steps=1), before)

@@ -1,6 +1,5 @@
-"""Mistakes that `realign` meets: each told in a sentence, before a weight is read where that is possible, and nothing left behind."""
-
-from __future__ import annotations
+"""Mistakes that `realign` meets: each is answered in one sentence, before a weight is read where
+that is possible, and nothing is left behind."""
 
 import math
 import warnings
@@ -12,21 +11,25 @@ from safetensors.torch import save_file
 
 from deradiff.anchors.anchor import AnchorCard, load_anchor, save_anchor
 from deradiff.realignment.context import realign
+from deradiff.realignment.dial import BeyondAnchorWarning
 from tests.support.realign_world import fingerprint, sample
-from tests.support.tiny_pipelines import perturbed_denoiser, tiny_lora, tiny_denoiser
+from tests.support.tiny_pipelines import perturbed_denoiser, tiny_denoiser, tiny_lora
 
 
-@pytest.mark.parametrize("lam", [-0.1, math.nan, math.inf, "0.5", None, True, [0.5, 0.5], []])
-def test_a_lam_that_cannot_be_is_refused(sd15, lam):
-    with (
-        pytest.raises(ValueError, match=r"lam must be a finite number|as many values of lam"),
-        realign(sd15.pipe, sd15.anchors["full1"], lam),
-    ):
+def refused(pipe, anchor, lam, message, **options):
+    """Assert that realigning raises ValueError with this message."""
+    with pytest.raises(ValueError, match=message), realign(pipe, anchor, lam, **options):
         pass
 
 
+@pytest.mark.parametrize("lam", [-0.1, math.nan, math.inf, "0.5", None, True, [0.5, 0.5], []])
+def test_a_value_that_is_no_lam_is_refused(sd15, lam):
+    message = r"lam must be a finite number|as many values of lam"
+    refused(sd15.pipe, sd15.anchors["full1"], lam, message)
+
+
 def test_a_lam_beyond_the_anchor_warns_once(sd15):
-    warned = pytest.warns(UserWarning, match=r"beyond the anchor.*ancestral")
+    warned = pytest.warns(BeyondAnchorWarning, match=r"lies beyond the anchor.*ancestral")
     with warned as caught, realign(sd15.pipe, sd15.anchors["full1"], 1.5) as dial:
         dial.lam = 2
         assert dial.lam == 2.0
@@ -37,85 +40,56 @@ def test_a_lam_beyond_the_anchor_warns_once(sd15):
             pass
 
 
-def test_mistakes_are_told_before_a_weight_is_read(sd15, tmp_path, worlds):
+def test_mistakes_are_answered_before_a_weight_is_read(sd15, tmp_path, worlds):
     missing = tmp_path / "none"
-    cases = {
-        "mode must be exact, reuse or weights, not 'fast'": lambda: realign(
-            sd15.pipe, missing, 0.5, mode="fast"
-        ),
-        "there is no anchor .*none": lambda: realign(sd15.pipe, missing, 0.5),
-        "is of family sdxl and the pipeline of sd15": lambda: realign(
-            sd15.pipe, worlds["sdxl"].anchors["lora1"], 0.5
-        ),
-    }
-    for said, enter in cases.items():
-        with pytest.raises(ValueError, match=said), enter():
-            pass
+    unknown = "mode must be exact, reuse or weights, not 'fast'"
+    refused(sd15.pipe, missing, 0.5, unknown, mode="fast")
+    refused(sd15.pipe, missing, 0.5, "there is no anchor .*none")
+    other_family = "is of family sdxl and the pipeline of sd15"
+    refused(sd15.pipe, worlds["sdxl"].anchors["lora1"], 0.5, other_family)
     sd15.pipe.scheduler = DDPMScheduler(variance_type="learned_range")
-    with (
-        pytest.raises(ValueError, match="DDPMScheduler has a learned variance"),
-        realign(sd15.pipe, missing, 0.5),
-    ):
-        pass
+    refused(sd15.pipe, missing, 0.5, "DDPMScheduler has a learned variance")
 
 
 def test_realigning_twice_at_once_is_refused(sd15):
     with realign(sd15.pipe, sd15.anchors["full1"], 0.5):
-        with (
-            pytest.raises(ValueError, match="realigned already"),
-            realign(sd15.pipe, sd15.anchors["lora1"], 0.5),
-        ):
-            pass
+        refused(sd15.pipe, sd15.anchors["lora1"], 0.5, "realigned already")
         sample(sd15.pipe)
 
 
 @pytest.mark.parametrize("method", ["full1", "lora1"])
 def test_an_anchor_of_other_layers_or_sizes_is_refused_naming_both(sd15, worlds, tmp_path, method):
-    other = tiny_denoiser("sd15", cross_attention_dim=24)
-    network = perturbed_denoiser(other) if method == "full1" else tiny_lora(other)
-    save_anchor(
-        tmp_path / "narrow",
-        network,
-        AnchorCard(base_model="x", family="sd15", method=method[:4], beta=1),
-    )
-    unsaid = load_anchor(worlds["sdxl"].anchors[method])
-    unsaid.family = unsaid.card = (
-        None  # as a LoRA of other trainers, which only its layers give away
-    )
+    # One of the family with a layer of another size.
+    narrow = tiny_denoiser("sd15", cross_attention_dim=24)
+    network = perturbed_denoiser(narrow) if method == "full1" else tiny_lora(narrow)
+    card = AnchorCard(base_model="x", family="sd15", method=method[:4], beta=1)
+    save_anchor(tmp_path / "narrow", network, card)
+
+    # One of another family which only its layers tell, as a LoRA of other trainers.
+    foreign = load_anchor(worlds["sdxl"].anchors[method])
+    foreign.family = None
+    foreign.card = None
+
     before = fingerprint(sd15.pipe.unet)
-    for anchor in (tmp_path / "narrow", unsaid):
-        with (
-            pytest.raises(ValueError, match=r"anchor .*does not (fit|bind to) the sd15 pipeline"),
-            realign(sd15.pipe, anchor, 0.5),
-        ):
-            pass
+    for anchor in (tmp_path / "narrow", foreign):
+        message = r"anchor .*does not (fit|bind to) the sd15 pipeline"
+        refused(sd15.pipe, anchor, 0.5, message)
     assert fingerprint(sd15.pipe.unet) == before
 
 
 def test_a_lora_that_is_not_on_the_unet_alone_is_refused(sd15, tmp_path):
     layer = {"x.lora_A.weight": torch.zeros(2, 4), "x.lora_B.weight": torch.ones(4, 2)}
     sd15.pipe.save_lora_weights(tmp_path, text_encoder_lora_layers=layer)
-    with (
-        pytest.raises(ValueError, match=r"also changes the text encoder \(text_encoder"),
-        realign(sd15.pipe, tmp_path, 0.5),
-    ):
-        pass
+    refused(sd15.pipe, tmp_path, 0.5, r"also changes the text encoder \(text_encoder")
 
 
 def test_a_file_that_is_no_lora_is_refused(sd15, tmp_path):
     save_file({"unet.conv_in.weight": torch.zeros(2, 4)}, tmp_path / "other.safetensors")
-    with (
-        pytest.raises(ValueError, match=r"other\.safetensors|does not hold a UNet2DConditionModel"),
-        realign(sd15.pipe, tmp_path, 0.5),
-    ):
-        pass
+    message = r"other\.safetensors|does not hold a UNet2DConditionModel"
+    refused(sd15.pipe, tmp_path, 0.5, message)
 
 
 def test_fused_weights_of_another_lora_are_refused(sd15):
     sd15.pipe.load_lora_weights(sd15.anchors["lora2"])
     sd15.pipe.fuse_lora()
-    with (
-        pytest.raises(ValueError, match=r"call pipe.unfuse_lora\(\) first"),
-        realign(sd15.pipe, sd15.anchors["lora1"], 0.5),
-    ):
-        pass
+    refused(sd15.pipe, sd15.anchors["lora1"], 0.5, r"call pipe.unfuse_lora\(\) first")

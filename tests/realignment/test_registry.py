@@ -21,7 +21,9 @@ from deradiff.realignment.registry import (
     unsupported_option,
 )
 from sample.config import SampleConfig
+from sample.sampling import mode_options
 from tests.support.realign_world import sample
+from tests.support.toy_mode import DAMPED
 
 DOCS = Path(__file__).parents[2] / "docs"
 EVERY = 3
@@ -79,6 +81,29 @@ def test_what_a_row_goes_together_with_is_taken_and_the_rest_is_refused(sd15, na
             pass
 
 
+@pytest.mark.parametrize("name", MODES)
+def test_a_users_own_lora_beside_a_full_anchor_is_refused_where_the_row_says_so(sd15, name):
+    sd15.pipe.load_lora_weights(sd15.anchors["lora2"], adapter_name="style")
+    entered = realign(sd15.pipe, sd15.anchors["full1"], 0.5, mode=name)
+    if MODES[name].evaluates_anchors:
+        with pytest.raises(ValueError, match=r"own LoRA \(style\)"), entered:
+            pass
+    else:
+        with entered:
+            sample(sd15.pipe, num_inference_steps=1)
+
+
+def test_the_docs_say_what_goes_together():
+    page = (DOCS / "modes.md").read_text()
+    table = page.partition("## What goes together")[2].partition("##")[0]
+    columns = [*NEEDS, "several_anchors"]
+    for name, spec in MODES.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
+        cells = [cell.strip() for cell in row.split("|")[2:-1]]
+        documented = [cell.startswith("yes") for cell in cells]
+        assert documented == [getattr(spec, column) for column in columns], name
+
+
 def test_the_first_option_that_does_not_fit_is_named():
     assert unsupported_option("exact", 4, True, 1.0) is None
     assert unsupported_option("weights", 1, False, None) is None
@@ -107,6 +132,29 @@ def test_the_name_of_a_mode_says_what_makes_it_another_model(name):
     if setting:
         assert full_name(record | {setting: 4}) == f"{name} 4"
     assert label_of(f"{name} 4") == LABELS[name]
+
+
+def test_a_new_row_is_sampled_checked_named_and_shown_as_any_other(sd15, monkeypatch):
+    monkeypatch.setitem(MODES, "damped", DAMPED)
+    monkeypatch.setitem(LABELS, "damped", DAMPED.label)
+    with realign(sd15.pipe, sd15.anchors["lora1"], 0.5) as dial:
+        expected = sample(sd15.pipe)
+    with realign(sd15.pipe, sd15.anchors["lora1"], 1.0, mode="damped", batched=True) as dial:
+        assert (sample(sd15.pipe) - expected).abs().max() < 1e-4
+        assert dial.evaluations == 2
+    with (
+        pytest.raises(ValueError, match="use mode='exact' or mode='reuse', not 'damped'"),
+        realign(sd15.pipe, sd15.anchors["lora1"], 1.0, mode="damped", trust_region=1.0),
+    ):
+        pass
+
+    # The stage takes it, and the manifest and figures name it with its setting.
+    config = SampleConfig(anchor="x", mode="damped", every=3, sampler="ddim")
+    assert "-damped3-" in config.run_name()
+    assert mode_options(config) == {"every": 3, "particles": None, "trust_region": None}
+    record = mode_options(config) | {"mode": config.mode_name}
+    assert full_name(record) == "damped 3"
+    assert label_of("damped 3") is DAMPED.label
 
 
 def test_a_mode_of_another_version_is_shown_too():

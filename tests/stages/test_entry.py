@@ -1,16 +1,21 @@
-"""A stage's command line, as a user meets it: what is wrong in one sentence, exit status 2, no traceback."""
+"""A stage's command line, as a user meets it.
+
+What is wrong is said in one sentence, with exit status 2 and no traceback.
+"""
 
 import pytest
 
 
 def test_a_good_command_runs_in_the_folder_that_the_config_names(toy):
     done = toy("data=x", "dpo.beta=500", "model=small")
-    assert (done.returncode, done.err) == (0, "")
+    assert done.returncode == 0
+    assert done.err == ""
     assert "beta 500 base org/small in runs/toy/beta500" in done.out
-    assert {p.name for p in toy.folder.iterdir()} == {"toy", "conf"}, (
-        "Hydra leaves no log, outputs or .hydra folder"
-    )
+    files = {path.name for path in toy.folder.iterdir()}
+    assert files == {"toy", "conf"}, "Hydra leaves no log, outputs or .hydra folder"
 
+
+NOT_A_FLOAT = "Value '{}' of type 'str' could not be converted to Float ({})"
 
 MISTAKES = {
     ("data=x", "dpo.bta=3"): "Key 'bta' not in 'DPO' (dpo.bta); did you mean dpo.beta?",
@@ -18,14 +23,8 @@ MISTAKES = {
     ("data=x", "beta=3"): "Key 'beta' not in 'Toy' (beta); did you mean dpo.beta?",
     ("data=x", "lambdas=0.5"): "lambdas is a list: give lambdas=[0.5]",
     ("data=x", "+extra=3"): "Key 'extra' not in 'Toy' (extra)",
-    (
-        "data=x",
-        "dpo.beta=many",
-    ): "Value 'many' of type 'str' could not be converted to Float (dpo.beta)",
-    (
-        "data=x",
-        "lambdas=[a]",
-    ): "Value 'a' of type 'str' could not be converted to Float (lambdas[0])",
+    ("data=x", "dpo.beta=many"): NOT_A_FLOAT.format("many", "dpo.beta"),
+    ("data=x", "lambdas=[a]"): NOT_A_FLOAT.format("a", "lambdas[0]"),
     ("data=x", "dpo.beta=-1"): "dpo.beta must be above 0, not -1.0",
     ("dpo.beta=3",): "data is missing: give data=...",
     ("data=x", "model=big"): "Could not find 'model/big'; there are small",
@@ -39,17 +38,15 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence_on_stderr_and_status_2(toy, arguments):
     done = toy(*arguments)
     assert done.returncode == 2
-    assert done.err.startswith("toy: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), (
-        done.err
-    )
+    assert done.err.startswith("toy: ")
+    assert done.err.count("\n") == 1
+    assert done.err.endswith("\n")
     assert MISTAKES[arguments] in done.err
 
 
 def test_a_bug_keeps_its_traceback(toy):
     done = toy("data=bug")
-    assert (
-        done.returncode == 1
-        and "Traceback" in done.err
-        and done.err.endswith("RuntimeError: a bug of ours\n")
-    )
+    assert done.returncode == 1
+    assert "Traceback" in done.err
+    assert done.err.endswith("RuntimeError: a bug of ours\n")
     assert "hydra" not in done.err, "the traceback is of our own code"

@@ -1,10 +1,15 @@
-"""What the sample stage refuses, and that it does so before a weight loads; what its nulls become; what its runs are called."""
+"""The sample stage's config: what is refused, what nulls become, what runs are called.
+
+Everything is refused before a weight is loaded.
+"""
 
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
+import yaml
+from diffusers import DDIMScheduler
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -12,13 +17,16 @@ import sample.__main__  # noqa: F401 (it registers the schema)
 from configs.entry import CONFIGS
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
-from sample.config import SAMPLING_DEFAULTS, SampleConfig
+from sample.config import SAMPLING_DEFAULTS, ModelConfig, SampleConfig
 from sample.resolve import resolve
 from sample.stage import run
 from tests.support.tiny_pipelines import save_tiny, tiny_denoiser, tiny_lora, tiny_pipeline
 
+LORA = "pytorch_lora_weights.safetensors"
+
 
 def composed(*overrides):
+    """The config that a command composes."""
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         return OmegaConf.to_object(compose("sample", [*overrides]))
 
@@ -37,131 +45,85 @@ def anchors(tmp_path_factory):
 
 
 @pytest.fixture
+def config(anchors):
+    """A good config for SD1.5."""
+    anchor = str(anchors / "sd15/anchor")
+    return SampleConfig(anchor=anchor, prompts=["a fox"], tracking=TrackingConfig("none"))
+
+
+WEIGHT_LOADERS = (
+    "sample.sweep.load_sampler",
+    "safetensors.torch.load_file",
+    "safetensors.safe_open",
+    "torch.load",
+)
+
+
+@pytest.fixture
 def no_weights(monkeypatch):
-    def loaded(*arguments, **options):
+    """Loading weights fails the test."""
+
+    def refuse(*arguments, **options):
         raise AssertionError("weights were loaded")
 
-    for name in (
-        "sample.sweep.load_sampler",
-        "safetensors.torch.load_file",
-        "safetensors.safe_open",
-        "torch.load",
-    ):
-        monkeypatch.setattr(name, loaded)
+    for name in WEIGHT_LOADERS:
+        monkeypatch.setattr(name, refuse)
 
 
-BAD = {
-    "lambdas": [
-        ([], "at least one"),
-        ([0.5, 0.5], "0.5 twice"),
-        ([-0.1], "-0.1 is not"),
-        ([float("nan")], "nan is not"),
-        (["a"], "'a' is not"),
-        ([float("inf")], "inf is not"),
-        ([True], "True is not"),
-        (0.5, "must be a list"),
-    ],
-    "seeds": [
-        ([], "at least one"),
-        ([1, 1], "1 twice"),
-        ([-1], "-1 is not"),
-        ([0.5], "0.5 is not"),
-    ],
-    "mode": [("fast", "one of exact, reuse, weights, not 'fast'")],
-    "sampler": [("pndm", "one of ddim, ddpm, euler, euler_ancestral, dpmpp_2m,")],
-    "dtype": [("int8", "one of float32, float16, bfloat16")],
-    "eta": [(0.5, "belongs to sampler=ddim")],
-    "steps": [(0, "at least 1")],
-    "every": [(0, "at least 1")],
-    "particles": [(0, "at least 1")],
-    "prompts_limit": [(0, "at least 1")],
-    "trust_region": [(0.0, "above 0"), (float("nan"), "above 0")],
-    "bake": [("x", "of one lambda")],
-    "batch_size": [(0, "at least 1")],
-    "guidance_scale": [(-1.0, "at least 0"), (float("nan"), "at least 0")],
-    "height": [(500, "multiple of 8"), (0, "multiple of 8")],
-    "width": [(-8, "multiple of 8")],
-}
+@pytest.fixture
+def no_sampling(monkeypatch):
+    """Runs claim their folder and sample nothing."""
+    monkeypatch.setattr("sample.sweep.sample_share", lambda *arguments: (0, 0.0))
+    monkeypatch.setattr("sample.sweep.show", lambda *arguments: None)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "said"), [(key, *case) for key, cases in BAD.items() for case in cases]
-)
-def test_a_value_that_cannot_be_is_refused_by_name(key, value, said):
+# What is refused
+
+BAD_VALUES = [
+    ("lambdas", [], "at least one"),
+    ("lambdas", [0.5, 0.5], "0.5 twice"),
+    ("lambdas", [-0.1], "-0.1 is not"),
+    ("lambdas", [float("nan")], "nan is not"),
+    ("lambdas", ["a"], "'a' is not"),
+    ("lambdas", [float("inf")], "inf is not"),
+    ("lambdas", [True], "True is not"),
+    ("lambdas", 0.5, "must be a list"),
+    ("seeds", [], "at least one"),
+    ("seeds", [1, 1], "1 twice"),
+    ("seeds", [-1], "-1 is not"),
+    ("seeds", [0.5], "0.5 is not"),
+    ("mode", "fast", "one of exact, reuse, weights, not 'fast'"),
+    ("sampler", "pndm", "one of ddim, ddpm, euler, euler_ancestral, dpmpp_2m,"),
+    ("dtype", "int8", "one of float32, float16, bfloat16"),
+    ("eta", 0.5, "belongs to sampler=ddim"),
+    ("steps", 0, "at least 1"),
+    ("every", 0, "at least 1"),
+    ("particles", 0, "at least 1"),
+    ("prompts_limit", 0, "at least 1"),
+    ("trust_region", 0.0, "above 0"),
+    ("trust_region", float("nan"), "above 0"),
+    ("bake", "x", "of one lambda"),
+    ("batch_size", 0, "at least 1"),
+    ("guidance_scale", -1.0, "at least 0"),
+    ("guidance_scale", float("nan"), "at least 0"),
+    ("height", 500, "multiple of 8"),
+    ("height", 0, "multiple of 8"),
+    ("width", -8, "multiple of 8"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), BAD_VALUES)
+def test_a_value_out_of_range_is_refused_by_name(key, value, words):
     with pytest.raises(ValueError) as error:
         SampleConfig(anchor="x", **{key: value})
-    assert key in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
-
-
-def test_what_cannot_work_together_is_refused_before_a_weight_loads(anchors, tmp_path, no_weights):
-    good = SampleConfig(
-        anchor=str(anchors / "sd15/anchor"), prompts=["a fox"], tracking=TrackingConfig("none")
-    )
-
-    def refused(said, **changes):
-        with pytest.raises(ValueError) as error:
-            run(replace(good, **changes), tmp_path / "run")
-        assert said in str(error.value) and "\n" not in str(error.value), str(error.value)
-        assert not (tmp_path / "run").exists(), "nothing is left behind"
-
-    refused("no anchor runs/train/gone/anchor", anchor="runs/train/gone/anchor")
-    refused("has no card to name its base: give model=sd15", anchor=str(anchors / "bare/anchor"))
-    refused(
-        "family",
-        anchor=str(anchors / "sdxl/anchor"),
-        model=replace(good.model, base=str(anchors / "sd15/base")),
-    )
-    published = composed("anchor=x", "model=sdxl").model  # of the hub, which is not asked
-    refused(
-        "sd15/anchor is of family sd15 and the pipeline of sdxl: give both of one family",
-        model=published,
-    )
-    refused("there is no pipeline folder ./gone", model=replace(good.model, base="./gone"))
-    refused("empty; give prompts=", prompts=None)
-    refused(
-        "sampler=flow_euler is not for sd15: give one of ddim, ddpm, euler, ", sampler="flow_euler"
-    )
-    flux = {"anchor": str(anchors / "flux/anchor")}
-    refused(
-        "sampler=ddim is not for flux: give one of flow_euler, flow_sde", **flux, sampler="ddim"
-    )
-    refused("height must be a multiple of 16 pixels for flux, not 72", **flux, height=72)
-    refused("prompt 2", prompts=["a fox", " "])
-    refused("no prompt file", prompts="a fox")
-
-
-def test_ddim_that_would_miss_its_own_next_timestep_is_refused(anchors, no_weights, tmp_path):
-    from diffusers import DDIMScheduler
-
-    base = tmp_path / "base"
-    shutil.copytree(anchors / "sd15/base", base)
-    written = base / "scheduler/scheduler_config.json"
-    plain = json.loads(written.read_text())
-    good = SampleConfig(
-        anchor=str(anchors / "bare/anchor"),
-        prompts=["a fox"],
-        model=sample.config.ModelConfig(base=str(base)),
-    )
-    for spacing in ("leading", "trailing", "linspace"):
-        written.write_text(json.dumps(plain | {"timestep_spacing": spacing, "steps_offset": 0}))
-        resolve(replace(good, sampler="euler", steps=300))
-        for steps in (4, 50, 300, 1000):
-            scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
-            scheduler.set_timesteps(steps)
-            if (scheduler.timesteps.diff() == -(1000 // steps)).all():
-                resolve(replace(good, sampler="ddim", steps=steps))
-            else:
-                said = (
-                    r"give steps=250, which divides 1000, or sampler=euler$"
-                    if spacing == "trailing"
-                    else "timestep: give sampler=euler$"
-                )
-                with pytest.raises(ValueError, match=said):
-                    resolve(replace(good, sampler="ddim", steps=steps))
+    message = str(error.value)
+    assert key in message
+    assert words in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "words"),
     [
         ({"particles": 2, "mode": "reuse"}, "give mode=exact"),
         ({"batched": True, "mode": "weights"}, "give mode=exact"),
@@ -171,38 +133,137 @@ def test_ddim_that_would_miss_its_own_next_timestep_is_refused(anchors, no_weigh
         ({"bake": "x", "lambdas": [0.5], "targets": [9.0]}, "of one lambda"),
     ],
 )
-def test_modes_that_do_not_go_together_are_refused(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_that_do_not_go_with_the_mode_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
         SampleConfig(anchor="x", **options)
 
 
-def test_a_folder_of_another_config_or_of_an_anchor_trained_anew_is_refused(
-    anchors, tmp_path, no_weights, monkeypatch
+@pytest.fixture
+def check_refusal(config, anchors, tmp_path, no_weights):
+    """A function that checks that a run of a changed config is refused in one sentence.
+
+    It takes the words of the sentence, a family whose anchor is sampled, and other changes.
+    """
+
+    def check(words, family="sd15", **changes):
+        changes = {"anchor": str(anchors / family / "anchor")} | changes
+        with pytest.raises(ValueError) as error:
+            run(replace(config, **changes), tmp_path / "run")
+        message = str(error.value)
+        assert words in message
+        assert "\n" not in message
+        assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+    return check
+
+
+def test_an_anchor_that_does_not_exist_or_does_not_fit_is_refused(check_refusal, config, anchors):
+    check_refusal("no anchor runs/train/gone/anchor", anchor="runs/train/gone/anchor")
+    check_refusal("has no card to name its base: give model=sd15", "bare")
+    sd15 = replace(config.model, base=str(anchors / "sd15/base"))
+    check_refusal("family", "sdxl", model=sd15)
+    check_refusal("no pipeline folder ./gone", model=replace(config.model, base="./gone"))
+
+
+def test_an_anchor_of_another_family_is_refused_before_the_hub_is_asked(check_refusal):
+    sdxl = composed("anchor=x", "model=sdxl").model
+    sentence = "sd15/anchor is of family sd15 and the pipeline of sdxl: give both of one family"
+    check_refusal(sentence, model=sdxl)
+
+
+def test_a_sampler_or_side_that_the_family_does_not_have_is_refused(check_refusal):
+    sentence = "sampler=flow_euler is not for sd15: give one of ddim, ddpm, euler, "
+    check_refusal(sentence, sampler="flow_euler")
+    sentence = "sampler=ddim is not for flux: give one of flow_euler, flow_sde"
+    check_refusal(sentence, "flux", sampler="ddim")
+    sentence = "height must be a multiple of 16 pixels for flux, not 72"
+    check_refusal(sentence, "flux", height=72)
+
+
+def test_prompts_that_are_missing_or_blank_are_refused(check_refusal):
+    check_refusal("prompts=[] is empty: give a text file", prompts=None)
+    check_refusal("prompt 2", prompts=["a fox", " "])
+    check_refusal("prompts=a fox is no prompt file", prompts="a fox")
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [4, 50, 300, 1000])
+def test_ddim_that_would_miss_its_own_next_timestep_is_refused(
+    config, anchors, no_weights, tmp_path, spacing, steps
 ):
-    config = SampleConfig(
-        anchor=str(anchors / "sd15/anchor"), prompts=["a fox"], tracking=TrackingConfig("none")
+    base = shutil.copytree(anchors / "sd15/base", tmp_path / "base")
+    file = base / "scheduler/scheduler_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"timestep_spacing": spacing, "steps_offset": 0}))
+    config = replace(
+        config,
+        anchor=str(anchors / "bare/anchor"),
+        model=ModelConfig(base=str(base)),
+        steps=steps,
+        sampler="ddim",
     )
-    monkeypatch.setattr("sample.sweep.sample_share", lambda *arguments: (0, 0.0))
-    monkeypatch.setattr("sample.sweep.show", lambda *arguments: None)
+    scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
+    scheduler.set_timesteps(steps)
+    meets_timesteps = (scheduler.timesteps.diff() == -(1000 // steps)).all()
+    if meets_timesteps:
+        resolve(config)
+        return
+    remedy = "timestep: give sampler=euler$"
+    if spacing == "trailing":
+        remedy = "give steps=250, which divides 1000, or sampler=euler$"
+    with pytest.raises(ValueError, match=remedy):
+        resolve(config)
+    resolve(replace(config, sampler="euler"))
+
+
+# What a folder takes
+
+
+def test_a_run_is_extended_by_other_lambdas_seeds_and_prompts(
+    config, tmp_path, no_weights, no_sampling
+):
     run(config, tmp_path)
-    run(
-        replace(config, lambdas=[3.0], seeds=[5], prompts=["a cat"], batch_size=1, path_kl=False),
-        tmp_path,
-    )
-    for change, said in (
+    more = replace(config, lambdas=[3.0], seeds=[5], prompts=["a cat"])
+    run(replace(more, batch_size=1, path_kl=False), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
         ({"steps": 7}, "steps (50 there, 7 here)"),
         ({"mode": "weights"}, "mode (exact there, weights here)"),
-    ):
-        with pytest.raises(ValueError, match="choose another name") as error:
-            run(replace(config, **change), tmp_path)
-        assert said in str(error.value)
-    weights = anchors / "sd15/anchor/pytorch_lora_weights.safetensors"
-    before = weights.read_bytes()
-    weights.write_bytes(before + b" ")
-    with pytest.raises(ValueError, match="anchor_sha256"):
-        run(config, tmp_path)
-    weights.write_bytes(before)
+    ],
+)
+def test_a_folder_of_another_config_is_refused(
+    config, tmp_path, no_weights, no_sampling, change, words
+):
+    run(config, tmp_path)
+    with pytest.raises(ValueError, match="choose another name") as error:
+        run(replace(config, **change), tmp_path)
+    assert words in str(error.value)
 
+
+def test_a_folder_of_an_anchor_that_was_trained_anew_is_refused(
+    config, anchors, tmp_path, no_weights, no_sampling
+):
+    anchor = shutil.copytree(anchors / "sd15/anchor", tmp_path / "anchor")
+    config = replace(config, anchor=str(anchor))
+    run(config, tmp_path / "run")
+    weights = (anchor / LORA).read_bytes()
+    (anchor / LORA).write_bytes(weights + b" ")
+    with pytest.raises(ValueError, match="anchor_sha256"):
+        run(config, tmp_path / "run")
+
+
+def test_the_claimed_config_is_plain(config, tmp_path, no_sampling):
+    run(config, tmp_path)
+    claimed = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert json.loads(json.dumps(claimed)) == claimed
+    assert claimed["steps"] == 50
+    assert len(claimed["anchor_sha256"]) == 16
+
+
+# What nulls become
 
 PUBLISHED = [
     ("sd15", "euler_ancestral", 50, 7.5, 8),
@@ -216,21 +277,22 @@ PUBLISHED = [
 def test_nulls_become_the_published_settings_of_the_base_that_the_card_names(
     anchors, no_weights, family, sampler, steps, guidance, batch
 ):
-    config, _, anchor = resolve(
-        SampleConfig(anchor=str(anchors / family / "anchor"), prompts=["a fox"])
-    )
-    assert config.model.base == str(anchors / family / "base") and anchor.card.beta == 500
-    assert (config.sampler, config.steps, config.guidance_scale, config.batch_size) == (
-        sampler,
-        steps,
-        guidance,
-        batch,
-    )
-    assert None not in (config.dtype, config.prompts) and config.path_kl
+    typed = SampleConfig(anchor=str(anchors / family / "anchor"), prompts=["a fox"])
+    config, _, anchor = resolve(typed)
+    assert config.model.base == str(anchors / family / "base")
+    assert anchor.card.beta == 500
+    assert config.sampler == sampler
+    assert config.steps == steps
+    assert config.guidance_scale == guidance
+    assert config.batch_size == batch
+    assert config.dtype is not None
+    assert config.prompts is not None
+    assert config.path_kl
     assert f"-exact-{sampler}-steps{steps}-guidance{guidance:g}-prompts-" in config.run_name()
-    assert not resolve(SampleConfig(anchor=config.anchor, mode="weights", prompts=["a fox"]))[
-        0
-    ].path_kl, "it would cost as much as exact"
+
+    # In mode weights it would cost as much as mode exact
+    weights, _, _ = resolve(replace(typed, mode="weights"))
+    assert not weights.path_kl
 
 
 def test_the_shapes_world_brings_its_prompts_and_its_own_defaults(
@@ -238,76 +300,94 @@ def test_the_shapes_world_brings_its_prompts_and_its_own_defaults(
 ):
     save_tiny("sd15", tmp_path / "shapes/base")
     monkeypatch.setattr("deradiff.files.ASSETS", tmp_path)
-    config, _, _ = resolve(
-        replace(composed("anchor=" + str(anchors / "bare/anchor"), "model=shapes"))
-    )
-    assert (config.prompts, config.steps, config.guidance_scale, config.height, config.width) == (
-        "shapes",
-        20,
-        2.5,
-        32,
-        32,
-    )
+    bare = anchors / "bare/anchor"
+    config, _, _ = resolve(composed(f"anchor={bare}", "model=shapes"))
+    assert config.prompts == "shapes"
+    assert config.steps == 20
+    assert config.guidance_scale == 2.5
+    assert (config.height, config.width) == (32, 32)
 
 
-def test_the_commands_of_the_readme_compose():
-    public = composed(
+def test_targets_are_betas_to_imitate(config):
+    # The anchor's beta is 500: its own is lambda 1, once
+    config = replace(config, lambdas=[0.0, 1.0], targets=[500.0, 1000.0, 250.0])
+    resolved, _, _ = resolve(config)
+    assert resolved.lambdas == [0.0, 0.5, 1.0, 2.0]
+    with pytest.raises(ValueError, match=r"targets must be betas above 0, and 0\.0 is not"):
+        replace(config, targets=[0.0])
+
+
+def test_targets_of_an_anchor_without_a_beta_are_refused(config, anchors):
+    base = ModelConfig(base=str(anchors / "sd15/base"))
+    bare = replace(config, anchor=str(anchors / "bare/anchor"), model=base, targets=[500.0])
+    with pytest.raises(ValueError, match="is not known, so targets cannot be turned into lambdas"):
+        resolve(bare)
+
+
+# What commands compose, and what runs are called
+
+
+def test_the_command_of_the_readme_composes():
+    config = composed(
         "model=sdxl",
         "anchor=mhdang/dpo-sdxl-text2image-v1",
         "lambdas=[0,0.25,0.5,0.75,1]",
         "prompts=['a red fox, in snow',a cat]",
         "tracking=none",
     )
-    assert public.model.base == "stabilityai/stable-diffusion-xl-base-1.0" and public.prompts == [
-        "a red fox, in snow",
-        "a cat",
-    ]
-    assert public.tracking.kind == "none" and public.run_name().startswith(
-        "mhdang-dpo-sdxl-text2image-v1-exact-euler_ancestral-prompts-"
-    )
-    assert (
-        composed("anchor=x", "model=sd15").model.base
-        == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    )
+    assert config.model.base == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert config.prompts == ["a red fox, in snow", "a cat"]
+    assert config.tracking.kind == "none"
+    start = "mhdang-dpo-sdxl-text2image-v1-exact-euler_ancestral-prompts-"
+    assert config.run_name().startswith(start)
+
+
+def test_every_model_group_composes():
+    bases = {
+        "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "shapes": "asset:shapes/base",
+    }
+    for name, base in bases.items():
+        assert composed("anchor=x", f"model={name}").model.base == base
     for name in ("sd3", "flux"):
-        assert (
-            composed("anchor=x", f"model={name}").run_name()
-            == f"x-exact-{SAMPLING_DEFAULTS[name].sampler}"
-        )
-    assert composed("anchor=x", "model=shapes").model.base == "asset:shapes/base"
-    assert composed("anchor=x").model.base is None and composed("anchor=x").tracking.kind == "wandb"
+        sampler = SAMPLING_DEFAULTS[name].sampler
+        assert composed("anchor=x", f"model={name}").run_name() == f"x-exact-{sampler}"
+    assert composed("anchor=x").model.base is None
+    assert composed("anchor=x").tracking.kind == "wandb"
 
 
 def test_other_prompts_are_another_run():
     """Added to a run that is compared with others they would spoil the comparison."""
-    names = [
-        composed("anchor=x", *prompts).run_name()
-        for prompts in (
-            [],
-            ["prompts=shapes"],
-            ["prompts=a/my-words.txt"],
-            ["prompts=[cat]"],
-            ["prompts=[dog]"],
-        )
-    ]
-    assert names[0] == names[1] and names[2].endswith("-my-words") and len(set(names)) == 4
+    own = composed("anchor=x").run_name()
+    assert composed("anchor=x", "prompts=shapes").run_name() == own
+    named = composed("anchor=x", "prompts=a/my-words.txt").run_name()
+    assert named.endswith("-my-words")
+    cat = composed("anchor=x", "prompts=[cat]").run_name()
+    dog = composed("anchor=x", "prompts=[dog]").run_name()
+    assert len({own, named, cat, dog}) == 4
 
 
-def test_runs_are_called_by_what_makes_their_images_differ():
-    def name(**options):
-        settings = {
-            "anchor": "runs/train/shapes-dpo-lora-beta2000-seed0/anchor",
-            "model": sample.config.ModelConfig(name="sd15"),
-        }
-        return SampleConfig(**(settings | options)).run_name()
+def name_of(**options):
+    """The name of a run of an SD1.5 anchor."""
+    anchor = "runs/train/shapes-dpo-lora-beta2000-seed0/anchor"
+    usual = {"anchor": anchor, "model": ModelConfig(name="sd15")}
+    return SampleConfig(**(usual | options)).run_name()
 
-    assert name() == "shapes-dpo-lora-beta2000-seed0-exact-euler_ancestral"
-    assert name(anchor="/somewhere/runs/train/a/anchor") == "a-exact-euler_ancestral"
-    assert (
-        name(anchor="runs/train/a/anchor", lambdas=[3.0], seeds=[4], batch_size=2)
-        == "a-exact-euler_ancestral"
-    )
-    assert name(name="mine", steps=3) == "mine"
+
+def test_runs_are_called_by_anchor_mode_and_sampler():
+    assert name_of() == "shapes-dpo-lora-beta2000-seed0-exact-euler_ancestral"
+    assert name_of(anchor="/somewhere/runs/train/a/anchor") == "a-exact-euler_ancestral"
+    extended = name_of(anchor="runs/train/a/anchor", lambdas=[3.0], seeds=[4], batch_size=2)
+    assert extended == "a-exact-euler_ancestral"
+    assert name_of(name="mine", steps=3) == "mine"
+    assert name_of(mode="reuse").endswith("-reuse4-euler_ancestral")
+    assert name_of(particles=4).endswith("-particles4-euler_ancestral")
+    assert name_of(model=ModelConfig(name="flux")).endswith("-exact-flow_euler")
+    # A sampler that cannot be known yet is not named
+    assert name_of(model=ModelConfig(base="org/some")).endswith("-exact")
+
+
+def test_whatever_makes_images_differ_makes_another_name():
     changes = [
         {},
         {"mode": "weights"},
@@ -320,56 +400,11 @@ def test_runs_are_called_by_what_makes_their_images_differ():
         {"steps": 3},
         {"guidance_scale": 3.0},
         {"height": 64},
+        {"width": 64},
+        {"anchor": "org/other"},
     ]
-    names = [name(**change) for change in [*changes, {"width": 64}, {"anchor": "org/other"}]]
-    assert len(set(names)) == len(names) and not [n for n in names if "/" in n or " " in n]
-    assert name(mode="reuse").endswith("-reuse4-euler_ancestral") and name(particles=4).endswith(
-        "-particles4-euler_ancestral"
-    )
-    assert name(model=sample.config.ModelConfig(name="flux")).endswith("-exact-flow_euler")
-    assert name(model=sample.config.ModelConfig(base="org/some")).endswith("-exact"), (
-        "a sampler that cannot be known is not named"
-    )
-
-
-def test_the_claimed_config_is_plain(anchors, tmp_path, monkeypatch):
-    import yaml
-
-    monkeypatch.setattr("sample.sweep.sample_share", lambda *arguments: (0, 0.0))
-    monkeypatch.setattr("sample.sweep.show", lambda *arguments: None)
-    run(
-        SampleConfig(
-            anchor=str(anchors / "sd15/anchor"), prompts=["a fox"], tracking=TrackingConfig("none")
-        ),
-        tmp_path,
-    )
-    claimed = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert (
-        json.loads(json.dumps(claimed)) == claimed
-        and claimed["steps"] == 50
-        and len(claimed["anchor_sha256"]) == 16
-    )
-
-
-def test_targets_are_betas_to_imitate(anchors):
-    config = SampleConfig(
-        anchor=str(anchors / "sd15/anchor"),
-        lambdas=[0.0, 1.0],
-        targets=[500.0, 1000.0, 250.0],
-        prompts=["a fox"],
-    )
-    assert resolve(config)[0].lambdas == [
-        0.0,
-        0.5,
-        1.0,
-        2.0,
-    ]  # the anchor's beta is 500: its own is lambda 1, once
-    with pytest.raises(ValueError, match=r"targets must be betas above 0, and 0\.0 is not"):
-        replace(config, targets=[0.0])
-    bare = replace(
-        config,
-        anchor=str(anchors / "bare/anchor"),
-        model=sample.config.ModelConfig(base=str(anchors / "sd15/base")),
-    )
-    with pytest.raises(ValueError, match="is not known, so targets cannot be turned into lambdas"):
-        resolve(bare)
+    names = [name_of(**change) for change in changes]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert "/" not in name
+        assert " " not in name

@@ -1,57 +1,43 @@
-"""The sample stage's modes, samplers and families: what they sample, what the manifest says of it, and what the stage says it cost."""
+"""The sample stage's modes, samplers and families.
 
-import json
+What they sample, what the manifest says of it, and what the stage says it cost.
+"""
+
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from configs.tracking import TrackingConfig
-from deradiff.anchors.anchor import AnchorCard, save_anchor
-from deradiff.data.prompts import Prompt, prompt_id
-from deradiff.method.samplers import SAMPLERS
+from deradiff.method.samplers import SAMPLERS, samplers_for
 from deradiff.models.families import FAMILIES
 from sample.config import SAMPLING_DEFAULTS, SampleConfig
-from sample.manifest import image_path
 from sample.resolve import resolve
-from sample.sampling import PromptSeed, load_sampler
+from sample.sampling import load_sampler
 from sample.stage import run
-from tests.support.tiny_pipelines import (
-    VISIBLE,
-    perturbed_denoiser,
-    save_tiny,
-    tiny_lora,
-    tiny_pipeline,
+from tests.support.sample_stage import (
+    difference,
+    prompt_seed,
+    read_images,
+    read_manifest,
+    save_anchors,
 )
 
 PROMPTS = ["a red fox", "a blue cat"]
-
-
-def generator_seed(text, seed):
-    return PromptSeed(Prompt(prompt_id(text), text), seed).generator_seed
+FOX = prompt_seed("a red fox", 0)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """<family>-base and <family>-full/anchor, <family>-lora/anchor for every family."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for family in FAMILIES:
-        base, pipe = save_tiny(family, folder / f"{family}-base"), tiny_pipeline(family)
-        denoiser = getattr(pipe, FAMILIES[family].denoiser)
-        for method, anchor in (
-            ("full", perturbed_denoiser(denoiser, 0.3)),
-            ("lora", tiny_lora(denoiser, scale=VISIBLE)),
-        ):
-            card = AnchorCard(base_model=str(base), family=family, method=method, beta=2000.0)
-            save_anchor(folder / f"{family}-{method}/anchor", anchor, card)
-    return folder
+    """A base model, a full anchor and a LoRA of every family: see `save_anchors`."""
+    return save_anchors(tmp_path_factory.mktemp("tiny"), FAMILIES, scale=0.3)
 
 
 def config_of(tiny, anchor="sd15-lora", **options):
-    given = {
+    """The config of a short run on two prompts."""
+    usual = {
         "lambdas": [0.0, 0.5, 1.0],
         "prompts": PROMPTS,
         "steps": 3,
@@ -59,67 +45,66 @@ def config_of(tiny, anchor="sd15-lora", **options):
         "height": 64,
         "width": 64,
     }
-    return SampleConfig(
-        anchor=str(tiny / anchor / "anchor"), tracking=TrackingConfig("none"), **(given | options)
-    )
+    path = str(tiny / anchor / "anchor")
+    return SampleConfig(anchor=path, tracking=TrackingConfig("none"), **(usual | options))
 
 
-def manifest(run_dir):
-    return [json.loads(line) for line in (run_dir / "manifest.jsonl").read_text().splitlines()]
+# Families and samplers
 
 
-def pixels(run_dir):
-    return {
-        r["image"]: np.asarray(Image.open(run_dir / r["image"])).astype(int)
-        for r in manifest(run_dir)
-    }
+def families_and_samplers():
+    """Every sampler of each family; of SDXL, which has those of SD1.5, one."""
+    combinations = [("sdxl", "euler")]
+    for name, family in FAMILIES.items():
+        if name != "sdxl":
+            combinations += [(name, sampler) for sampler in samplers_for(family.flow)]
+    return combinations
 
 
-def apart(one, other, lam):
-    names = [name for name in one if name.startswith(f"lam={lam:.2f}")]
-    return max(abs(one[name] - other[name]).max() for name in names)
+def give_generator(scheduler, generator):
+    """Let a scheduler draw from a generator that its pipelines do not pass on."""
+    step = scheduler.step
+
+    def step_with_generator(*args, **kwargs):
+        return step(*args, generator=[generator], **kwargs)
+
+    scheduler.step = step_with_generator
 
 
-FITTING = [("sdxl", "euler")] + [
-    (f, s)
-    for f in FAMILIES
-    for s in SAMPLERS
-    if SAMPLERS[s].flow == FAMILIES[f].flow and f != "sdxl"
-]
-
-
-@pytest.mark.parametrize(("family", "sampler"), FITTING)
+@pytest.mark.parametrize(("family", "sampler"), families_and_samplers())
 def test_every_family_and_sampler_is_the_stock_pipeline_at_both_ends(
     tiny, tmp_path, family, sampler
 ):
     config = config_of(tiny, f"{family}-lora", sampler=sampler, prompts=PROMPTS[:1], path_kl=False)
     run(config, tmp_path / "run")
-    config, base, found = resolve(config)
-    made, stock = pixels(tmp_path / "run"), {}
+    images = read_images(tmp_path / "run")
+    config, base, anchor = resolve(config)
+
+    stock_images = []
     for lam in (0.0, 1.0):
         pipe = load_sampler(config, base, torch.device("cpu"))
         if lam:
-            pipe.load_lora_weights(found.root)
-        noise = torch.Generator().manual_seed(generator_seed("a red fox", 0))
-        if sampler == "flow_sde":  # its pipelines hand it no generator
-            step = pipe.scheduler.step
-            pipe.scheduler.step = lambda *args, step=step, noise=noise, **kwargs: step(
-                *args, generator=[noise], **kwargs
-            )
-        call = {
-            "num_inference_steps": 3,
-            "guidance_scale": 3.0,
-            "height": 64,
-            "width": 64,
-            "generator": [noise],
-        }
-        stock[lam] = np.asarray(pipe("a red fox", **call).images[0]).astype(int)
-        off = abs(made[image_path(lam, prompt_id("a red fox"), 0)] - stock[lam]).max()
-        assert off <= int(SAMPLERS[sampler].flow), (
-            f"lam {lam}: {off}"
-        )  # the text encoders see another batch
-    half = made[image_path(0.5, prompt_id("a red fox"), 0)]
-    assert all(abs(half - image).mean() > 0.1 for image in stock.values())
+            pipe.load_lora_weights(anchor.root)
+        noise = torch.Generator().manual_seed(FOX.generator_seed)
+        if sampler == "flow_sde":
+            give_generator(pipe.scheduler, noise)
+        output = pipe(
+            "a red fox",
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            height=64,
+            width=64,
+            generator=[noise],
+        )
+        stock = np.asarray(output.images[0]).astype(int)
+        stock_images.append(stock)
+        # The text encoders of the flow families see another batch, which rounds otherwise
+        tolerance = 1 if SAMPLERS[sampler].flow else 0
+        assert abs(images[FOX.image(lam)] - stock).max() <= tolerance, f"lam {lam}"
+
+    half = images[FOX.image(0.5)]
+    for stock in stock_images:
+        assert abs(half - stock).mean() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -129,45 +114,75 @@ def test_an_image_does_not_depend_on_its_batch(tiny, tmp_path, anchor, options):
     config = config_of(tiny, anchor, lambdas=[0.5], **options)
     run(replace(config, batch_size=2), tmp_path / "together")
     run(replace(config, batch_size=1, prompts=PROMPTS[::-1]), tmp_path / "alone")
-    assert apart(pixels(tmp_path / "together"), pixels(tmp_path / "alone"), 0.5) <= 1
+    together = read_images(tmp_path / "together")
+    assert difference(together, read_images(tmp_path / "alone"), lam=0.5) <= 1
 
 
-def test_what_each_mode_costs_is_in_the_manifest_and_said(tiny, tmp_path, capsys):
-    def costs(name, **options):
-        run(config_of(tiny, steps=8, batch_size=2, lambdas=[0.3, 0.7], **options), tmp_path / name)
-        records = manifest(tmp_path / name)
-        assert all(
-            r["seconds"] > 0 and r["timesteps_sha256"] == records[0]["timesteps_sha256"]
-            for r in records
-        )
-        return {r["lam"]: r["evaluations"] for r in records}, records[0]
+def test_the_defaults_name_samplers_that_exist():
+    for name, defaults in SAMPLING_DEFAULTS.items():
+        is_flow = name in FAMILIES and FAMILIES[name].flow
+        assert SAMPLERS[defaults.sampler].flow == is_flow
 
-    exact, record = costs("exact")
-    assert exact == pytest.approx({0.3: 2, 0.7: 2 - 2 / 8}), "the first step is shared"
-    assert (record["mode"], record["every"], record["particles"], record["ess"]) == (
-        "exact",
-        None,
-        None,
-        None,
-    )
-    said = capsys.readouterr().out
-    assert (
-        "mode exact: 1.88 evaluations a step" in said
-        and "beta_target 2857.14, a KL strength of " in said
-    )
-    reuse, record = costs("reuse", mode="reuse", every=4)
-    assert reuse == pytest.approx({0.3: 1.25, 0.7: 1.25 - 2 / 8}) and (
-        record["mode"],
-        record["every"],
-    ) == ("reuse", 4)
+
+# What a mode costs
+
+
+@pytest.fixture
+def sweep(tiny, tmp_path):
+    """A function that samples two lambdas in eight steps into `tmp_path / name`.
+
+    It returns the evaluations a step by lambda, and the first record.
+    """
+
+    def sample(name, **options):
+        config = config_of(tiny, steps=8, batch_size=2, lambdas=[0.3, 0.7], **options)
+        run(config, tmp_path / name)
+        records = read_manifest(tmp_path / name)
+        evaluations = {}
+        for record in records:
+            assert record["seconds"] > 0
+            assert record["timesteps_sha256"] == records[0]["timesteps_sha256"]
+            evaluations[record["lam"]] = record["evaluations"]
+        return evaluations, records[0]
+
+    return sample
+
+
+def test_what_mode_exact_costs_is_in_the_manifest_and_said(sweep, capsys):
+    evaluations, record = sweep("exact")
+    assert evaluations == pytest.approx({0.3: 2, 0.7: 2 - 2 / 8}), "the first step is shared"
+    assert record["mode"] == "exact"
+    assert record["every"] is None
+    assert record["particles"] is None
+    assert record["ess"] is None
+    out = capsys.readouterr().out
+    assert "mode exact: 1.88 evaluations a step" in out
+    assert "beta_target 2857.14, a KL strength of " in out
+
+
+def test_what_mode_reuse_costs_is_in_the_manifest_and_said(sweep, capsys):
+    evaluations, record = sweep("reuse", mode="reuse", every=4)
+    assert evaluations == pytest.approx({0.3: 1.25, 0.7: 1.25 - 2 / 8})
+    assert record["mode"] == "reuse"
+    assert record["every"] == 4
     assert "mode reuse (every 4 steps)" in capsys.readouterr().out
-    weights, record = costs("weights", mode="weights")
-    assert weights == {0.3: 1, 0.7: 1} and record["path_kl"] is None
-    batched, _ = costs("batched", batched=True)
-    assert (
-        batched == exact
-        and apart(pixels(tmp_path / "batched"), pixels(tmp_path / "exact"), 0.3) <= 1
-    )
+
+
+def test_mode_weights_costs_one_evaluation_and_measures_no_path_kl(sweep):
+    evaluations, record = sweep("weights", mode="weights")
+    assert evaluations == {0.3: 1, 0.7: 1}
+    assert record["path_kl"] is None
+
+
+def test_one_batch_for_both_networks_costs_the_same_and_samples_the_same(sweep, tmp_path):
+    exact, _ = sweep("exact")
+    batched, _ = sweep("batched", batched=True)
+    assert batched == exact
+    images = read_images(tmp_path / "batched")
+    assert difference(images, read_images(tmp_path / "exact"), lam=0.3) <= 1
+
+
+# Particles and the trust region
 
 
 @pytest.mark.parametrize("sampler", ["flow_euler", "flow_sde"])
@@ -175,47 +190,54 @@ def test_particles_on_a_flow(tiny, tmp_path, sampler):
     config = config_of(tiny, "flux-lora", particles=2, batch_size=2, sampler=sampler, lambdas=[0.5])
     run(config, tmp_path / "together")
     run(replace(config, batch_size=1, prompts=PROMPTS[::-1]), tmp_path / "alone")
-    assert apart(pixels(tmp_path / "together"), pixels(tmp_path / "alone"), 0.5) <= 1
-    assert all(1 <= r["ess"] < 2 for r in manifest(tmp_path / "together")), (
-        "two chains from unlike noise weigh unlike"
-    )
+    together = read_images(tmp_path / "together")
+    assert difference(together, read_images(tmp_path / "alone"), lam=0.5) <= 1
+    # Two chains from different noise have different weights
+    for record in read_manifest(tmp_path / "together"):
+        assert 1 <= record["ess"] < 2
 
 
 def test_particles_leave_one_image_and_their_sample_size(tiny, tmp_path, capsys):
     config = config_of(tiny, particles=3, batch_size=2, sampler="ddpm", steps=4)
     run(config, tmp_path / "particles")
     run(replace(config, particles=1), tmp_path / "exact")
-    records = manifest(tmp_path / "particles")
-    assert len(records) == 6 and all(
-        r["mode"] == "particles" and r["particles"] == 3 and 1 <= r["ess"] <= 3 for r in records
-    )
-    assert all(r["path_kl"] is not None for r in records)
-    assert all(r["ess"] < 3 for r in records if r["lam"] == 0.5), (
-        "three particles that differ weigh unlike"
-    )
-    said = capsys.readouterr().out
-    assert (
-        said.count("the weights of particles are a heuristic") == 1
-        and "mode particles (3 an image)" in said
-    )
+    records = read_manifest(tmp_path / "particles")
+    assert len(records) == 6
+    for record in records:
+        assert record["mode"] == "particles"
+        assert record["particles"] == 3
+        assert record["path_kl"] is not None
+        assert 1 <= record["ess"] <= 3
+        # Between the ends, particles that differ have different weights
+        if record["lam"] == 0.5:
+            assert record["ess"] < 3
+    out = capsys.readouterr().out
+    assert out.count("the weights of particles are a heuristic") == 1
+    assert "mode particles (3 an image)" in out
 
 
 def test_the_trust_region_reaches_the_dial(tiny, tmp_path):
     config = config_of(tiny, "sd15-full", lambdas=[1.0, 2.0])
-    run(replace(config, trust_region=1e-9), tmp_path / "held")
+    run(replace(config, trust_region=1e-9), tmp_path / "bounded")
     run(config, tmp_path / "free")
-    held, free = pixels(tmp_path / "held"), pixels(tmp_path / "free")
-    at_anchor = {
-        name.replace("1.00", "2.00"): image
-        for name, image in held.items()
-        if name.startswith("lam=1.00")
-    }
-    assert apart(at_anchor, held, 2.0) <= 2 < apart(at_anchor, free, 2.0)
-    assert {r["trust_region"] for r in manifest(tmp_path / "held")} == {1e-9}
+    for record in read_manifest(tmp_path / "bounded"):
+        assert record["trust_region"] == 1e-9
+
+    # Bounded, lambda 2 samples what the anchor samples
+    bounded = read_images(tmp_path / "bounded")
+    anchor = {}
+    for name, image in bounded.items():
+        if name.startswith("lam=1.00"):
+            anchor[name.replace("1.00", "2.00")] = image
+    assert difference(anchor, bounded, lam=2.0) <= 2
+    assert difference(anchor, read_images(tmp_path / "free"), lam=2.0) > 2
+
+
+# Warnings
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "sentence"),
     [
         (
             {"particles": 2, "batch_size": 1},
@@ -225,22 +247,14 @@ def test_the_trust_region_reaches_the_dial(tiny, tmp_path):
     ],
 )
 def test_the_user_reads_once_and_before_the_first_image_what_realign_would_warn_of(
-    tiny, tmp_path, capsys, options, said
+    tiny, tmp_path, capsys, options, sentence
 ):
     config = config_of(tiny, prompts=PROMPTS[:1], steps=2, **options)
-    with warnings.catch_warnings(record=True) as warned:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run(config, tmp_path)
-    assert not [
-        w
-        for w in warned
-        if "deradiff" in w.filename or "beyond" in str(w.message) or "heuristic" in str(w.message)
-    ]
-    assert capsys.readouterr().out.count(said) == 1
-
-
-def test_the_defaults_name_samplers_that_exist():
-    for name, defaults in SAMPLING_DEFAULTS.items():
-        assert SAMPLERS[defaults.sampler].flow == (
-            FAMILIES[name].flow if name in FAMILIES else False
-        )
+    for warning in caught:
+        assert "deradiff" not in warning.filename
+        assert "beyond" not in str(warning.message)
+        assert "heuristic" not in str(warning.message)
+    assert capsys.readouterr().out.count(sentence) == 1

@@ -1,9 +1,10 @@
-"""The sample stage on tiny pipelines in the formats of SD1.5 and SDXL: the images, the manifest, resuming, and what is refused."""
+"""The sample stage on tiny pipelines: its images, its manifest, resuming, and what it tracks."""
 
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,9 @@ import torch
 from diffusers import PNDMScheduler
 from PIL import Image
 
-import sample.sweep
 from configs.tracking import Tracker, TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
-from deradiff.data.prompts import Prompt, prompt_id
+from deradiff.data.prompts import Prompt
 from deradiff.evaluation.manifest import ImageRecord
 from deradiff.files import anchor_digest, slug
 from deradiff.method.schedulers import make_scheduler
@@ -25,39 +25,30 @@ from sample.manifest import image_path, intact, merge, save_image
 from sample.resolve import resolve
 from sample.sampling import PromptSeed, load_sampler, timesteps_digest
 from sample.stage import run
-from tests.support.tiny_pipelines import (
-    VISIBLE,
-    perturbed_denoiser,
-    save_tiny,
-    tiny_lora,
-    tiny_pipeline,
+from tests.support.sample_stage import (
+    BETA,
+    difference,
+    prompt_seed,
+    read_images,
+    read_manifest,
+    save_anchors,
 )
+from tests.support.tiny_pipelines import tiny_lora, tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red fox", "🦊/../fox", "a red fox"]
-
-
-def generator_seed(text, seed):
-    return PromptSeed(Prompt(prompt_id(text), text), seed).generator_seed
+FOX = prompt_seed("a red fox", 0)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with <family>-base and <family>-full/anchor, <family>-lora/anchor for both families."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for family in ("sd15", "sdxl"):
-        base, unet = save_tiny(family, folder / f"{family}-base"), tiny_pipeline(family).unet
-        for method, anchor in (
-            ("full", perturbed_denoiser(unet, 0.5)),
-            ("lora", tiny_lora(unet, scale=VISIBLE)),
-        ):
-            card = AnchorCard(base_model=str(base), family=family, method=method, beta=2000.0)
-            save_anchor(folder / f"{family}-{method}/anchor", anchor, card)
-    return folder
+    """A base model, a full anchor and a LoRA of SD1.5 and SDXL: see `save_anchors`."""
+    return save_anchors(tmp_path_factory.mktemp("tiny"), ("sd15", "sdxl"), scale=0.5)
 
 
 @pytest.fixture
 def config(tiny):
+    """Three lambdas of three prompts, of which two are the same."""
     return SampleConfig(
         anchor=str(tiny / "sd15-lora/anchor"),
         lambdas=[0.0, 0.5, 1.0],
@@ -68,132 +59,69 @@ def config(tiny):
     )
 
 
-def manifest(run_dir):
-    return [json.loads(line) for line in (run_dir / "manifest.jsonl").read_text().splitlines()]
+# Images
 
 
-def pixels(run_dir):
-    return {
-        r["image"]: np.asarray(Image.open(run_dir / r["image"])).astype(int)
-        for r in manifest(run_dir)
-    }
-
-
-def difference(one, other):
-    assert one.keys() == other.keys()
-    return max(abs(one[name] - other[name]).max() for name in one)
+def load_anchor_into(pipe, anchor):
+    """As a user of diffusers would."""
+    if anchor.method == "lora":
+        pipe.load_lora_weights(anchor.root)
+    else:
+        pipe.unet = type(pipe.unet).from_pretrained(anchor.root, subfolder="unet")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler_ancestral"])
 @pytest.mark.parametrize("anchor", ["sd15-full", "sdxl-lora"])
 def test_reference_and_anchor_are_the_stock_pipelines(tiny, config, tmp_path, anchor, sampler):
-    config = replace(
-        config, anchor=str(tiny / anchor / "anchor"), sampler=sampler, prompts=PROMPTS[:1]
-    )
+    path = str(tiny / anchor / "anchor")
+    config = replace(config, anchor=path, sampler=sampler, prompts=PROMPTS[:1])
     run(config, tmp_path / "run")
-    config, base, found = resolve(config)
-    images = {}
+    images = read_images(tmp_path / "run")
+    config, base, anchor = resolve(config)
+
+    stock_images = []
     for lam in (0.0, 1.0):
         pipe = load_sampler(config, base, torch.device("cpu"))
-        if lam and found.method == "lora":
-            pipe.load_lora_weights(found.root)
-        elif lam:
-            pipe.unet = type(pipe.unet).from_pretrained(found.root, subfolder="unet")
-        noise = torch.Generator().manual_seed(generator_seed("a red fox", 0))
-        images[lam] = np.asarray(
-            pipe("a red fox", num_inference_steps=3, guidance_scale=3.0, generator=[noise]).images[
-                0
-            ]
-        )
-        made = pixels(tmp_path / "run")[image_path(lam, prompt_id("a red fox"), 0)]
-        assert np.array_equal(made, images[lam]), f"lam {lam}"
-    half = pixels(tmp_path / "run")[image_path(0.5, prompt_id("a red fox"), 0)]
-    assert (
-        all(abs(half - image).mean() > 1 for image in images.values())
-        and abs(images[0.0].astype(int) - images[1.0]).mean() > 1
-    )
+        if lam == 1:
+            load_anchor_into(pipe, anchor)
+        noise = torch.Generator().manual_seed(FOX.generator_seed)
+        output = pipe("a red fox", num_inference_steps=3, guidance_scale=3.0, generator=[noise])
+        stock = np.asarray(output.images[0]).astype(int)
+        stock_images.append(stock)
+        assert np.array_equal(images[FOX.image(lam)], stock), f"lam {lam}"
 
-
-def test_the_manifest_keeps_its_contract(config, tmp_path):
-    run(replace(config, seeds=[0, 7]), tmp_path)
-    records = manifest(tmp_path)
-    assert len(records) == len({r["image"] for r in records}) == 3 * 2 * 3
-    assert {r["prompt"] for r in records} == set(PROMPTS) and len(
-        {r["prompt_id"] for r in records}
-    ) == 3
-    for r in records:
-        assert r["image"] == f"lam={r['lam']:.2f}/{r['prompt_id']}-s{r['seed']}.png" and Image.open(
-            tmp_path / r["image"]
-        ).size == (64, 64)
-        assert (
-            r["beta"] == 2000
-            and r["beta_target"] == {0.0: None, 0.5: 4000.0, 1.0: 2000.0}[r["lam"]]
-        )
-        assert (
-            r["mode"],
-            r["sampler"],
-            r["steps"],
-            r["guidance_scale"],
-            r["height"],
-            r["width"],
-        ) == (
-            "exact",
-            "euler_ancestral",
-            3,
-            3.0,
-            64,
-            64,
-        )
-        assert r["anchor"] == config.anchor
-        image = PromptSeed(Prompt(r["prompt_id"], r["prompt"]), r["seed"])
-        assert r["generator_seed"] == image.generator_seed
-        assert set(ImageRecord.__annotations__) <= set(r), "one schema for writer and reader"
-        assert r["path_kl"] == 0 if r["lam"] == 0 else r["path_kl"] > 0
-    assert intact(tmp_path) == {r["image"] for r in records}
-    by_lam = [sorted(r["path_kl"] for r in records if r["lam"] == lam) for lam in (0.5, 1.0)]
-    assert all(half < whole for half, whole in zip(*by_lam))
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.width > 3 * 192 and grid.height > 3 * 192
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_path_kl_is_null_where_it_was_not_paid_for(config, tmp_path):
-    run(replace(config, path_kl=False), tmp_path / "exact")
-    assert all((r["path_kl"] is None) == (r["lam"] == 1) for r in manifest(tmp_path / "exact"))
-    run(replace(config, path_kl=True, mode="weights"), tmp_path / "weights")
-    assert all(
-        r["path_kl"] > 0 and r["mode"] == "weights"
-        for r in manifest(tmp_path / "weights")
-        if r["lam"]
-    )
+    reference, aligned = stock_images
+    assert abs(reference - aligned).mean() > 1
+    half = images[FOX.image(0.5)]
+    assert abs(half - reference).mean() > 1
+    assert abs(half - aligned).mean() > 1
 
 
 def test_an_image_depends_on_prompt_seed_and_lambda_alone(config, tmp_path):
     config = replace(config, seeds=[0, 1])
     run(replace(config, batch_size=6), tmp_path / "together")
-    run(
-        replace(config, batch_size=1, prompts=PROMPTS[::-1], lambdas=[1.0, 0.0, 0.5], seeds=[1, 0]),
-        tmp_path / "alone",
+    in_another_order = replace(
+        config, batch_size=1, prompts=PROMPTS[::-1], lambdas=[1.0, 0.0, 0.5], seeds=[1, 0]
     )
-    together, alone = pixels(tmp_path / "together"), pixels(tmp_path / "alone")
-    assert difference(together, alone) <= 1
-    reference = [image for name, image in together.items() if name.startswith("lam=0.00")]
-    assert all(abs(a - b).mean() > 1 for i, a in enumerate(reference) for b in reference[:i]), (
-        "other prompts and seeds get other noise"
-    )
+    run(in_another_order, tmp_path / "alone")
+    together = read_images(tmp_path / "together")
+    assert difference(together, read_images(tmp_path / "alone")) <= 1
+
+    # Other prompts and seeds get other noise
+    references = [image for name, image in together.items() if name.startswith("lam=0.00")]
+    for position, one in enumerate(references):
+        for other in references[:position]:
+            assert abs(one - other).mean() > 1
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_images_as_one_process(tiny, config, tmp_path):
+def test_two_ranks_make_the_same_images_as_one_process(config, tmp_path):
     run(config, tmp_path / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "sample",
+        *launch,
+        *("--nproc_per_node", "2"),
+        *("-m", "sample"),
         f"anchor={config.anchor}",
         "lambdas=[0,0.5,1]",
         "prompts=['a red fox','🦊/../fox','a red fox']",
@@ -203,96 +131,94 @@ def test_two_ranks_make_the_same_images_as_one_process(tiny, config, tmp_path):
         f"runs={tmp_path}/runs",
         "name=two",
     ]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("3 prompts x 1 seeds x 3 lambdas") == 1, "one rank speaks"
-    assert "6 images a process" in done.stdout, (
-        "two prompts are the first rank's and one the second's"
-    )
-    assert difference(pixels(tmp_path / "one"), pixels(tmp_path / "runs/sample/two")) <= 1
-    assert [r["image"] for r in manifest(tmp_path / "one")] == [
-        r["image"] for r in manifest(tmp_path / "runs/sample/two")
-    ]
+    # Two prompts are the first rank's and one is the second's
+    assert "6 images a process" in done.stdout
+
+    two = tmp_path / "runs/sample/two"
+    assert difference(read_images(tmp_path / "one"), read_images(two)) <= 1
+    order = [record["image"] for record in read_manifest(tmp_path / "one")]
+    assert order == [record["image"] for record in read_manifest(two)]
 
 
-class Killed(BaseException):
-    pass
+# The manifest
 
 
-def test_a_killed_run_loses_nothing_and_the_same_command_makes_the_rest(
-    config, tmp_path, monkeypatch
-):
-    run(config, tmp_path / "whole")
-    made = []
+def test_the_manifest_keeps_its_contract(config, tmp_path):
+    run(replace(config, seeds=[0, 7]), tmp_path)
+    records = read_manifest(tmp_path)
+    assert len(records) == 3 * 2 * 3
+    assert len({record["image"] for record in records}) == len(records)
+    assert len({record["prompt_id"] for record in records}) == 3
+    assert {record["prompt"] for record in records} == set(PROMPTS)
+    assert intact(tmp_path) == {record["image"] for record in records}
+    assert not list(tmp_path.glob("*.part"))
 
-    def save_some(*arguments, limit=4):
-        if len(made) == limit:
-            raise Killed
-        save_image(*arguments)
-        made.append(arguments[-1]["image"])
+    same_for_all = {
+        "anchor": config.anchor,
+        "beta": BETA,
+        "mode": "exact",
+        "sampler": "euler_ancestral",
+        "steps": 3,
+        "guidance_scale": 3.0,
+        "height": 64,
+        "width": 64,
+    }
+    targets = {0.0: None, 0.5: 2 * BETA, 1.0: BETA}
+    for record in records:
+        assert record.items() >= same_for_all.items()
+        assert record["beta_target"] == targets[record["lam"]]
+        one = PromptSeed(Prompt(record["prompt_id"], record["prompt"]), record["seed"])
+        assert record["generator_seed"] == one.generator_seed
+        lam = f"{record['lam']:.2f}"
+        assert record["image"] == f"lam={lam}/{record['prompt_id']}-s{record['seed']}.png"
+        assert Image.open(tmp_path / record["image"]).size == (64, 64)
+        # One schema for writer and reader
+        assert set(ImageRecord.__annotations__) <= set(record)
 
-    config = replace(config, batch_size=2)
-    monkeypatch.setattr("sample.sweep.save_image", save_some)
-    with pytest.raises(Killed):
-        run(config, tmp_path / "killed")
-    assert not manifest(tmp_path / "killed") and len(made) == 4
-    first = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in made}
-    monkeypatch.setattr(
-        "sample.sweep.save_image", lambda *arguments: save_some(*arguments, limit=99)
-    )
-    run(config, tmp_path / "killed")
-    assert len(made) == 9 and len(set(made)) == 9, "no image is made twice"
-    assert {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in first} == first
-    assert difference(pixels(tmp_path / "whole"), pixels(tmp_path / "killed")) <= 1
+
+def test_the_path_kl_grows_with_lambda(config, tmp_path):
+    run(replace(config, seeds=[0, 7]), tmp_path)
+    kl_of = {0.0: [], 0.5: [], 1.0: []}
+    for record in read_manifest(tmp_path):
+        kl_of[record["lam"]].append(record["path_kl"])
+    assert set(kl_of[0.0]) == {0}
+    for half, anchor in zip(sorted(kl_of[0.5]), sorted(kl_of[1.0])):
+        assert 0 < half < anchor
 
 
-def test_what_is_done_is_skipped_what_is_damaged_or_new_is_made(config, tmp_path, monkeypatch):
+def test_path_kl_is_null_where_it_was_not_paid_for(config, tmp_path):
+    run(replace(config, path_kl=False), tmp_path)
+    for record in read_manifest(tmp_path):
+        assert (record["path_kl"] is None) == (record["lam"] == 1)
+
+
+def test_mode_weights_measures_path_kl_where_it_is_asked_for(config, tmp_path):
+    run(replace(config, path_kl=True, mode="weights"), tmp_path)
+    for record in read_manifest(tmp_path):
+        assert record["mode"] == "weights"
+        if record["lam"]:
+            assert record["path_kl"] > 0
+
+
+def test_the_grid_has_a_column_for_each_lambda(config, tmp_path):
     run(config, tmp_path)
-    before = (tmp_path / "manifest.jsonl").read_bytes()
-    loaded = []
-    monkeypatch.setattr(
-        "sample.sweep.load_sampler",
-        lambda *arguments: loaded.append(1) or load_sampler(*arguments),
-    )
-    run(config, tmp_path)
-    assert not loaded and (tmp_path / "manifest.jsonl").read_bytes() == before, (
-        "nothing to do loads no weights"
-    )
-    records = manifest(tmp_path)
-    before_pixels = pixels(tmp_path)
-    (tmp_path / records[0]["image"]).write_bytes(b"damaged")
-    (tmp_path / records[1]["image"]).unlink()
-    kept = tmp_path / records[2]["image"]
-    age = kept.stat().st_mtime_ns
-    run(replace(config, lambdas=[0.25, 1.0], seeds=[0, 1]), tmp_path)
-    run(config, tmp_path)
-    assert kept.stat().st_mtime_ns == age
-    after = manifest(tmp_path)
-    same = [
-        key for key in records[0] if key not in ("seconds", "evaluations", "path_kl", "sha256")
-    ]  # a smaller batch rounds otherwise
-    kept = [r for r in after if r["lam"] != 0.25 and r["seed"] == 0]
-    assert (
-        difference(
-            {name: image for name, image in pixels(tmp_path).items() if name in before_pixels},
-            before_pixels,
-        )
-        <= 1
-    )
-    assert [[r[key] for key in same] for r in kept] == [
-        [r[key] for key in same] for r in records
-    ] and len(after) == 9 + 3 + 6
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width > 3 * 192
+    assert grid.height > 3 * 192
+
+
+def test_distinct_lambdas_never_share_a_folder():
+    lambdas = [0.0, 0.5, 1.0, 0.125, 0.12, 0.1, 0.1 + 1e-12, 1e-5, 10.0, 1 / 3]
+    assert len({image_path(lam, "a", 0) for lam in lambdas}) == len(lambdas)
+    assert image_path(0.5, "a", 3) == "lam=0.50/a-s3.png"
+    assert image_path(0.125, "a", 0) == "lam=0.125/a-s0.png"
 
 
 def test_a_line_that_a_kill_cut_short_is_not_read(tmp_path):
@@ -302,92 +228,181 @@ def test_a_line_that_a_kill_cut_short_is_not_read(tmp_path):
         part.write('{"image": "lam=0.50/a-s0')
     save_image(tmp_path, 0, b"gone", record | {"image": "lam=1.00/a-s0.png", "lam": 1.0})
     (tmp_path / "lam=1.00/a-s0.png").unlink()
-    assert [r["image"] for r in merge(tmp_path)] == ["lam=0.00/a-s0.png"]
-    assert intact(tmp_path) == {"lam=0.00/a-s0.png"} and not list(tmp_path.glob("*.part"))
+    assert [one["image"] for one in merge(tmp_path)] == ["lam=0.00/a-s0.png"]
+    assert intact(tmp_path) == {"lam=0.00/a-s0.png"}
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_distinct_lambdas_never_share_a_folder():
-    lambdas = [0.0, 0.5, 1.0, 0.125, 0.12, 0.1, 0.1 + 1e-12, 1e-5, 10.0, 1 / 3]
-    assert len({image_path(lam, "a", 0) for lam in lambdas}) == len(lambdas)
-    assert (
-        image_path(0.5, "a", 3) == "lam=0.50/a-s3.png"
-        and image_path(0.125, "a", 0) == "lam=0.125/a-s0.png"
-    )
+# Resuming
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing catches it."""
+
+
+def test_a_killed_run_loses_nothing_and_the_same_command_makes_the_rest(
+    config, tmp_path, monkeypatch
+):
+    run(config, tmp_path / "complete")
+    config = replace(config, batch_size=2)
+    saved = []
+
+    def save_and_note(*arguments):
+        save_image(*arguments)
+        saved.append(arguments[-1]["image"])
+
+    def save_four(*arguments):
+        if len(saved) == 4:
+            raise Killed
+        save_and_note(*arguments)
+
+    # Killed after four images
+    killed = tmp_path / "killed"
+    monkeypatch.setattr("sample.sweep.save_image", save_four)
+    with pytest.raises(Killed):
+        run(config, killed)
+    assert not read_manifest(killed)
+    assert len(saved) == 4
+    times = {name: (killed / name).stat().st_mtime_ns for name in saved}
+
+    # The same command makes the others
+    monkeypatch.setattr("sample.sweep.save_image", save_and_note)
+    run(config, killed)
+    assert len(saved) == 9
+    assert len(set(saved)) == 9, "no image is made twice"
+    assert {name: (killed / name).stat().st_mtime_ns for name in times} == times
+    assert difference(read_images(tmp_path / "complete"), read_images(killed)) <= 1
+
+
+def test_a_complete_run_loads_no_weights_again(config, tmp_path, monkeypatch):
+    run(config, tmp_path)
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+
+    def refuse(*arguments):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr("sample.sweep.load_sampler", refuse)
+    run(config, tmp_path)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
+
+
+# What a batch of another size changes.
+MEASURED = ("seconds", "evaluations", "path_kl", "sha256")
+
+
+def without_measures(record):
+    return {key: value for key, value in record.items() if key not in MEASURED}
+
+
+def test_what_is_there_is_kept_and_what_is_damaged_or_new_is_made(config, tmp_path):
+    run(config, tmp_path)
+    records = read_manifest(tmp_path)
+    images = read_images(tmp_path)
+    damaged, removed, kept = (tmp_path / record["image"] for record in records[:3])
+    damaged.write_bytes(b"damaged")
+    removed.unlink()
+    time = kept.stat().st_mtime_ns
+
+    run(replace(config, lambdas=[0.25, 1.0], seeds=[0, 1]), tmp_path)
+    run(config, tmp_path)
+    assert kept.stat().st_mtime_ns == time
+    after = read_manifest(tmp_path)
+    assert len(after) == 9 + 3 + 6
+    first = [one for one in after if one["lam"] != 0.25 and one["seed"] == 0]
+    assert [without_measures(one) for one in first] == [without_measures(one) for one in records]
+    images_after = read_images(tmp_path)
+    assert difference(images, {name: images_after[name] for name in images}) <= 1
+
+
+# Schedulers and anchors
+
+SD15_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+"""SD1.5's file: it does not say timestep_spacing, prediction_type and clip_sample."""
 
 
 def test_schedulers_follow_the_hub_file_and_not_the_class_that_wrote_it(tmp_path):
-    published = {
-        "_class_name": "PNDMScheduler",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
-    }  # (SD1.5's, which says nothing of timestep_spacing, prediction_type and clip_sample)
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(published))
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(SD15_SCHEDULER))
     base = PNDMScheduler.from_pretrained(tmp_path).config
-    euler, ddim, ddpm = (make_scheduler(name, base) for name in ("euler_ancestral", "ddim", "ddpm"))
+    names = ("euler_ancestral", "ddim", "ddpm")
+    euler, ddim, ddpm = (make_scheduler(name, base) for name in names)
     for scheduler in (euler, ddim, ddpm):
         scheduler.set_timesteps(50)
-    digests = {timesteps_digest(scheduler) for scheduler in (euler, ddim, ddpm)}
-    assert len(digests) == 2, "DDIM and DDPM step through the same noise levels"
-    assert euler.timesteps[0] == 999 and float(euler.init_noise_sigma) == pytest.approx(
-        14.61, abs=0.01
-    )
-    assert ddim.timesteps[0] == 981 and ddim.config.set_alpha_to_one is False
-    assert ddim.config.clip_sample is False and ddpm.config.clip_sample is False
+    # DDIM and DDPM step through the same noise levels
+    assert timesteps_digest(ddim) == timesteps_digest(ddpm) != timesteps_digest(euler)
+    assert euler.timesteps[0] == 999
+    assert float(euler.init_noise_sigma) == pytest.approx(14.61, abs=0.01)
+    assert ddim.timesteps[0] == 981
+    assert ddim.config.set_alpha_to_one is False
+    assert ddim.config.clip_sample is False
+    assert ddpm.config.clip_sample is False
 
 
 def test_saving_the_same_anchor_again_is_no_other_anchor(tmp_path):
-    digests = set()
-    for scale in (
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-        2.0,
-    ):  # the order of a safetensors header's metadata is random
-        card = AnchorCard(base_model="x", family="sd15", method="lora", beta=2000.0)
+    """The order of a safetensors header's metadata is random."""
+    card = AnchorCard(base_model="x", family="sd15", method="lora", beta=BETA)
+
+    def digest(scale):
         save_anchor(tmp_path / "anchor", tiny_lora(tiny_pipeline("sd15").unet, scale=scale), card)
-        digests.add(anchor_digest(tmp_path / "anchor"))
-    assert len(digests) == 2
+        return anchor_digest(tmp_path / "anchor")
+
+    first = digest(1.0)
+    assert [digest(1.0) for _ in range(3)] == [first] * 3
+    assert digest(2.0) != first
 
 
-def test_the_tracker_gets_pictures_and_where_they_come_from(config, tmp_path, monkeypatch):
-    tracked = Tracker()
-    tracked.image = lambda name, path, caption="": seen.update({name: path})
-    tracked.table = lambda name, columns, rows: seen.update({name: (columns, rows)})
-    tracked.uses = lambda name, kind: seen.update({kind: name})
-    tracked.artifact = lambda name, kind, path: seen.update(artifact=(name, kind, path))
-    seen = {}
+# Tracking
 
-    class Opened:
-        def __init__(self, tracking, stage, run_dir, settings, main_process, group):
-            seen.update(group=group, base=settings["model"]["base"])
 
-        def __enter__(self):
-            return tracked
+class RecordingTracker(Tracker):
+    """Keeps what it is given, by name or kind."""
 
-        def __exit__(self, *error):
-            pass
+    def __init__(self):
+        self.given = {}
 
-    monkeypatch.setattr(sample.sweep, "tracker", Opened)
+    def image(self, name, path, caption=""):
+        self.given[name] = path
+
+    def table(self, name, columns, rows):
+        self.given[name] = (columns, rows)
+
+    def uses(self, name, kind):
+        self.given[kind] = name
+
+    def artifact(self, name, kind, path):
+        self.given["artifact"] = (name, kind, path)
+
+
+def test_the_tracker_gets_images_and_where_they_come_from(config, tmp_path, monkeypatch):
+    track = RecordingTracker()
+    given = track.given
+
+    @contextmanager
+    def tracker(tracking, stage, run_dir, settings, main_process, group):
+        given["group"] = group
+        given["base"] = settings["model"]["base"]
+        yield track
+
+    monkeypatch.setattr("sample.sweep.tracker", tracker)
     run(config, tmp_path)
-    columns, rows = seen["samples"]
-    assert (
-        columns == ["prompt", "lam=0", "lam=0.5", "lam=1"] and [row[0] for row in rows] == PROMPTS
-    )
-    assert rows[0][2] == tmp_path / image_path(0.5, prompt_id("a red fox"), 0) and all(
-        cell.is_file() for row in rows for cell in row[1:]
-    )
-    assert seen["grid"] == tmp_path / "grid.png"
-    assert seen["model"] == "anchor-sd15-lora", "train's name for it"
-    assert seen["artifact"] == (
-        f"samples-{tmp_path.name}",
-        "samples",
-        tmp_path / "manifest.jsonl",
-    ), "eval's name for them"
-    assert seen["group"] == slug(seen["base"]), "as train and eval"
+
+    columns, rows = given["samples"]
+    assert columns == ["prompt", "lam=0", "lam=0.5", "lam=1"]
+    assert [row[0] for row in rows] == PROMPTS
+    assert rows[0][2] == tmp_path / FOX.image(0.5)
+    for row in rows:
+        assert all(file.is_file() for file in row[1:])
+    assert given["grid"] == tmp_path / "grid.png"
+    assert given["model"] == "anchor-sd15-lora", "as train names it"
+    manifest = tmp_path / "manifest.jsonl"
+    assert given["artifact"] == (f"samples-{tmp_path.name}", "samples", manifest), "as eval does"
+    assert given["group"] == slug(given["base"]), "as train and eval"

@@ -56,7 +56,7 @@ def test_a_dry_run_counts_shows_and_estimates_and_loads_nothing(table, capsys, n
     sheet = np.asarray(Image.open(file), dtype=int)
     assert sheet.shape == (3 * ROW, 512, 3)
     pairs = Pairs(table.data.path)
-    winners = [np.asarray(pairs.pictures(i)[0], dtype=int)[1, 1] for i in range(6)]
+    winners = [np.asarray(pairs.images(i)[0], dtype=int)[1, 1] for i in range(6)]
     for row in range(3):
         corner = sheet[ROW * row + 12, 12]
         assert min(abs(corner - winner).max() for winner in winners) < 8

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import deradiff
-from configs.tracking import Guarded, Tracker, TrackingConfig
+from configs.tracking import GuardedTracker, Tracker, TrackingConfig
 from deradiff import hub
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.anchors.model_card import write_model_card
@@ -173,7 +173,7 @@ def test_a_tracker_that_fails_is_told_once_and_does_not_stop_the_run(capsys):
         def log(self, values, step=None):
             raise ConnectionError("no route")
 
-    guarded = Guarded(Down(), "train")
+    guarded = GuardedTracker(Down(), "train")
     guarded.log({"loss": 1.0}, 1)
     guarded.log({"loss": 1.0}, 2)
     guarded.artifact("a", "model", None)

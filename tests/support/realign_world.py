@@ -1,4 +1,8 @@
-"""What the tests of `realign` share: tiny pipelines, their anchors on disk, stock pipelines to be equal to, and what a network is."""
+"""What the tests of `realign` share: tiny pipelines with anchors on disk, stock pipelines to be
+equal to, and what tells two networks apart.
+
+Shapes: latents (N, 4, 8, 8), or FLUX's packed ones (N, 16, 64).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,14 @@ SCHEDULERS = {
 
 @dataclass
 class World:
-    """A pipeline and, of the same base, the folders of two full and two LoRA anchors; kind: a key of `tiny_pipelines.KINDS`."""
+    """A pipeline, and the folders of two full and two LoRA anchors of the same base.
+
+    Attributes:
+        family: of the pipeline.
+        pipe: the pipeline.
+        anchors: folders by the anchor's name: full1, full2, lora1, lora2.
+        kind: of the pipeline, a key of `tiny_pipelines.KINDS`.
+    """
 
     family: str
     pipe: Any
@@ -39,111 +50,114 @@ class World:
         return getattr(self.pipe, FAMILIES[self.family].denoiser)
 
     def copy(self, kind: str = "text2img") -> World:
-        return World(self.family, tiny_variant(copy.deepcopy(self.pipe), kind), self.anchors, kind)
+        """A world whose pipeline may be changed."""
+        pipe = tiny_variant(copy.deepcopy(self.pipe), kind)
+        return World(self.family, pipe, self.anchors, kind)
+
+    def use_sampler(self, name: str, **settings: Any) -> None:
+        """Give the pipeline a scheduler of SCHEDULERS."""
+        config = self.pipe.scheduler.config
+        self.pipe.scheduler = SCHEDULERS[name].from_config(config, **settings)
 
     def stock(self, anchor: str) -> Any:
-        """The stock pipeline with the anchor's weights, the way that diffusers' users put them there."""
+        """The stock pipeline with the anchor's weights, as users of diffusers load them."""
         pipe = copy.deepcopy(BASES[self.family])
         pipe.scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         if anchor.startswith("lora"):
             pipe.load_lora_weights(self.anchors[anchor])
         else:
             name = FAMILIES[self.family].denoiser
-            network = type(getattr(pipe, name)).from_pretrained(
-                self.anchors[anchor], subfolder=name
-            )
+            network_type = type(getattr(pipe, name))
+            network = network_type.from_pretrained(self.anchors[anchor], subfolder=name)
             pipe.register_modules(**{name: network})
         return tiny_variant(pipe, self.kind, self.pipe.components.get("controlnet"))
 
 
 def make_worlds(root: Path) -> dict[str, World]:
-    """Every family, each with its anchors saved below `root`."""
+    """A world of every family, with its anchors saved below `root`."""
     worlds = {}
     for family, base in BASES.items():
         denoiser = getattr(base, FAMILIES[family].denoiser)
-        networks = {f"full{i}": perturbed_denoiser(denoiser, seed=i) for i in (1, 2)}
-        networks |= {f"lora{i}": tiny_lora(denoiser, seed=i) for i in (1, 2)}
+        networks = {}
+        for i in (1, 2):
+            networks[f"full{i}"] = perturbed_denoiser(denoiser, seed=i)
+            networks[f"lora{i}"] = tiny_lora(denoiser, seed=i)
+        anchors = {}
         for name, network in networks.items():
-            save_anchor(
-                root / family / name,
-                network,
-                AnchorCard(base_model="tiny", family=family, method=name[:4], beta=2000),
-            )
-        worlds[family] = World(family, base, {name: root / family / name for name in networks})
+            anchors[name] = root / family / name
+            card = AnchorCard(base_model="tiny", family=family, method=name[:4], beta=2000)
+            save_anchor(anchors[name], network, card)
+        worlds[family] = World(family, base, anchors)
     return worlds
 
 
 def sample(pipe, seeds=(0, 1), **options):
-    """Latents (N, 4, 8, 8), or FLUX's packed ones (N, 16, 64), one generator an image."""
-    options = (
-        {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
-        | _pictures(pipe, len(seeds))
-        | options
-    )
-    if FAMILIES[family_of(pipe).name].flow:
-        options = {"max_sequence_length": 16} | options
-    generators = [
-        torch.Generator().manual_seed(seed)
-        for seed in seeds
-        for _ in range(options.get("num_images_per_prompt", 1))
-    ]
+    """Latents of one prompt a seed, with one generator an image."""
+    defaults = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+    defaults |= _image_arguments(pipe, len(seeds))
+    if family_of(pipe).flow:
+        defaults["max_sequence_length"] = 16
+    arguments = defaults | options
+
+    generators = []
+    for seed in seeds:
+        for _ in range(arguments.get("num_images_per_prompt", 1)):
+            generators.append(torch.Generator().manual_seed(seed))
+    prompts = [f"prompt {seed}" for seed in seeds]
+
+    # SD3's ControlNet pipelines encode their image with noise from the global generator.
     with torch.random.fork_rng():
-        torch.manual_seed(
-            0
-        )  # SD3's ControlNet pipelines encode their picture with noise that no generator is asked for
-        return pipe([f"prompt {seed}" for seed in seeds], generator=generators, **options).images
+        torch.manual_seed(0)
+        return pipe(prompts, generator=generators, **arguments).images
 
 
-def _pictures(pipe, count: int) -> dict[str, Any]:
-    """The arguments that a pipeline of this kind takes beside the prompt: pictures, masks, sizes."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    blue, grey = (
-        [Image.new("RGB", (64, 64), colour)] * count for colour in ((30, 60, 200), (120, 120, 120))
-    )
+def _image_arguments(pipe, count: int) -> dict[str, Any]:
+    """What a pipeline of this kind takes besides the prompt: images, masks, sizes."""
+    blue = [Image.new("RGB", (64, 64), (30, 60, 200))] * count
+    grey = [Image.new("RGB", (64, 64), (120, 120, 120))] * count
     mask = [Image.linear_gradient("L").resize((64, 64))] * count
+
+    # `image` is the starting image, or in text-to-image of a UNet's ControlNet the control image.
     kind = type(pipe).__name__
-    given = {
+    starts_from_image = "Img2Img" in kind or "Inpaint" in kind
+    arguments = {
         "height": 64,
         "width": 64,
-        "image": blue,
+        "image": blue if starts_from_image else grey,
         "control_image": grey,
         "mask_image": mask,
         "control_mask": mask,
         "strength": 0.7,
     }
-    if not ("Img2Img" in kind or "Inpaint" in kind):
-        given["image"] = (
-            grey  # a ControlNet's, in the UNets' pipelines; other text-to-image pipelines have none
-        )
-    return {name: value for name, value in given.items() if name in accepted}
+    accepted = inspect.signature(pipe.__call__).parameters
+    return {name: value for name, value in arguments.items() if name in accepted}
 
 
 def fingerprint(network) -> dict[str, Any]:
-    """All that a network is: modules, weights, gradients wanted, and attributes."""
+    """All that a network is: modules, weights, wanted gradients, attributes and adapters."""
+    modules = []
+    active = []
+    for name, module in network.named_modules():
+        modules.append((name, id(module), module.training))
+        if hasattr(module, "scaling"):
+            active.append((name, list(module.active_adapters), dict(module.scaling)))
+    parameters = {}
+    for name, p in network.named_parameters():
+        content = p.detach().numpy().tobytes()
+        parameters[name] = (id(p), p.data_ptr(), p.requires_grad, content)
     return {
-        "modules": [
-            (name, id(module), module.training) for name, module in network.named_modules()
-        ],
-        "parameters": {
-            name: (id(p), p.data_ptr(), p.requires_grad, p.detach().numpy().tobytes())
-            for name, p in network.named_parameters()
-        },
+        "modules": modules,
+        "parameters": parameters,
         "attributes": sorted(vars(network)),
         "adapters": sorted(getattr(network, "peft_config", {})),
-        "active": [
-            (name, list(m.active_adapters), dict(m.scaling))
-            for name, m in network.named_modules()
-            if hasattr(m, "scaling")
-        ],
+        "active": active,
     }
 
 
 def denoise(unet, seed: int = 0):
-    """One evaluation outside any loop, in the arguments of a pipeline, as a tuple."""
-    x, text = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        for shape in ((2, 4, 8, 8), (2, 5, 32))
-    )
+    """One evaluation outside any chain, called as pipelines do it."""
+    x = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
+    text = torch.randn((2, 5, 32), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         return unet(
             x.to(unet.dtype),
@@ -151,3 +165,10 @@ def denoise(unet, seed: int = 0):
             encoder_hidden_states=text.to(unet.dtype),
             return_dict=False,
         )[0]
+
+
+def assert_between(middle, start, end, low, high):
+    """Assert that `middle` is `low` to `high` distances of the two ends away from either."""
+    distance = (end - start).norm()
+    assert low * distance < (middle - start).norm() < high * distance
+    assert low * distance < (middle - end).norm() < high * distance

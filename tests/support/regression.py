@@ -39,7 +39,7 @@ class Regression:
 class Rows:
     """Data without content: the loop itself asks only how much there is."""
 
-    instead_of = staticmethod(lambda index: index)
+    replacement = staticmethod(lambda index: index)
 
     def __init__(self, count: int):
         self.count = count

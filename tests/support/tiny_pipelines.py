@@ -224,8 +224,9 @@ class TinyFamily:
         autoencoder: config of an AutoencoderKL, as far as it is not the same for all.
         encoders: makes the text encoders and tokenizers, by component of the pipeline.
         scheduler: makes its scheduler.
-        controlnet: makes a ControlNet beside a denoiser; the second argument: for inpainting.
         latents: shape of one image's latents in a call of its pipeline.
+        controlnet: makes a ControlNet beside a denoiser; the second argument: for inpainting. None:
+            diffusers has none.
         options: further arguments of its pipeline's constructor.
         missing_kinds: those of KINDS that diffusers does not have.
     """
@@ -234,8 +235,8 @@ class TinyFamily:
     autoencoder: dict[str, Any]
     encoders: Callable[[], dict[str, Any]]
     scheduler: Callable[[], Any]
-    controlnet: Callable[[Any, bool], Any]
     latents: tuple[int, ...]
+    controlnet: Callable[[Any, bool], Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     missing_kinds: tuple[str, ...] = ()
 
@@ -367,7 +368,9 @@ def tiny_controlnet(family: str, denoiser: Any, seed: int = 2, inpaint: bool = F
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = TINY[family].controlnet(denoiser, inpaint)
+        make = TINY[family].controlnet
+        assert make is not None, f"diffusers has no ControlNet of {family}"
+        network = make(denoiser, inpaint)
         for parameter in network.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.05)

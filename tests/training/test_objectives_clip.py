@@ -47,6 +47,6 @@ def test_scorers_are_saved_as_clip_folders(tmp_path, pairs):
     objective.save(tmp_path)
     model, tokenizer, processor = networks.load_clip(str(tmp_path))
     batch = dict(tokenizer(pairs.captions[:1], padding="max_length", return_tensors="pt"))
-    batch |= processor(pairs.pictures(0), return_tensors="pt")
+    batch |= processor(pairs.images(0), return_tensors="pt")
     same = objective.network(**objective.collate(items(pairs, 1))).logits_per_image
     torch.testing.assert_close(model(**batch).logits_per_image, same)

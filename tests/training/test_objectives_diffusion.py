@@ -121,6 +121,13 @@ def test_the_loss_is_the_same_with_and_without_the_cache(tmp_path, pairs):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_latents_lie_in_memory_as_those_of_a_cache(pairs):
+    """Networks take other kernels for other layouts, and round otherwise."""
+    _, objective = make("sd15", "lora")
+    latents, _ = objective.encoded(objective.collate(items(pairs)))
+    assert latents.is_contiguous()
+
+
 def test_captions_are_dropped_for_both_images_at_the_stated_rate(pairs):
     objective = dpo(tiny_pipeline("sd15"), "full", dropout=0.5)
     captions = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deradiff.data.pairs import CaptionedImages, Item, pixels
+from deradiff.data.pairs import CaptionedImages, Item, image_tensor
 from deradiff.training.objectives.base import Batch, Parts
 from deradiff.worlds import networks
 
@@ -68,7 +68,7 @@ class Autoencoder:
 
     def collate(self, items: list[Item]) -> Batch:
         """images (B, 3, R, R) and noise (B, C, H, W)."""
-        images = [pixels(item.images[0], self.resolution) for item in items]
+        images = [image_tensor(item.images[0], self.resolution) for item in items]
         noise = [torch.randn(self.latent_shape, generator=item.generator) for item in items]
         return {"images": torch.stack(images), "noise": torch.stack(noise)}
 
@@ -89,7 +89,8 @@ class Autoencoder:
         rows = [
             row for row in range(min(MOMENTS_FROM, len(self.data))) if row not in self.data.broken
         ]
-        images = torch.stack([pixels(self.data.pictures(row)[0], self.resolution) for row in rows])
+        first_images = [self.data.images(row)[0] for row in rows]
+        images = torch.stack([image_tensor(image, self.resolution) for image in first_images])
         means = []
         for part in images.split(SLICE):
             means.append(vae.encode(part.to(vae.device)).latent_dist.mean)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.data.cache import Cache, encode_images
-from deradiff.data.pairs import Item, pixels
+from deradiff.data.pairs import Item, image_tensor
 from deradiff.data.reference_errors import ReferenceErrors
 from deradiff.models.families import FAMILIES, family_of
 from deradiff.models.flops import denoiser_flops, dpo_step_flops
@@ -73,9 +73,9 @@ class DenoiserObjective:
 
         Returns:
             timesteps (B,); time (B,), the same in [0, 1]; noise (B, C, H, W), one for all images
-            of an example; captions, some of them dropped; index (B,) and places, which tell what
-            the examples are; and either latents (P, B, C, H, W) and conditioning from the cache,
-            or images (P, B, 3, R, R), which `encoded` encodes.
+            of an example; captions, some of them dropped; index (B,) and epoch_indices, which tell
+            what the examples are; and either latents (P, B, C, H, W) and conditioning from the
+            cache, or images (P, B, 3, R, R), which `encoded` encodes.
         """
         # An example draws from its own generator, in this order: a change would change every run.
         timesteps = torch.cat([self.noising.draw(item.generator) for item in items])
@@ -90,13 +90,13 @@ class DenoiserObjective:
             "noise": noise,
             "captions": captions,
             "index": torch.tensor([item.index for item in items]),
-            "places": [item.place for item in items],
+            "epoch_indices": [item.epoch_index for item in items],
         }
 
         if self.cache is not None:
             latents = [self.cache.latents(item.index, flip) for item, flip in zip(items, flips)]
             batch["latents"] = torch.stack(latents, dim=1)
-            batch["conditioning"] = self.cache.texts(captions)
+            batch["conditioning"] = self.cache.embeddings(captions)
         else:
             images = [self._pixels(item, flip) for item, flip in zip(items, flips)]
             batch["images"] = torch.stack(images, dim=1)
@@ -111,7 +111,7 @@ class DenoiserObjective:
 
     def _pixels(self, item: Item, flip: bool) -> Tensor:
         """(P, 3, R, R)."""
-        return torch.stack([pixels(image, self.resolution, flip) for image in item.images])
+        return torch.stack([image_tensor(image, self.resolution, flip) for image in item.images])
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -122,7 +122,9 @@ class DenoiserObjective:
             return batch["latents"].float(), rows
         images = batch["images"]
         latents = encode_images(self.pipe, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return latents.float(), self.family.encode_prompts(self.pipe, batch["captions"])
+        # Autoencoders may put channels last in memory; as from a cache, they come before the sides.
+        latents = latents.contiguous().float()
+        return latents, self.family.encode_prompts(self.pipe, batch["captions"])
 
     def predict(
         self,
@@ -275,7 +277,7 @@ class DPO(DenoiserObjective):
         """
         batch = super().collate(items)
         if self.errors is not None:
-            stored = self.errors.get(batch["places"])
+            stored = self.errors.get(batch["epoch_indices"])
             batch["reference_error"] = stored
             batch["known"] = not bool(stored.isnan().any())
         return batch
@@ -311,7 +313,7 @@ class DPO(DenoiserObjective):
         if self.errors is None:
             return errors
         if not batch["known"]:
-            self.errors.add(batch["places"], errors)
+            self.errors.add(batch["epoch_indices"], errors)
         return torch.where(batch["reference_error"].isnan(), errors, batch["reference_error"])
 
     def save(self, folder: Path) -> None:

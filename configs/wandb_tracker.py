@@ -1,0 +1,109 @@
+"""Weights & Biases. W&B writes offline where no key is set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from configs.tracking import Tracker, TrackingConfig
+
+LARGEST_ARTIFACT = 1_000_000_000
+"""Bytes. A full SDXL is ten times that, for every beta."""
+
+LONGEST_NAME = 128
+"""Characters that W&B takes for a group or an id."""
+
+
+class WandbTracker(Tracker):
+    """A Weights & Biases run.
+
+    Args:
+        run: the run.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        """Numbers of one step."""
+        self.run.log(values, step=step)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table with its images."""
+        cells = [[self._cell(cell) for cell in row] for row in rows]
+        self.run.log({name: wandb.Table(columns=[*columns], data=cells)})
+
+    def _cell(self, cell: Any) -> Any:
+        return wandb.Image(str(cell)) if isinstance(cell, Path) else cell
+
+    def image(self, name: str, path: Path, caption: str = "") -> None:
+        """One image file."""
+        if path.suffix == ".svg":
+            self.run.log({name: wandb.Html(path.read_text())})
+        else:
+            self.run.log({name: wandb.Image(str(path), caption=caption or None)})
+
+    def artifact(self, name: str, kind: str, path: Path) -> None:
+        """A folder or file, unless it is too large to upload."""
+        files = path.rglob("*") if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files)
+        if size > LARGEST_ARTIFACT:
+            print(
+                f"W&B: {path} is not uploaded as an artifact: it has {size / 1e9:.1f} GB",
+                file=sys.stderr,
+            )
+            return
+        artifact = wandb.Artifact(name, type=kind)
+        if path.is_dir():
+            artifact.add_dir(str(path))
+        else:
+            artifact.add_file(str(path))
+        self.run.log_artifact(artifact)
+
+    def uses(self, name: str, kind: str) -> None:
+        """The artifact as an input of this run."""
+        inputs = sorted({*self.run.config.get("inputs", []), name})
+        self.run.config.update({"inputs": inputs}, allow_val_change=True)
+        # W&B can link runs only where it can look the other one up
+        if not self.run.offline:
+            self.run.use_artifact(f"{name}:latest", type=kind)
+
+
+def start(
+    tracking: TrackingConfig,
+    stage: str,
+    run_dir: Path,
+    config: dict[str, Any],
+    group: str,
+    stack: ExitStack,
+) -> Tracker:
+    """Start a run.
+
+    Args:
+        tracking: the stage's settings.
+        stage: the stage's name.
+        run_dir: of the run.
+        config: nested settings, for the tracker's own record.
+        group: of the run, where the settings name none.
+        stack: ends the tracker at its end.
+    """
+    has_key = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
+    mode: Any = tracking.mode or (None if has_key else "offline")
+    run = wandb.init(
+        project=tracking.project,
+        group=(tracking.group or group)[:LONGEST_NAME] or None,
+        job_type=stage,
+        name=run_dir.name,
+        id=f"{stage}-{run_dir.name}"[:LONGEST_NAME],
+        dir=str(run_dir),
+        config=config,
+        mode=mode,
+        resume="allow",
+        settings=wandb.Settings(silent=True),
+    )
+    return WandbTracker(stack.enter_context(run))
