@@ -197,9 +197,11 @@ class ImageRewardScorer(BatchedScorer):
 
     def __init__(self, checkpoint: ImageRewardCheckpoint, device: str = "cpu") -> None:
         state, vision, text = checkpoint.read("cpu")
-        part = lambda stem: {
-            n.removeprefix(stem): t.float() for n, t in state.items() if n.startswith(stem)
-        }  # noqa: E731
+
+        def part(stem: str) -> dict[str, Tensor]:
+            names = [name for name in state if name.startswith(stem)]
+            return {name.removeprefix(stem): state[name].float() for name in names}
+
         for network, stem in ((vision, "vision."), (text, "text.")):
             network.load_state_dict(part(stem))
         self.vision, self.text = vision.eval().to(device), text.eval().to(device)
