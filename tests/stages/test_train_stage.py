@@ -182,7 +182,7 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
     ("data.scorer=colourful", "labelled by vivid or crisp, not 'colourful'"),
     (
         "data=table data.path=nowhere.parquet model.base={base}",
-        "data.path nowhere.parquet does not exist",
+        "data.path=nowhere.parquet does not exist",
     ),
     (
         "runs=/dev/null/runs model.base={base}",
