@@ -1,4 +1,5 @@
-"""A judge of the shapes world that is no CLIP: a small CNN with a head per word of the caption, trained on fresh renders."""
+"""A judge of the shapes world that is no CLIP: a small CNN with a head per word of the caption,
+trained on fresh renders."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def train_judge(steps: int = 500, seed: int = 0) -> Judge:
 
 @torch.no_grad()
 def verdicts(judge: Judge, images: list[Image.Image], captions: list[str]) -> dict[str, np.ndarray]:
-    """Per head, and for all heads at once (`all`): is each picture what its caption says? Boolean (N,)."""
+    """Per head, and for all heads at once (`all`): is each picture what its caption says? Boolean
+    (N,)."""
     logits, labels = (
         judge(torch.stack([image_tensor(i, 32) for i in images])),
         _labels([shapes.scene_of(c) for c in captions]),

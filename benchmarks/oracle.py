@@ -1,4 +1,5 @@
-"""The method's figures on the analytic beds, as markdown: `python -m benchmarks.oracle [images]` (minutes on two cores)."""
+"""The method's figures on the analytic beds, as markdown: `python -m benchmarks.oracle [images]`
+(minutes on two cores)."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def scheduler_of(kind: str, steps: int) -> Any:
 
 
 class Runs:
-    """The realigned chain and the exact model's on one bed, lambda and sampler, from the same noise."""
+    """The realigned chain and the exact model's on one bed, lambda and sampler, from the same
+    noise."""
 
     def __init__(self, bed: Bed, lam: float, kind: str, steps: int, images: int) -> None:
         self.scheduler, self.lam, self.images = scheduler_of(kind, steps), lam, images
@@ -201,7 +203,8 @@ def beta_law() -> None:
 
 def modes(images: int) -> None:
     head(
-        "Two anchors in the plane, weights (.5, .5): total variation of the modes, ancestral, 50 steps",
+        "Two anchors in the plane, weights (.5, .5): total variation of the modes, ancestral, 50 "
+        "steps",
         "mixture",
         "K = 4",
         "floor",

@@ -1,7 +1,8 @@
-"""How realignment is sampled with two pipelines' networks and no library: one prompt at a time, both networks at every step.
+"""How realignment is sampled with two pipelines' networks and no library: one prompt at a time,
+both networks at every step.
 
-What the sweep of `benchmarks.sample` is timed against, from the paper's Algorithm 1: no batch, nothing shared by the lambdas, and both
-networks evaluated at lambda 0 and 1, too.
+What the sweep of `benchmarks.sample` is timed against, from the paper's Algorithm 1: no batch,
+nothing shared by the lambdas, and both networks evaluated at lambda 0 and 1, too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def sample(
     seed: int,
     prompt: dict[str, Tensor],
 ) -> Tensor:
-    """Latents (1, C, H, W) of one prompt. prompt: a row of `prompt_embeds`, `negative_prompt_embeds` and SDXL's pooled ones."""
+    """Latents (1, C, H, W) of one prompt. prompt: a row of `prompt_embeds`,
+    `negative_prompt_embeds` and SDXL's pooled ones."""
     scheduler, generator = pipe.scheduler, torch.Generator().manual_seed(seed)
     device, dtype = pipe.unet.device, pipe.unet.dtype
     scheduler.set_timesteps(steps, device=device)

@@ -1,7 +1,10 @@
-"""The shipped models of the shapes world: measured, written as fp16, and compared with what the experiments make now.
+"""The shipped models of the shapes world: measured, written as fp16, and compared with what the
+experiments make now.
 
-python -m benchmarks.shapes_assets ship      writes deradiff/worlds/assets/shapes from runs/train/shapes-* and measures it
-python -m benchmarks.shapes_assets compare   measures runs/train/shapes-* and compares it with what is shipped
+python -m benchmarks.shapes_assets ship      writes deradiff/worlds/assets/shapes from
+runs/train/shapes-* and measures it
+python -m benchmarks.shapes_assets compare   measures runs/train/shapes-* and compares it with what
+is shipped
 """
 
 from __future__ import annotations
@@ -62,7 +65,8 @@ def ordered(scorer: Any, reward: Any, count: int = 1000) -> float:
 
 
 def sampled(base: Path, captions: list[str]) -> list[Image.Image]:
-    """One picture a caption, as the sample stage makes them by default: 20 steps, guidance 2.5, but DDIM."""
+    """One picture a caption, as the sample stage makes them by default: 20 steps, guidance 2.5, but
+    DDIM."""
     pipe = BaseModel(str(base)).load_pipeline()
     images: list[Image.Image] = []
     for start in range(0, len(captions), 64):
@@ -120,7 +124,9 @@ def ship(runs: Path) -> None:
     shutil.rmtree(SHIPPED, ignore_errors=True)
     pipe = BaseModel(str(runs / RUNS["base"])).load_pipeline()
     pipe.to(torch.float16)
-    pipe.text_encoder.float()  # transformers loads what is stored, diffusers float32: a plain from_pretrained must give one precision
+    # transformers loads what is stored, diffusers float32: a plain from_pretrained must give one
+    # precision
+    pipe.text_encoder.float()
     pipe.save_pretrained(SHIPPED / "base")
     from deradiff.worlds.networks import load_clip
 
@@ -147,7 +153,8 @@ def compare(runs: Path) -> None:
         print(f"{name:42} shipped {shipped[name]:8.4f}   now {value:8.4f}")
     if far:
         sys.exit(
-            f"the experiments no longer make what is shipped: {', '.join(far)} differ by more than {TOLERANCE}"
+            f"the experiments no longer make what is shipped: {', '.join(far)} differ by more "
+            f"than {TOLERANCE}"
         )
 
 

@@ -1,4 +1,5 @@
-"""The benchmark of sampling at its smallest: every row is there, and the published loop samples what `realign` does."""
+"""The benchmark of sampling at its smallest: every row is there, and the published loop samples
+what `realign` does."""
 
 import torch
 

@@ -1,4 +1,5 @@
-"""The examples of README and docs/dial.md run: the code blocks as they stand there, on tiny pipelines in place of the published ones."""
+"""The examples of README and docs/dial.md run: the code blocks as they stand there, on tiny
+pipelines in place of the published ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Whether two models' scores agree: equivalence tests, win rates, limits of agreement, distributions of errors. Arrays in, numbers out.
+"""Whether two models' scores agree: equivalence tests, win rates, limits of agreement,
+distributions of errors. Arrays in, numbers out.
 
-Prompts are the independent draws: an array (P,) holds one value a prompt, the mean over that prompt's seeds, and nan where there is none.
+Prompts are the independent draws: an array (P,) holds one value a prompt, the mean over that
+prompt's seeds, and nan where there is none.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ NORMAL = float(stats.norm.ppf((1 + LEVEL) / 2))
 
 @dataclass(frozen=True)
 class Equivalence:
-    """A paired TOST. p: the larger of its one-sided p-values; equivalent: p < .05. low, high: the 90 % t interval of the mean difference,
-    which for a fixed margin lies within it exactly where the models are equivalent. p, low and high are nan with one prompt.
+    """A paired TOST. p: the larger of its one-sided p-values; equivalent: p < .05. low, high: the
+    90 % t interval of the mean difference, which for a fixed margin lies within it exactly where
+    the models are equivalent. p, low and high are nan with one prompt.
     """
 
     p: float
@@ -29,18 +32,24 @@ class Equivalence:
 
 
 def _t(values: Array) -> float:
-    """Student's t of a mean; infinite where all values are one number other than 0, and 0 where they all are 0."""
+    """Student's t of a mean; infinite where all values are one number other than 0, and 0 where
+    they all are 0."""
     mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
-    return float(mean / error) if error > 0 else float(np.sign(mean) * np.inf) if mean else 0.0
+    if error > 0:
+        return float(mean / error)
+    return float(np.sign(mean) * np.inf) if mean else 0.0
 
 
 def equivalence(difference: Array, margin: float | Array) -> Equivalence:
-    """Two one-sided paired t tests (Schuirmann 1987): is the mean difference within +- margin? A large p only says that it is not shown.
+    """Two one-sided paired t tests (Schuirmann 1987): is the mean difference within +- margin? A
+    large p only says that it is not shown.
 
-    difference: (P,), model less target. margin: above 0, in the score's unit; or one a prompt, (P,), for a margin that is itself measured,
-    such as a share of target less reference. Then difference -+ margin are linear contrasts, tested as such, of whichever sign the margin's
-    mean has; and as that sign is read off the data, the margin must also differ from 0 in a two-sided test at 5 %, so that the whole, an
-    intersection-union test (Berger 1982), keeps its level. Raises ValueError for a fixed margin that is not above 0.
+    difference: (P,), model less target. margin: above 0, in the score's unit; or one a prompt,
+        (P,), for a margin that is itself measured, such as a share of target less reference. Then
+        difference -+ margin are linear contrasts, tested as such, of whichever sign the margin's
+        mean has; and as that sign is read off the data, the margin must also differ from 0 in a
+        two-sided test at 5 %, so that the whole, an intersection-union test (Berger 1982), keeps
+        its level. Raises ValueError for a fixed margin that is not above 0.
     """
     if np.ndim(margin) == 0 and not margin > 0:
         raise ValueError(f"the margin of an equivalence test must be above 0, not {margin}")
@@ -63,10 +72,12 @@ def equivalence(difference: Array, margin: float | Array) -> Equivalence:
 
 
 def win_share(wins: Array) -> Estimate:
-    """Mean of (P,) per-prompt shares of wins, each in [0, 1] (the mean over a prompt's seeds of 1, 1/2 or 0), in percent.
+    """Mean of (P,) per-prompt shares of wins, each in [0, 1] (the mean over a prompt's seeds of 1,
+    1/2 or 0), in percent.
 
-    Wilson's interval (1927) with P trials: exact in form for one image a prompt without ties, and otherwise conservative, since among the
-    distributions on [0, 1] of one mean a coin's variance is the largest. Raises ValueError for no prompts.
+    Wilson's interval (1927) with P trials: exact in form for one image a prompt without ties, and
+    otherwise conservative, since among the distributions on [0, 1] of one mean a coin's variance is
+    the largest. Raises ValueError for no prompts.
     """
     wins = np.asarray(wins, dtype=np.float64)
     wins = wins[~np.isnan(wins)]
@@ -84,15 +95,17 @@ def win_share(wins: Array) -> Estimate:
 
 
 def win_rate(model: Array, other: Array) -> Estimate:
-    """Percent of prompts whose mean score is higher with the model than with the other, ties half. model, other: (P,), paired."""
+    """Percent of prompts whose mean score is higher with the model than with the other, ties half.
+    model, other: (P,), paired."""
     difference = np.asarray(model, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     return win_share((np.sign(difference) + 1) / 2)
 
 
 @dataclass(frozen=True)
 class LimitsOfAgreement:
-    """Bland and Altman (1986). bias: mean difference. lower, upper: bias -+ 1.96 standard deviations, between which 95 % of differences
-    would lie, each with its own interval. deviation: of the differences."""
+    """Bland and Altman (1986). bias: mean difference. lower, upper: bias -+ 1.96 standard
+    deviations, between which 95 % of differences would lie, each with its own interval. deviation:
+    of the differences."""
 
     bias: Estimate
     lower: Estimate
@@ -101,9 +114,11 @@ class LimitsOfAgreement:
 
 
 def limits_of_agreement(differences: Array) -> LimitsOfAgreement:
-    """Limits of agreement of (N,) independent differences, for a Bland-Altman plot. Raises ValueError for fewer than two.
+    """Limits of agreement of (N,) independent differences, for a Bland-Altman plot. Raises
+    ValueError for fewer than two.
 
-    Intervals: the bias's by t; the limits' exactly, for normal differences, by the noncentral t distribution (Carkeet 2015).
+    Intervals: the bias's by t; the limits' exactly, for normal differences, by the noncentral t
+        distribution (Carkeet 2015).
     """
     values = np.asarray(differences, dtype=np.float64)
     values = values[~np.isnan(values)]
@@ -127,7 +142,8 @@ def limits_of_agreement(differences: Array) -> LimitsOfAgreement:
 
 @dataclass(frozen=True)
 class Ecdf:
-    """An empirical distribution function: at x (N,), ascending, share in [0, 1] of values at most x, and its band."""
+    """An empirical distribution function: at x (N,), ascending, share in [0, 1] of values at most
+    x, and its band."""
 
     x: Array
     share: Array
@@ -136,7 +152,8 @@ class Ecdf:
 
 
 def ecdf(values: Array) -> Ecdf:
-    """Of N independent values, with the Dvoretzky-Kiefer-Wolfowitz band in Massart's constant: 95 % for the whole curve at once."""
+    """Of N independent values, with the Dvoretzky-Kiefer-Wolfowitz band in Massart's constant: 95 %
+    for the whole curve at once."""
     x = np.sort(np.asarray(values, dtype=np.float64))
     x = x[~np.isnan(x)]
     if not len(x):
@@ -147,10 +164,12 @@ def ecdf(values: Array) -> Ecdf:
 
 
 def error_ecdf(model: Array, target: Array, seed: int = 0) -> Ecdf:
-    """Of the absolute approximation errors of C cells; model, target: (P, C), a row a prompt. The paper's figure.
+    """Of the absolute approximation errors of C cells; model, target: (P, C), a row a prompt. The
+    paper's figure.
 
-    Cells share prompts and anchors, so they are not independent: the band is a bootstrap over prompts, 95 % at each x. An absolute value of
-    a noisy mean is too large on average, so the band lies on the side of larger errors where errors are within their noise.
+    Cells share prompts and anchors, so they are not independent: the band is a bootstrap over
+    prompts, 95 % at each x. An absolute value of a noisy mean is too large on average, so the band
+    lies on the side of larger errors where errors are within their noise.
     """
     cells = model.shape[1]
     means = resampled_means(np.concatenate([model, target], axis=1), seed)

@@ -125,7 +125,8 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{where} is not JSON ({error.msg}); run the sample stage's command again to complete it"
+            f"{where} is not JSON ({error.msg}); run the sample stage's command again to "
+            f"complete it"
         ) from None
     if not isinstance(record, dict):
         raise ValueError(f"{where} is not a JSON object; sample that run again")
@@ -179,7 +180,8 @@ def _check_images(table: pd.DataFrame) -> None:
     missing = [file for file in table["file"] if not Path(file).is_file()]
     if missing:
         raise ValueError(
-            f"{_named(missing)} missing; run the sample stage's command again, it makes what is not "
+            f"{_named(missing)} missing; run the sample stage's command again, it makes what is "
+            f"not "
             "there"
         )
     altered = []
@@ -188,7 +190,8 @@ def _check_images(table: pd.DataFrame) -> None:
             altered.append(file)
     if altered:
         raise ValueError(
-            f"{_named(altered)} not what the manifest's sha256 says; delete them and run the sample "
+            f"{_named(altered)} not what the manifest's sha256 says; delete them and run the "
+            f"sample "
             "stage's command again"
         )
 

@@ -241,7 +241,8 @@ class _Bench:
         ]
         if not sources:
             return (
-                f"{name}: no images of the reference are among the samples; sample with 0 among the "
+                f"{name}: no images of the reference are among the samples; sample with 0 among "
+                f"the "
                 "lambdas"
             )
         realigned = SampledModel.of_row(model)

@@ -163,7 +163,8 @@ FIGURES = (
     FigureSpec(
         "bland_altman",
         "Bland-Altman",
-        "The difference over the mean of the two. Solid: the bias; dashed: 1.96 standard deviations "
+        "The difference over the mean of the two. Solid: the bias; dashed: 1.96 standard "
+        "deviations "
         "between cells to either side; both of the cells with lam within (0, 1), where there are "
         "any.",
         CLOSENESS,

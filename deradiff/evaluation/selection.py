@@ -1,7 +1,9 @@
-"""Choosing lambda: the best held-out score under a path-KL budget, and an alarm for reward hacking. Arrays in, numbers out.
+"""Choosing lambda: the best held-out score under a path-KL budget, and an alarm for reward hacking.
+Arrays in, numbers out.
 
-A candidate is one lambda of one anchor. It is chosen on some prompts and reported on others, so that what is reported was not picked for
-being high. The path KL of a run costs nothing more (`deradiff.realignment.path_kl`), so the budget needs no extra model.
+A candidate is one lambda of one anchor. It is chosen on some prompts and reported on others, so
+that what is reported was not picked for being high. The path KL of a run costs nothing more
+(`deradiff.realignment.path_kl`), so the budget needs no extra model.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from deradiff.evaluation.statistics import LEVEL, Array, Estimate, paired_bootst
 
 
 def for_choosing(prompt_ids: Sequence[str], share: float = 0.5) -> NDArray[np.bool_]:
-    """(P,): True for prompts to choose by, False for prompts to report on; about `share` of them True.
+    """(P,): True for prompts to choose by, False for prompts to report on; about `share` of them
+    True.
 
-    By a hash of the prompt_id alone: a prompt falls on the same side in every run, whatever stands beside it and in which order.
+    By a hash of the prompt_id alone: a prompt falls on the same side in every run, whatever stands
+    beside it and in which order.
     """
     drawn = [
         int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
@@ -32,9 +36,11 @@ def for_choosing(prompt_ids: Sequence[str], share: float = 0.5) -> NDArray[np.bo
 class Choice:
     """Which candidate, and what it is worth on the prompts that did not choose it.
 
-    index: of the candidate. affordable: (C,), whose mean path KL, path_kl (C,), is within the budget. chosen_by: (C,), mean scores on the
-    choosing prompts. score: the chosen one's mean score; gain: above the reference's, paired; lead: above the next best affordable
-    candidate's, paired (nan where there is none): an interval that holds 0 says that the two are not told apart.
+    index: of the candidate. affordable: (C,), whose mean path KL, path_kl (C,), is within the
+        budget. chosen_by: (C,), mean scores on the choosing prompts. score: the chosen one's mean
+        score; gain: above the reference's, paired; lead: above the next best affordable
+        candidate's, paired (nan where there is none): an interval that holds 0 says that the two
+        are not told apart.
     """
 
     index: int
@@ -54,15 +60,19 @@ def choose(
     reference: Array | None = None,
     seed: int = 0,
 ) -> Choice:
-    """The candidate with the highest mean score on the choosing prompts among those with a mean path KL of at most `budget` nats.
+    """The candidate with the highest mean score on the choosing prompts among those with a mean
+    path KL of at most `budget` nats.
 
-    scores, path_kl: (P, C), nan where a prompt lacks a candidate. budget: None for any; else a candidate without a path KL is not
-    affordable. choosing: (P,), as `for_choosing` makes it. reference: (P,), the reference's scores. Of equal candidates the one with the
-    smaller path KL is chosen. Raises ValueError where no candidate is affordable, or one side of the split holds no prompt.
+    scores, path_kl: (P, C), nan where a prompt lacks a candidate. budget: None for any; else a
+    candidate without a path KL is not affordable. choosing: (P,), as `for_choosing` makes it.
+    reference: (P,), the reference's scores. Of equal candidates the one with the smaller path KL is
+    chosen. Raises ValueError where no candidate is affordable, or one side of the split holds no
+    prompt.
     """
     if not choosing.any() or choosing.all():
         raise ValueError(
-            f"{len(choosing)} prompts do not make two halves, one to choose lambda by and one to report on: sample more prompts"
+            f"{len(choosing)} prompts do not make two halves, one to choose lambda by and one to "
+            f"report on: sample more prompts"
         )
     kl, means = _means(path_kl), _means(scores[choosing])
     affordable = ~np.isnan(means) & (np.ones(len(kl), bool) if budget is None else kl <= budget)
@@ -73,7 +83,8 @@ def choose(
             else ", for none was recorded"
         )
         raise ValueError(
-            f"no lambda has a mean path KL within {budget:g} nats{least}: raise the budget or sample smaller lambdas"
+            f"no lambda has a mean path KL within {budget:g} nats{least}: raise the budget or "
+            f"sample smaller lambdas"
         )
     order = sorted(
         np.flatnonzero(affordable), key=lambda c: (-means[c], np.nan_to_num(kl[c], nan=np.inf))
@@ -110,8 +121,9 @@ def _change(before: Array, after: Array, seed: int, level: float = LEVEL) -> Est
 
 @dataclass(frozen=True)
 class Alarm:
-    """Reward hacking from one model to another. rise: change of the optimised score, 95 %. changes: of all K scores, the optimised one too,
-    the others' intervals widened for their number. fallen: which others fell clearly. raised: the optimised one rose clearly, and any fell.
+    """Reward hacking from one model to another. rise: change of the optimised score, 95 %. changes:
+    of all K scores, the optimised one too, the others' intervals widened for their number. fallen:
+    which others fell clearly. raised: the optimised one rose clearly, and any fell.
     """
 
     rise: Estimate
@@ -121,10 +133,12 @@ class Alarm:
 
 
 def reward_hacking(before: Array, after: Array, optimised: int = 0, seed: int = 0) -> Alarm:
-    """Whether the score that was optimised rises while another one falls, from `before` to `after`, each (P, K), paired by prompt.
+    """Whether the score that was optimised rises while another one falls, from `before` to `after`,
+    each (P, K), paired by prompt.
 
-    Clearly: the bootstrap interval of the mean change over prompts lies on one side of 0; those of the K - 1 others at 95 % together
-    (Bonferroni), so that more scorers do not make more false alarms. optimised: the column of the score that alignment optimised.
+    Clearly: the bootstrap interval of the mean change over prompts lies on one side of 0; those of
+        the K - 1 others at 95 % together (Bonferroni), so that more scorers do not make more false
+        alarms. optimised: the column of the score that alignment optimised.
     """
     others = before.shape[1] - 1
     level = 1 - (1 - LEVEL) / max(others, 1)

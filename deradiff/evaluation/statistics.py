@@ -1,7 +1,9 @@
-"""Approximation errors of paired scores: arrays in, numbers out. Every interval is a percentile bootstrap over prompts.
+"""Approximation errors of paired scores: arrays in, numbers out. Every interval is a percentile
+bootstrap over prompts.
 
-Prompts are what a new evaluation would draw anew, so prompts are resampled, not images: an array holds one value a prompt, the mean over
-that prompt's seeds. All columns of a prompt are drawn together, so that what prompts differ in cancels from every difference.
+Prompts are what a new evaluation would draw anew, so prompts are resampled, not images: an array
+holds one value a prompt, the mean over that prompt's seeds. All columns of a prompt are drawn
+together, so that what prompts differ in cancels from every difference.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Estimate:
     high: float
 
     def absolute(self) -> Estimate:
-        """Of |x|, from the estimate of x: an interval that holds 0 becomes [0, its farther end], never one that leaves 0 out."""
+        """Of |x|, from the estimate of x: an interval that holds 0 becomes [0, its farther end],
+        never one that leaves 0 out."""
         near, far = sorted((abs(self.low), abs(self.high)))
         return Estimate(abs(self.value), 0.0 if self.low <= 0 <= self.high else near, far)
 
@@ -43,7 +46,8 @@ def _counts(prompts: int, seed: int) -> Array:
 def resampled_means(values: Array, seed: int = 0) -> Array:
     """Column means (1 + 2000, K) of the sample, and of 2000 resamples of its rows with replacement.
 
-    values: (P, K), a row a prompt; a nan is left out of its column's mean. Raises ValueError for no rows.
+    values: (P, K), a row a prompt; a nan is left out of its column's mean. Raises ValueError for no
+        rows.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
@@ -56,10 +60,11 @@ def resampled_means(values: Array, seed: int = 0) -> Array:
 def paired_bootstrap(
     values: Array, statistic: Callable[[Array], Array], seed: int = 0, level: float = LEVEL
 ) -> Estimate:
-    """Percentile interval of a statistic of column means (Efron and Tibshirani 1993, chapter 13), rows resampled with replacement.
+    """Percentile interval of a statistic of column means (Efron and Tibshirani 1993, chapter 13),
+    rows resampled with replacement.
 
-    values: (P, K), as in `resampled_means`. statistic: column means (..., K) -> (...); it is called once, on the sample's means and those
-    of 2000 resamples. Raises ValueError for no rows.
+    values: (P, K), as in `resampled_means`. statistic: column means (..., K) -> (...); it is called
+        once, on the sample's means and those of 2000 resamples. Raises ValueError for no rows.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         found = statistic(resampled_means(values, seed))
@@ -72,10 +77,13 @@ def paired_bootstrap(
 
 @dataclass(frozen=True)
 class ApproximationError:
-    """How far a model's mean score lies from the mean score of the model that it stands for, the target.
+    """How far a model's mean score lies from the mean score of the model that it stands for, the
+    target.
 
-    difference: signed, model less target. error: |difference| (the paper's approximation error). percent_of_mean: of |target mean|.
-    share: error in percent of `distance`, |target mean - reference mean|: 0 is the target itself, 100 is as far off as the reference.
+    difference: signed, model less target. error: |difference| (the paper's approximation error).
+        percent_of_mean: of |target mean|.
+    share: error in percent of `distance`, |target mean - reference mean|: 0 is the target itself,
+        100 is as far off as the reference.
     """
 
     difference: Estimate
@@ -86,14 +94,16 @@ class ApproximationError:
 
     @property
     def distance_is_clear(self) -> bool:
-        """Whether the interval of the distance leaves 0 out; where it does not, a share of it says nothing."""
+        """Whether the interval of the distance leaves 0 out; where it does not, a share of it says
+        nothing."""
         return self.distance.low > 0
 
 
 def approximation_error(
     model: Array, target: Array, reference: Array, seed: int = 0
 ) -> ApproximationError:
-    """Approximation error of one realigned model with intervals. model, target, reference: (P,), paired by prompt."""
+    """Approximation error of one realigned model with intervals. model, target, reference: (P,),
+    paired by prompt."""
     values = np.stack([model, target, reference], axis=1)
 
     def estimate(statistic: Callable[[Array, Array, Array], Array]) -> Estimate:
@@ -114,7 +124,8 @@ def approximation_error(
 def share_of_anchor(
     model: Array, target: Array, anchor: Array, reference: Array, seed: int = 0
 ) -> Estimate:
-    """The error in percent of what the anchor itself changed, |anchor mean - reference mean|: one unit for all targets of an anchor.
+    """The error in percent of what the anchor itself changed, |anchor mean - reference mean|: one
+    unit for all targets of an anchor.
 
     All (P,), paired by prompt. nan where the interval of that distance holds 0.
     """
@@ -128,7 +139,8 @@ def share_of_anchor(
 
 @dataclass(frozen=True)
 class MeanApproximationError:
-    """Approximation errors averaged over cells; share: over the cells with a clear distance, nan where there is none."""
+    """Approximation errors averaged over cells; share: over the cells with a clear distance, nan
+    where there is none."""
 
     error: Estimate
     percent_of_mean: Estimate
@@ -140,8 +152,9 @@ def mean_approximation_error(
 ) -> MeanApproximationError:
     """Mean over C cells of the approximation error (the paper's MAE), with intervals.
 
-    model, target, reference: (P, C), a row a prompt, nan where a cell lacks it. clear: (C,), the cells whose share counts.
-    An average of absolute values cannot be 0: where every difference is noise, so is the interval's lower end.
+    model, target, reference: (P, C), a row a prompt, nan where a cell lacks it. clear: (C,), the
+    cells whose share counts. An average of absolute values cannot be 0: where every difference is
+    noise, so is the interval's lower end.
     """
     cells = model.shape[1]
     values = np.concatenate([model, target, reference], axis=1)
@@ -151,9 +164,10 @@ def mean_approximation_error(
     ) -> Estimate:
         if not which.any():
             return Estimate(np.nan, np.nan, np.nan)
-        split = lambda means: (
-            means[..., i * cells : (i + 1) * cells][..., which] for i in range(3)
-        )  # noqa: E731
+
+        def split(means: Array) -> list[Array]:
+            return [means[..., i * cells : (i + 1) * cells][..., which] for i in range(3)]
+
         return paired_bootstrap(values, lambda means: statistic(*split(means)).mean(axis=-1), seed)
 
     every = np.ones(cells, dtype=bool)
@@ -168,8 +182,9 @@ def mean_approximation_error(
 class ErrorSpread:
     """How the errors of C cells are spread, and how large they are beside what prompts differ in.
 
-    under: share of errors at most the threshold, in percent. median: of the errors. deviation: standard deviation of the target's scores
-    over prompts, mean over cells. median_percent: the median error in percent of it (the paper's "20 % of its standard deviation").
+    under: share of errors at most the threshold, in percent. median: of the errors. deviation:
+        standard deviation of the target's scores over prompts, mean over cells. median_percent: the
+        median error in percent of it (the paper's "20 % of its standard deviation").
     """
 
     under: Estimate
@@ -181,7 +196,8 @@ class ErrorSpread:
 def error_spread(
     model: Array, target: Array, threshold: float | Array, seed: int = 0
 ) -> ErrorSpread:
-    """Spread of the absolute approximation errors. model, target: (P, C), a row a prompt. threshold: one, or one a cell (C,)."""
+    """Spread of the absolute approximation errors. model, target: (P, C), a row a prompt.
+    threshold: one, or one a cell (C,)."""
     cells = model.shape[1]
     values = np.concatenate([model, target], axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,4 +1,5 @@
-"""Algorithm 1 of DeRaDiff to the letter: a realigned reverse chain drawn from the closed-form posterior mixtures."""
+"""Algorithm 1 of DeRaDiff to the letter: a realigned reverse chain drawn from the closed-form
+posterior mixtures."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from deradiff.method.particles import Particles, log_weight
 from deradiff.method.transitions import data_prediction, kl_factors, network_input, transition
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(x, t) -> what the scheduler's prediction type says, for a noisy sample (B, C, ...) as the network sees it, and its timestep.
+"""(x, t) -> what the scheduler's prediction type says, for a noisy sample (B, C, ...) as the
+network sees it, and its timestep.
 
 (B, 2C, ...) where the scheduler's variance is learned. Rows must not depend on each other."""
 
@@ -33,22 +35,28 @@ def realigned_chain(
     particles: int | Particles = 1,
     trust_region: float | None = None,
 ) -> Tensor:
-    """Samples of p_ref^(1 - sum lam_i) prod p_i^(lam_i), from initial noise x (B, C, ...) over `scheduler.timesteps`: (B, C, ...).
+    """Samples of p_ref^(1 - sum lam_i) prod p_i^(lam_i), from initial noise x (B, C, ...) over
+    `scheduler.timesteps`: (B, C, ...).
 
-    Each step forms all models' transitions at the same x, mixes them geometrically and draws once. eta: DDIM's. Where the step is linear
-    in the output and its variance fixed, `realign` comes to the same in any pipeline; with learned variances only this is exact.
-    anchor, lam: one of each, or lists of as many; a lam is a number, a tensor with one for each row of x, a mask over the sample, or a
-    schedule of the fraction of time (`deradiff.method.lambdas`). generator: one, or a list of one for each row, whose noise is then its own.
-    particles: K consecutive rows of x are one image's particles, weighed and resampled (`deradiff.method.particles`), and (B / K, C, ...) comes
-    back; a `Particles(K)` tells its effective sample size afterwards. trust_region: for lam > 1, how many nats the chain may go beyond the
-    anchor's, an even share of which bounds each step's overshoot (`lambdas.trust_region`).
-    Raises ValueError for a scheduler without closed form, a mixture that cannot be normalised, and rows that are no multiple of K.
+    Each step forms all models' transitions at the same x, mixes them geometrically and draws once.
+    eta: DDIM's. Where the step is linear in the output and its variance fixed, `realign` comes to
+    the same in any pipeline; with learned variances only this is exact.
+    anchor, lam: one of each, or lists of as many; a lam is a number, a tensor with one for each row
+    of x, a mask over the sample, or a schedule of the fraction of time (`deradiff.method.lambdas`).
+    generator: one, or a list of one for each row, whose noise is then its own.
+    particles: K consecutive rows of x are one image's particles, weighed and resampled
+        (`deradiff.method.particles`), and (B / K, C, ...) comes back; a `Particles(K)` tells its
+        effective sample size afterwards. trust_region: for lam > 1, how many nats the chain may go
+        beyond the anchor's, an even share of which bounds each step's overshoot
+        (`lambdas.trust_region`). Raises ValueError for a scheduler without closed form, a mixture
+        that cannot be normalised, and rows that are no multiple of K.
     """
     anchors = [anchor] if callable(anchor) else list(anchor)
     asked: list[Any] = [lam] if callable(anchor) else list(lam)  # type: ignore[arg-type]
     if len(anchors) != len(asked) or (trust_region is not None and len(anchors) > 1):
         raise ValueError(
-            f"{len(anchors)} anchors need as many values of lam as there are, {len(asked)}, and trust_region is for one anchor"
+            f"{len(anchors)} anchors need as many values of lam as there are, {len(asked)}, and "
+            f"trust_region is for one anchor"
         )
     cloud = particles if isinstance(particles, Particles) else Particles(particles)
     cloud.start(x)

@@ -1,4 +1,5 @@
-"""Lambda as a number, a number per image, a mask over the latents, or a schedule over time: what a dial may be turned to."""
+"""Lambda as a number, a number per image, a mask over the latents, or a schedule over time: what a
+dial may be turned to."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 Strength = float | Tensor
-"""A number; (images,), one per image; or (H, W) or (images, H, W), a mask over the latents. The closed form holds for every element."""
+"""A number; (images,), one per image; or (H, W) or (images, H, W), a mask over the latents. The
+closed form holds for every element."""
 
 Lambda = Strength | Callable[[float], Strength]
-"""A strength, or a schedule: the strength at a fraction of time, 0 where the chain starts from pure noise and 1 at the image."""
+"""A strength, or a schedule: the strength at a fraction of time, 0 where the chain starts from pure
+noise and 1 at the image."""
 
 
 def ramp(start: float, end: float) -> Callable[[float], float]:
@@ -22,26 +25,30 @@ def ramp(start: float, end: float) -> Callable[[float], float]:
 
 
 def piecewise(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
-    """A schedule of steps: points (fraction of time, lam), each valid until the next; the first fraction is 0.
+    """A schedule of steps: points (fraction of time, lam), each valid until the next; the first
+    fraction is 0.
 
     Raises ValueError for points that are not in order or do not start at 0.
     """
     fractions = [fraction for fraction, _ in points]
     if not points or fractions[0] != 0 or fractions != sorted(set(fractions)) or fractions[-1] > 1:
         raise ValueError(
-            f"the fractions of a piecewise lam rise from 0 to at most 1, such as [(0, 1.0), (0.5, 0.25)], not {points!r}"
+            f"the fractions of a piecewise lam rise from 0 to at most 1, such as [(0, 1.0), "
+            f"(0.5, 0.25)], not {points!r}"
         )
     return lambda fraction: next(lam for start, lam in reversed(points) if fraction >= start)
 
 
 def value_at(lam: Lambda, fraction: float) -> Strength:
-    """The strength that `lam` means at a fraction of time. Raises ValueError for a schedule's value that is none."""
+    """The strength that `lam` means at a fraction of time. Raises ValueError for a schedule's value
+    that is none."""
     if isinstance(lam, Tensor) or not callable(lam):
         return lam
     value = validated(lam(fraction))
     if not isinstance(value, float | Tensor):
         raise ValueError(
-            f"a schedule of lam returns numbers or tensors, and at {fraction:g} of the time it returned {value!r}"
+            f"a schedule of lam returns numbers or tensors, and at {fraction:g} of the time it "
+            f"returned {value!r}"
         )
     return value
 
@@ -58,7 +65,8 @@ def validated(lam: Lambda) -> Lambda:
         ):
             said = f"{tuple(lam.shape)} {lam.dtype}"
             raise ValueError(
-                f"a lam per image is (images,), a mask (H, W) or (images, H, W), of finite floats from 0 up, not {said}"
+                f"a lam per image is (images,), a mask (H, W) or (images, H, W), of finite "
+                f"floats from 0 up, not {said}"
             )
         return lam
     value = lam.item() if isinstance(lam, Tensor) else lam
@@ -135,9 +143,11 @@ def _in_patches(masks: Tensor, output: Tensor, size: int) -> Tensor:
 
 
 def trust_region(lam: Strength, divergence: Tensor, nats: float) -> Tensor:
-    """lam > 1 shortened to where one step's overshoot, (lam - 1)^2 c |D|^2, is `nats` at most: 1 + min(lam - 1, sqrt(nats / (c |D|^2))).
+    """lam > 1 shortened to where one step's overshoot, (lam - 1)^2 c |D|^2, is `nats` at most: 1 +
+    min(lam - 1, sqrt(nats / (c |D|^2))).
 
-    divergence: c |D|^2 = 1/2 L |D_eps|^2 of each image, in a shape that broadcasts with lam. A lam of at most 1 stays.
+    divergence: c |D|^2 = 1/2 L |D_eps|^2 of each image, in a shape that broadcasts with lam. A lam
+        of at most 1 stays.
     """
     overshoot = torch.clamp(
         torch.as_tensor(lam, device=divergence.device) - 1,

@@ -1,8 +1,10 @@
-"""The Feynman-Kac corrector: particles of one image, weighed and resampled, so that a realigned chain follows the exact tilt.
+"""The Feynman-Kac corrector: particles of one image, weighed and resampled, so that a realigned
+chain follows the exact tilt.
 
-The score of the tilt p_ref exp(lam r / beta) is missed by lam (1 - lam) / (2 beta^2) grad Var[r | x_t] + O(beta^-3) where steps are mixed.
-Weighing K chains of an image by what each step's mixture leaves out, and resampling them, mends that as K grows (sequential Monte Carlo;
-the weights of a geometric mixture are those of Skreta et al. 2025, "Feynman-Kac Correctors in Diffusion").
+The score of the tilt p_ref exp(lam r / beta) is missed by lam (1 - lam) / (2 beta^2) grad Var[r |
+x_t] + O(beta^-3) where steps are mixed. Weighing K chains of an image by what each step's mixture
+leaves out, and resampling them, mends that as K grows (sequential Monte Carlo; the weights of a
+geometric mixture are those of Skreta et al. 2025, "Feynman-Kac Correctors in Diffusion").
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def log_weight(
     kl_factor: float, lams: Sequence[Tensor | float], differences: Sequence[Tensor]
 ) -> Tensor:
-    """One step's log weights, (rows,): -c [sum lam_i |D_i|^2 - |sum lam_i D_i|^2]; one anchor: -c lam (1 - lam) |D|^2.
+    """One step's log weights, (rows,): -c [sum lam_i |D_i|^2 - |sum lam_i D_i|^2]; one anchor: -c
+    lam (1 - lam) |D|^2.
 
-    kl_factor: c of the step, from `transitions.kl_factors`. lams: for each anchor a number or a tensor that broadcasts to D_i.
-    differences: D_i = output_i - output_reference, (rows, ...). The same for every sampler of the chain, stochastic or not.
+    kl_factor: c of the step, from `transitions.kl_factors`. lams: for each anchor a number or a
+        tensor that broadcasts to D_i.
+    differences: D_i = output_i - output_reference, (rows, ...). The same for every sampler of the
+        chain, stochastic or not.
     """
     differences = [d.double() if d.dtype == torch.float64 else d.float() for d in differences]
     pull = sum(lam * d for lam, d in zip(lams, differences))
@@ -35,8 +40,10 @@ def log_weight(
 class Particles:
     """K consecutive rows of a batch as the particles of one image: their weights, and who lives on.
 
-    Every random number is a function of the image's own first rows, not of a generator: the same start gives the same picture in any batch.
-    ess: (images,), the effective sample size of the weights, 1 to K, at its smallest since `start`. Raises ValueError for count < 1.
+    Every random number is a function of the image's own first rows, not of a generator: the same
+    start gives the same picture in any batch.
+    ess: (images,), the effective sample size of the weights, 1 to K, at its smallest since `start`.
+        Raises ValueError for count < 1.
     """
 
     def __init__(self, count: int) -> None:
@@ -45,10 +52,12 @@ class Particles:
         self.count, self.ess = count, torch.zeros(0)
 
     def start(self, x: Tensor) -> None:
-        """Begin a chain at its first sample x (images * K, ...). Raises ValueError for rows that are no multiple of K."""
+        """Begin a chain at its first sample x (images * K, ...). Raises ValueError for rows that
+        are no multiple of K."""
         if len(x) % self.count:
             raise ValueError(
-                f"{len(x)} rows are no multiple of particles={self.count}: each image needs {self.count} rows"
+                f"{len(x)} rows are no multiple of particles={self.count}: each image needs "
+                f"{self.count} rows"
             )
         images = len(x) // self.count
         self._keys, self._draws, self._device = _keys(x.reshape(images, -1)), 0, x.device
@@ -60,10 +69,13 @@ class Particles:
         self._log_w += log_w.detach().cpu().double().view_as(self._log_w)
 
     def resample(self, last: bool = False) -> Tensor | None:
-        """index (images * K,), long: row i becomes row index[i], images apart; None where nobody changes.
+        """index (images * K,), long: row i becomes row index[i], images apart; None where nobody
+        changes.
 
-        Systematic resampling (Kitagawa 1996) of the images whose effective sample size fell under K / 2; then their weights are equal.
-        last: of all images and in random order, so that an image's first row is a draw by the weights.
+        Systematic resampling (Kitagawa 1996) of the images whose effective sample size fell under K
+        / 2; then their weights are equal.
+        last: of all images and in random order, so that an image's first row is a draw by the
+            weights.
         """
         first, order = self._uniforms(1 + self.count).split(
             [1, self.count], 1
@@ -101,7 +113,8 @@ def _keys(x: Tensor) -> np.ndarray:
 
 
 def _mixed(z: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele et al. 2014): 64 bits in, 64 well-mixed bits out. Vectorised, where a generator an image is slow."""
+    """splitmix64's finaliser (Steele et al. 2014): 64 bits in, 64 well-mixed bits out. Vectorised,
+    where a generator an image is slow."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

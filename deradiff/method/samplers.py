@@ -4,8 +4,8 @@ A new sampler is a row here. Any scheduler whose step is linear in the network's
 `realign`. Its closed form, which `deradiff.method.chain` draws from, is in `steps` and
 `transitions`; a row of `tests/method/test_transitions.py` holds the two equal.
 
-This table imports nothing heavy: configs read it before torch is loaded. `schedulers.make_scheduler`
-makes the scheduler.
+This table imports nothing heavy: configs read it before torch is loaded.
+`schedulers.make_scheduler` makes the scheduler.
 """
 
 from __future__ import annotations

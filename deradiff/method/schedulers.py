@@ -27,7 +27,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         x_n = x + (t_n - t) [v + s^2 / (2 t) (x + (1 - t) v)] + s sqrt(t - t_n) noise
 
     At t = 1, where s is infinite, the next time stands in the denominator, as in the authors' code.
-    As there, the last step is stochastic, too. Make it with `from_config` of a flow Euler scheduler.
+    As there, the last step is stochastic, too. Make it with `from_config` of a flow Euler
+    scheduler.
 
     Args:
         noise_level: 0 is the ODE; the authors train with 0.7. The other arguments are those of

@@ -1,4 +1,5 @@
-"""The noise levels between which a diffusers scheduler steps, for every sampler whose step has a closed form."""
+"""The noise levels between which a diffusers scheduler steps, for every sampler whose step has a
+closed form."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "l
 
 @dataclass(frozen=True)
 class Step:
-    """A step's place in `scheduler.timesteps`, and the marginals x = alpha x0 + sigma eps before and after it, in double precision."""
+    """A step's place in `scheduler.timesteps`, and the marginals x = alpha x0 + sigma eps before
+    and after it, in double precision."""
 
     index: int
     time: float
@@ -29,21 +31,25 @@ class Step:
 
     @property
     def noise_ratio(self) -> Tensor:
-        """Noise over signal after the step, divided by the same before it: exp(-h) of DPM-Solver."""
+        """Noise over signal after the step, divided by the same before it: exp(-h) of
+        DPM-Solver."""
         return self.sigma_next * self.alpha / (self.sigma * self.alpha_next)
 
 
 def step_at(scheduler: Any, timestep: Tensor, index: int | None = None) -> Step:
-    """The step from `timestep`, one of `scheduler.timesteps`; index: its place there, needed only where it stands there twice.
+    """The step from `timestep`, one of `scheduler.timesteps`; index: its place there, needed only
+    where it stands there twice.
 
-    Raises ValueError for a scheduler, or an option of its config, whose step has no closed form (`transitions.transition`).
+    Raises ValueError for a scheduler, or an option of its config, whose step has no closed form
+    (`transitions.transition`).
     """
     _check(scheduler)
     if index is None:
         places = (scheduler.timesteps == timestep).nonzero().flatten().tolist()
         if len(places) != 1:
             raise ValueError(
-                f"timestep {float(timestep):g} stands {len(places)} times in scheduler.timesteps: give its index"
+                f"timestep {float(timestep):g} stands {len(places)} times in "
+                f"scheduler.timesteps: give its index"
             )
         (index,) = places
     kind, config = type(scheduler).__name__, scheduler.config
@@ -82,24 +88,28 @@ def _alpha_bar(scheduler: Any, timestep: int, final: Any = None) -> Tensor:
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What the network predicts: epsilon, v_prediction, sample, or flow. Raises ValueError for anything else."""
+    """What the network predicts: epsilon, v_prediction, sample, or flow. Raises ValueError for
+    anything else."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return "flow"
     names = {"original_sample": "sample", "flow_prediction": "flow"}  # Euler's, and DPM++'s
     kind = names.get(scheduler.config.prediction_type, scheduler.config.prediction_type)
     if kind not in ("epsilon", "v_prediction", "sample", "flow"):
         raise ValueError(
-            f"prediction_type={kind!r} is not known: use epsilon, v_prediction, sample or flow_prediction"
+            f"prediction_type={kind!r} is not known: use epsilon, v_prediction, sample or "
+            f"flow_prediction"
         )
     return kind
 
 
 def _check(scheduler: Any) -> None:
-    """ValueError for a scheduler, or an option of its config, whose step has no closed form here."""
+    """ValueError for a scheduler, or an option of its config, whose step has no closed form
+    here."""
     kind, config = type(scheduler).__name__, scheduler.config
     if kind not in (*EULER, *FLOW, "DPMSolverMultistepScheduler", "DDIMScheduler", "DDPMScheduler"):
         raise ValueError(
-            f"no closed form of {kind}'s step here: use DDIM, DDPM, Euler, Euler ancestral, DPM++ multistep or flow Euler"
+            f"no closed form of {kind}'s step here: use DDIM, DDPM, Euler, Euler ancestral, "
+            f"DPM++ multistep or flow Euler"
         )
     wrong = {
         "clip_sample": config.get(

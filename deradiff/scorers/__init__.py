@@ -35,8 +35,8 @@ def load_spec(spec: ScorerSpec, device: str = "cpu") -> Scorer:
         device: of its network.
 
     Raises:
-        ValueError: before a weight is loaded, for an unknown name, a missing checkpoint, and weights
-            of another layout or size.
+        ValueError: before a weight is loaded, for an unknown name, a missing checkpoint,
+            and weights of another layout or size.
     """
     return module_of(entry_of(spec)).load(spec, device)
 
@@ -67,8 +67,8 @@ def load_scorer(
     Args:
         name: a key of `SCORERS`; with `file`, any name of its own.
         checkpoint: a hub id (`org/name`, or `org/name/file.pt`) or a path. A folder is a Hugging
-            Face CLIPModel; a `.pt`, `.pth`, `.bin` or `.safetensors` file is an open_clip state dict
-            (of `imagereward`: ImageReward's). None: the published weights.
+            Face CLIPModel; a `.pt`, `.pth`, `.bin` or `.safetensors` file is an open_clip state
+            dict (of `imagereward`: ImageReward's). None: the published weights.
         tokenizer: a hub id or folder of a CLIP tokenizer (of `imagereward`: BERT's). None: the
             checkpoint folder's own where it has one, otherwise the published one.
         model_config: an open_clip model config (a JSON file) for a state dict whose sizes are not
@@ -78,8 +78,8 @@ def load_scorer(
         device: of its network.
 
     Raises:
-        ValueError: before a weight is loaded, for an unknown name, a missing checkpoint, and weights
-            of another layout or size.
+        ValueError: before a weight is loaded, for an unknown name, a missing checkpoint,
+            and weights of another layout or size.
     """
     spec = ScorerSpec(name, checkpoint, tokenizer, model_config, head, file)
     return load_spec(spec, device)

@@ -1,4 +1,5 @@
-"""Scores that were computed before, by picture, prompt and scorer, in files that any number of processes may add to at once."""
+"""Scores that were computed before, by picture, prompt and scorer, in files that any number of
+processes may add to at once."""
 
 from __future__ import annotations
 
@@ -15,24 +16,30 @@ from deradiff.scorers.base import Scorer, digest
 
 Key = tuple[
     str, str
-]  # what a score depends on besides the scorer: the SHA-256 of the picture's file, and that of its prompt
+    # what a score depends on besides the scorer: the SHA-256 of the picture's file, and that of its
+    # prompt
+]
 
 
 def key(sha256: str, prompt: str) -> Key:
+    """What a score is found by: the image file's sha256 and the prompt's."""
     return sha256, hashlib.sha256(prompt.encode()).hexdigest()
 
 
 @cache
 def _source() -> str:
-    """A digest of the code that scores, so that a correction of it never meets the scores of before."""
+    """A digest of the code that scores, so that a correction of it never meets the scores of
+    before."""
     return digest(sorted(Path(__file__).parent.glob("*.py")))
 
 
 class ScoreCache:
-    """The scores of one scorer below `root`: `scores` by key, as `read` found them and `add` added them.
+    """The scores of one scorer below `root`: `scores` by key, as `read` found them and `add` added
+    them.
 
-    A folder for each scorer, named by all that it says of itself and by the code; in it every process appends to a file of its own, a line
-    `[picture, prompt, score]` a score, so that no two writers meet and a kill costs at most the line that was being written.
+    A folder for each scorer, named by all that it says of itself and by the code; in it every
+    process appends to a file of its own, a line `[picture, prompt, score]` a score, so that no two
+    writers meet and a kill costs at most the line that was being written.
     """
 
     def __init__(self, root: Path, scorer: Scorer) -> None:
@@ -48,7 +55,8 @@ class ScoreCache:
         self.read()
 
     def read(self) -> None:
-        """Take in what other processes have written. A line that is not whole, or no finite score, counts as not there."""
+        """Take in what other processes have written. A line that is not whole, or no finite score,
+        counts as not there."""
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_bytes().split(b"\n"):
                 try:

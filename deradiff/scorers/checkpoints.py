@@ -191,7 +191,8 @@ def read_state(file: Path, device: str) -> dict[str, Tensor]:
     )
     if not are_tensors:
         raise ValueError(
-            f"{file} is no state dict: give a file of tensors by name, with or without a state_dict "
+            f"{file} is no state dict: give a file of tensors by name, with or without a "
+            f"state_dict "
             "key around them"
         )
     return state
@@ -251,7 +252,8 @@ def locate_checkpoint(checkpoint: str) -> CheckpointLocation:
     repo = "/".join(organisation if file else [*organisation, last])
     if not is_hub_id(repo):
         raise ValueError(
-            f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id such "
+            f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id "
+            f"such "
             "as org/name"
         )
     return CheckpointLocation(checkpoint, repo, snapshot(repo, SMALL_FILES), file)
@@ -277,7 +279,8 @@ def find_checkpoint(
     location = locate_checkpoint(checkpoint or published.checkpoint)
     if model_config and not location.file:
         raise ValueError(
-            f"model_config describes an open_clip state dict, but {location.source} is a folder with "
+            f"model_config describes an open_clip state dict, but {location.source} is a folder "
+            f"with "
             "a config.json: leave it out"
         )
 

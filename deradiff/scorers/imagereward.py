@@ -1,7 +1,9 @@
-"""ImageReward (Xu et al. 2023) without its package: transformers' BLIP, whose text reads the picture, and a chain of linear layers.
+"""ImageReward (Xu et al. 2023) without its package: transformers' BLIP, whose text reads the
+picture, and a chain of linear layers.
 
-The published file is a plain state dict in BLIP's own names; it is renamed, not changed. Sizes are read off the tensors' shapes: heads are
-64 wide in BLIP's both towers, which is the one thing that no shape shows.
+The published file is a plain state dict in BLIP's own names; it is renamed, not changed. Sizes are
+read off the tensors' shapes: heads are 64 wide in BLIP's both towers, which is the one thing that
+no shape shows.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ _IN_BLOCK = {
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ImageReward's state dict under the names of `vision` (BlipVisionModel), `text` (BlipTextModel) and `head`; others keep theirs."""
+    """ImageReward's state dict under the names of `vision` (BlipVisionModel), `text`
+    (BlipTextModel) and `head`; others keep theirs."""
     converted = {}
     for name, tensor in state.items():
         if name.startswith(_UNUSED):
@@ -91,7 +94,8 @@ def _layers(state: dict[str, Tensor], stem: str) -> int:
 
 
 def networks(state: dict[str, Tensor], device: str) -> tuple[Any, Any]:
-    """BlipVisionModel and BlipTextModel of the sizes of a converted state dict, on the device; not its weights. Raises KeyError."""
+    """BlipVisionModel and BlipTextModel of the sizes of a converted state dict, on the device; not
+    its weights. Raises KeyError."""
     patches, words = (
         state["vision.embeddings.patch_embedding.weight"],
         state["text.embeddings.word_embeddings.weight"],
@@ -133,14 +137,16 @@ def networks(state: dict[str, Tensor], device: str) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class ImageRewardCheckpoint:
-    """ImageReward's file and BERT's tokenizer, found; the weights are yet to be read. vocabulary: the file of the tokenizer."""
+    """ImageReward's file and BERT's tokenizer, found; the weights are yet to be read. vocabulary:
+    the file of the tokenizer."""
 
     location: CheckpointLocation
     tokenizer: Any
     vocabulary: Path
 
     def read(self, device: str) -> tuple[dict[str, Tensor], Any, Any]:
-        """The converted state dict and, without its weights, its two networks. Raises ValueError where it is of another layout or size."""
+        """The converted state dict and, without its weights, its two networks. Raises ValueError
+        where it is of another layout or size."""
         state = convert(read_states(self.location.weights(), device))
         what = f"{self.location.source} is not ImageReward's state dict"
         try:
@@ -150,28 +156,29 @@ class ImageRewardCheckpoint:
                 f"{what}: it holds no {missing.args[0]} (in transformers' names)"
             ) from missing
         towers = {"vision": vision.state_dict(), "text": text.state_dict()}
-        wanted = {
-            f"{tower}.{name}": tensor.shape
-            for tower, held in towers.items()
-            for name, tensor in held.items()
-        }
+        wanted: dict[str, torch.Size | tuple[int, ...]] = {}
+        for tower, held in towers.items():
+            wanted |= {f"{tower}.{name}": tensor.shape for name, tensor in held.items()}
         wanted |= {
             f"head.{name}": shape for name, shape in head_shapes(text.config.hidden_size).items()
         }
         check_shapes(state, wanted, what)
         if len(self.tokenizer) > text.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} tokens and {self.location.source} knows {text.config.vocab_size}"
+                f"the tokenizer has {len(self.tokenizer)} tokens and {self.location.source} "
+                f"knows {text.config.vocab_size}"
             )
         return state, vision, text
 
 
 def find_imagereward(checkpoint: str | None, tokenizer: str | None) -> ImageRewardCheckpoint:
-    """What `ImageRewardScorer` needs, checked as far as can be without reading weights. Raises ValueError."""
+    """What `ImageRewardScorer` needs, checked as far as can be without reading weights. Raises
+    ValueError."""
     where, words = locate_checkpoint(checkpoint or CHECKPOINT), tokenizer or TOKENIZER
     if where.file is None:
         raise ValueError(
-            f"{where.source} is a folder: give ImageReward's file, such as {CHECKPOINT} or a path that ends in ImageReward.pt"
+            f"{where.source} is a folder: give ImageReward's file, such as {CHECKPOINT} or a "
+            f"path that ends in ImageReward.pt"
         )
     folder = (
         Path(words)
@@ -181,7 +188,8 @@ def find_imagereward(checkpoint: str | None, tokenizer: str | None) -> ImageRewa
     vocabulary = next((folder / name for name in VOCABULARY if (folder / name).is_file()), None)
     if vocabulary is None:
         raise ValueError(
-            f"{words} holds no BERT tokenizer: give tokenizer= a hub id, or a folder with a vocab.txt"
+            f"{words} holds no BERT tokenizer: give tokenizer= a hub id, or a folder with a "
+            f"vocab.txt"
         )
     found = ImageRewardCheckpoint(where, BertTokenizer.from_pretrained(folder), vocabulary)
     if where.repo is None:
@@ -190,7 +198,8 @@ def find_imagereward(checkpoint: str | None, tokenizer: str | None) -> ImageRewa
 
 
 class ImageRewardScorer(BatchedScorer):
-    """ImageReward-v1.0 behind the `Scorer` protocol: the text's first token, after it has read the picture, through the linear chain."""
+    """ImageReward-v1.0 behind the `Scorer` protocol: the text's first token, after it has read the
+    picture, through the linear chain."""
 
     name = "imagereward"
     scale = "standardised reward"
@@ -213,7 +222,8 @@ class ImageRewardScorer(BatchedScorer):
         )
         self.version = digest([*checkpoint.location.weights(), checkpoint.vocabulary])
         self.preprocessing = (
-            f"picture: RGB, bicubic, shortest side to {self.side}, centre crop, CLIP mean and deviation; "
+            f"picture: RGB, bicubic, shortest side to {self.side}, centre crop, CLIP mean and "
+            f"deviation; "
             f"prompt: BERT's lower-case words, the first {CONTEXT} tokens"
         )
 

@@ -1,4 +1,5 @@
-"""open_clip's names and configs, as transformers' CLIPModel has them. The conversion is exact: a renaming, a split and two transposes."""
+"""open_clip's names and configs, as transformers' CLIPModel has them. The conversion is exact: a
+renaming, a split and two transposes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ VIT_H_14: dict[str, Any] = {
     },
 }
 
-# What a config may say. Any other key that is switched on (a ResNet, a timm tower, another pooling) would change the network.
+# What a config may say. Any other key that is switched on (a ResNet, a timm tower, another pooling)
+# would change the network.
 _KNOWN = {
     "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"},
     "vision_cfg": {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"},
@@ -59,12 +61,14 @@ _IN_BLOCK = {
 
 
 def read_model_config(path: str) -> dict[str, Any]:
-    """An open_clip model config from a json file: the bare one, or the hub's `open_clip_config.json` around it. Raises ValueError."""
+    """An open_clip model config from a json file: the bare one, or the hub's
+    `open_clip_config.json` around it. Raises ValueError."""
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_config={path} is no readable json file ({error}); give an open_clip model config"
+            f"model_config={path} is no readable json file ({error}); give an open_clip model "
+            f"config"
         ) from error
     return config.get("model_cfg", config)
 
@@ -74,17 +78,20 @@ def _refuse_what_is_not_a_plain_vit(config: dict[str, Any]) -> None:
         section = config.get(part) if part else config
         if not isinstance(section, dict):
             raise ValueError(
-                f"the open_clip model config has no {part}; give one such as open_clip's own ViT-H-14.json"
+                f"the open_clip model config has no {part}; give one such as open_clip's own "
+                f"ViT-H-14.json"
             )
         strange = [key for key, value in section.items() if value and key not in known]
         if strange:
             raise ValueError(
-                f"the open_clip model config sets {', '.join(strange)}: only plain ViT models, without it, can be loaded"
+                f"the open_clip model config sets {', '.join(strange)}: only plain ViT models, "
+                f"without it, can be loaded"
             )
 
 
 def clip_config(config: dict[str, Any], eos_token_id: int) -> CLIPConfig:
-    """The CLIPConfig of an open_clip model config. Raises ValueError for a missing size and for what is not a plain ViT CLIP."""
+    """The CLIPConfig of an open_clip model config. Raises ValueError for a missing size and for
+    what is not a plain ViT CLIP."""
     _refuse_what_is_not_a_plain_vit(config)
     try:
         vision, text = _tower(config["vision_cfg"]), _tower(config["text_cfg"])
@@ -97,7 +104,8 @@ def clip_config(config: dict[str, Any], eos_token_id: int) -> CLIPConfig:
             "max_position_embeddings": config["text_cfg"]["context_length"],
         }
         text["num_attention_heads"] = config["text_cfg"]["heads"]
-        # quick_gelu is a property of the weights (OpenAI's have it) that no shape shows; without it, as for ViT-H-14, the gelu is exact
+        # quick_gelu is a property of the weights (OpenAI's have it) that no shape shows; without
+        # it, as for ViT-H-14, the gelu is exact
         activation = {"hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu"}
         special = {"eos_token_id": eos_token_id, "bos_token_id": None, "pad_token_id": None}
         return CLIPConfig(
@@ -107,14 +115,16 @@ def clip_config(config: dict[str, Any], eos_token_id: int) -> CLIPConfig:
         )
     except KeyError as missing:
         raise ValueError(
-            f"the open_clip model config has no {missing.args[0]}; give one such as open_clip's own ViT-H-14.json"
+            f"the open_clip model config has no {missing.args[0]}; give one such as open_clip's "
+            f"own ViT-H-14.json"
         ) from missing
 
 
 def _tower(section: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(section["layers"], int):
         raise ValueError(
-            "the open_clip model config describes a ResNet (layers is a list): only ViT models can be loaded"
+            "the open_clip model config describes a ResNet (layers is a list): only ViT models "
+            "can be loaded"
         )
     width = section["width"]
     return {
@@ -133,7 +143,8 @@ def _renamed(name: str) -> str:
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip state dict under CLIPModel's names; what it does not know keeps its name. Meta tensors convert as well."""
+    """An open_clip state dict under CLIPModel's names; what it does not know keeps its name. Meta
+    tensors convert as well."""
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(

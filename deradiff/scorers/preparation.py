@@ -19,10 +19,12 @@ MEAN, DEVIATION = (
 
 
 def letterbox(image: Image.Image, side: int) -> Tensor:
-    """Pixels (3, side, side) of an RGB picture, its longest side resized to `side`, the rest black; nothing is cropped.
+    """Pixels (3, side, side) of an RGB picture, its longest side resized to `side`, the rest black;
+    nothing is cropped.
 
-    HPSv2's preparation (Wu et al. 2023, their `ResizeMaxSize`). Bicubic, antialiased, and not clamped: it overshoots [0, 1] at edges as
-    theirs does. Theirs leaves an oblong picture whose longest side is already `side` unpadded, and fails; here it is padded too.
+    HPSv2's preparation (Wu et al. 2023, their `ResizeMaxSize`). Bicubic, antialiased, and not
+    clamped: it overshoots [0, 1] at edges as theirs does. Theirs leaves an oblong picture whose
+    longest side is already `side` unpadded, and fails; here it is padded too.
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     scale = side / max(image.size)
@@ -33,10 +35,13 @@ def letterbox(image: Image.Image, side: int) -> Tensor:
 
 
 def centre_crop(image: Image.Image, side: int) -> Tensor:
-    """Pixels (3, side, side) in [0, 1] of an RGB picture, its shortest side resized to `side`, bicubic, the middle of the longer one.
+    """Pixels (3, side, side) in [0, 1] of an RGB picture, its shortest side resized to `side`,
+    bicubic, the middle of the longer one.
 
-    As torchvision's Resize and CenterCrop on a PIL picture, which OpenAI's CLIP, the aesthetic predictor and ImageReward were trained
-    behind: the offset is rounded half to even, where transformers' CLIP processor rounds it down (a pixel apart on some oblong pictures).
+    As torchvision's Resize and CenterCrop on a PIL picture, which OpenAI's CLIP, the aesthetic
+    predictor and ImageReward were trained
+    behind: the offset is rounded half to even, where transformers' CLIP processor rounds it down (a
+        pixel apart on some oblong pictures).
     """
     scale = side / min(image.size)
     width, height = (
@@ -56,5 +61,6 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 def clean_text(text: str) -> str:
-    """The prompt as open_clip's tokenizer cleans it: mended mojibake, HTML entities (twice), white space collapsed, lower case."""
+    """The prompt as open_clip's tokenizer cleans it: mended mojibake, HTML entities (twice), white
+    space collapsed, lower case."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip().lower()

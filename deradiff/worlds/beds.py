@@ -1,7 +1,9 @@
-"""Diffusion whose networks are exact: mixtures of Gaussians, tilted by a reward, with what any aligned model and any lambda should give.
+"""Diffusion whose networks are exact: mixtures of Gaussians, tilted by a reward, with what any
+aligned model and any lambda should give.
 
-A model aligned at strength s = 1/beta is p_s(x) ~ p_ref(x) exp(s r(x)), and its output at any noise level follows from E[x0 | x]. So every
-sampler of diffusers can be run through `realigned_chain` and be held against the tilt that lambda stands for, p_(lam s).
+A model aligned at strength s = 1/beta is p_s(x) ~ p_ref(x) exp(s r(x)), and its output at any noise
+level follows from E[x0 | x]. So every sampler of diffusers can be run through `realigned_chain` and
+be held against the tilt that lambda stands for, p_(lam s).
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class _Tables:
 
 
 class Model:
-    """A network's function of (x, t), exact: from E[x0 | x] to what the scheduler's prediction type asks for."""
+    """A network's function of (x, t), exact: from E[x0 | x] to what the scheduler's prediction type
+    asks for."""
 
     scheduler: Any
 
@@ -97,6 +100,8 @@ class Model:
 
 
 class GridModel(Model):
+    """The exact denoiser of one density of a grid bed, from its tables."""
+
     def __init__(self, tables: _Tables, index: int) -> None:
         self.tables, self.index, self.scheduler = tables, index, tables.scheduler
 
@@ -109,7 +114,8 @@ class GridModel(Model):
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of M Gaussians with diagonal covariances in d dimensions, closed under rewards r(x) = b.x - q.x^2 / 2."""
+    """A mixture of M Gaussians with diagonal covariances in d dimensions, closed under rewards r(x)
+    = b.x - q.x^2 / 2."""
 
     log_weights: Tensor  # (M,)
     means: Tensor  # (M, d)
@@ -139,6 +145,8 @@ class Mixture:
 
 @dataclass(frozen=True)
 class MixtureModel(Model):
+    """The exact denoiser of a mixture of Gaussians."""
+
     mixture: Mixture
     scheduler: Any
 
@@ -165,7 +173,8 @@ BOUNDED = Bed(lambda x: torch.sigmoid((x - 0.7) / 0.15), 4.0)
 
 
 class Plane:
-    """Two anchors in two dimensions: four modes, a linear reward along the first axis and one that is greatest on a line of the second."""
+    """Two anchors in two dimensions: four modes, a linear reward along the first axis and one that
+    is greatest on a line of the second."""
 
     prior = mixture(
         (0.4, 0.3, 0.2, 0.1),
@@ -192,7 +201,9 @@ class Plane:
 
     def modes(self, x: Tensor) -> Tensor:
         """Shares of the samples x (N, 2) that are nearest to each mode, by quadrant: (4,)."""
-        return ((x[:, 0] > 0) + 2 * (x[:, 1] > 0)).bincount(minlength=4) / len(x)
+        right, above = x[:, 0] > 0, x[:, 1] > 0
+        quadrant = right.long() + 2 * above.long()
+        return quadrant.bincount(minlength=4) / len(x)
 
     def exact_modes(self, lams: Sequence[float]) -> Tensor:
         target = self.target(lams)
@@ -205,7 +216,8 @@ class Plane:
 
 
 def kl_of_samples(x: Tensor, log_density: Tensor) -> float:
-    """KL in nats of samples (N,) to the density whose logarithm is on GRID: over 120 bins, less their bias (bins - 1) / 2N."""
+    """KL in nats of samples (N,) to the density whose logarithm is on GRID: over 120 bins, less
+    their bias (bins - 1) / 2N."""
     edges = torch.linspace(-3, 3, BINS + 1, dtype=torch.float64)
     cdf = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(log_density.exp(), GRID)])
     expected = _interpolated(edges, GRID, cdf).diff()
@@ -217,7 +229,8 @@ def kl_of_samples(x: Tensor, log_density: Tensor) -> float:
 
 
 def kl_of_quantiles(x: Tensor, log_density: Tensor) -> float:
-    """KL in nats of the law whose evenly spaced quantiles are x (N,), to the density whose logarithm is given on GRID. No chance in it."""
+    """KL in nats of the law whose evenly spaced quantiles are x (N,), to the density whose
+    logarithm is given on GRID. No chance in it."""
     x = x.sort().values
     middle = (x[1:] + x[:-1]) / 2
     return (-(len(x) * x.diff()).log() - _interpolated(middle, GRID, log_density)).mean().item()
@@ -246,7 +259,8 @@ def noise(scheduler: Any, rows: int, dimensions: int = 1, seed: int = 0) -> Tens
 
 
 def even_noise(scheduler: Any, rows: int) -> Tensor:
-    """The start of chains without chance: evenly spaced quantiles of the noise, (rows, 1). What they become are quantiles of the result."""
+    """The start of chains without chance: evenly spaced quantiles of the noise, (rows, 1). What
+    they become are quantiles of the result."""
     places = (torch.arange(rows, dtype=torch.float64)[:, None] + 0.5) / rows
     return torch.special.ndtri(places) * getattr(scheduler, "init_noise_sigma", 1.0)
 

@@ -1,4 +1,5 @@
-"""Small networks in the published formats: the shapes world's, and anybody's who starts from a folder of captioned images."""
+"""Small networks in the published formats: the shapes world's, and anybody's who starts from a
+folder of captioned images."""
 
 from __future__ import annotations
 
@@ -6,17 +7,29 @@ import json
 from typing import Any
 
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 
 def make_tokenizer(captions: list[str], vocabulary: int = 1024, length: int = 16) -> Any:
-    """A CLIPTokenizer whose byte-pair merges are learned from captions, so that frequent words are one token each.
+    """A CLIPTokenizer whose byte-pair merges are learned from captions, so that frequent words are
+    one token each.
 
     length: tokens a prompt is cut at.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -36,7 +49,8 @@ def make_tokenizer(captions: list[str], vocabulary: int = 1024, length: int = 16
         + ["<|startoftext|>", "<|endoftext|>"]
     )
     vocab = {w: i for i, w in enumerate(dict.fromkeys(words))}
-    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=length)  # type: ignore[arg-type]
+    size: dict[str, Any] = {"merges": learned, "model_max_length": length}
+    return CLIPTokenizer(vocab=vocab, **size)
 
 
 def make_clip(
@@ -48,8 +62,6 @@ def make_clip(
     patch: int = 4,
 ) -> nn.Module:
     """A CLIPModel with random weights for square pictures of `side` pixels."""
-    from transformers import CLIPConfig, CLIPModel
-
     shared = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -71,8 +83,6 @@ def make_clip(
 
 def make_image_processor(side: int) -> Any:
     """CLIP's image preparation at `side` pixels."""
-    from transformers import CLIPImageProcessorPil
-
     return CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     )
@@ -80,8 +90,6 @@ def make_image_processor(side: int) -> Any:
 
 def load_clip(folder: str) -> tuple[Any, Any, Any]:
     """CLIPModel, tokenizer and image processor of a folder that holds all three."""
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
     return (
         CLIPModel.from_pretrained(folder),
         CLIPTokenizer.from_pretrained(folder),
@@ -91,8 +99,6 @@ def load_clip(folder: str) -> tuple[Any, Any, Any]:
 
 def make_vae(channels: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4) -> Any:
     """An AutoencoderKL with random weights; each level after the first halves the side."""
-    from diffusers import AutoencoderKL
-
     levels = len(channels)
     return AutoencoderKL(
         block_out_channels=channels,
@@ -109,9 +115,8 @@ def make_vae(channels: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4)
 def make_pipeline(
     text_encoder: Any, tokenizer: Any, vae: Any, side: int, channels: tuple[int, ...] = (48, 96)
 ) -> Any:
-    """A StableDiffusionPipeline around a trained text encoder and autoencoder, with a UNet of random weights and SD's noise schedule."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
+    """A StableDiffusionPipeline around a trained text encoder and autoencoder, with a UNet of
+    random weights and SD's noise schedule."""
     levels = len(channels)
     unet = UNet2DConditionModel(
         sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1),
@@ -147,9 +152,8 @@ def make_pipeline(
 
 
 def text_tower(clip: Any) -> nn.Module:
-    """The text encoder of a CLIPModel as the CLIPTextModel that diffusers' pipelines hold, with the same weights."""
-    from transformers import CLIPTextModel
-
+    """The text encoder of a CLIPModel as the CLIPTextModel that diffusers' pipelines hold, with the
+    same weights."""
     tower = CLIPTextModel(clip.config.text_config)
     tower.load_state_dict(
         {
@@ -162,9 +166,11 @@ def text_tower(clip: Any) -> nn.Module:
 
 
 def standardise_latents(vae: Any, moments: torch.Tensor) -> None:
-    """Fold the whitening of the latents into the autoencoder's 1x1 convolutions, so that its latents have covariance one, scaling factor 1.
+    """Fold the whitening of the latents into the autoencoder's 1x1 convolutions, so that its
+    latents have covariance one, scaling factor 1.
 
-    moments: (N, C) latents as the autoencoder makes them now. Changes `quant_conv` (mean half) and `post_quant_conv` in place.
+    moments: (N, C) latents as the autoencoder makes them now. Changes `quant_conv` (mean half) and
+        `post_quant_conv` in place.
     """
     mean, covariance = moments.double().mean(0), torch.cov(moments.double().T)
     values, vectors = torch.linalg.eigh(covariance)

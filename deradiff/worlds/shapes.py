@@ -1,7 +1,9 @@
-"""The embedded shapes world: captioned scenes of 32x32 pixels, and two rewards that are known in closed form.
+"""The embedded shapes world: captioned scenes of 32x32 pixels, and two rewards that are known in
+closed form.
 
-A caption names size, colour, shape and background. Saturation, brightness, edge softness, position and tilt are *not* in the caption,
-so that a preference has something to choose among pictures that all fit their prompt.
+A caption names size, colour, shape and background. Saturation, brightness, edge softness, position
+and tilt are *not* in the caption, so that a preference has something to choose among pictures that
+all fit their prompt.
 """
 
 from __future__ import annotations
@@ -65,17 +67,20 @@ def training_captions() -> list[str]:
 
 
 def held_out_captions() -> list[str]:
-    """The captions, about one in five, that no model of the shapes world saw in training; reports are made on these."""
+    """The captions, about one in five, that no model of the shapes world saw in training; reports
+    are made on these."""
     return [c for c in CAPTIONS if _held_out(c)]
 
 
 def scene_of(caption: str) -> Scene:
-    """The scene that a caption describes. Raises ValueError for a text that is no caption of this world."""
+    """The scene that a caption describes. Raises ValueError for a text that is no caption of this
+    world."""
     try:
         return SCENES[CAPTIONS.index(caption)]
     except ValueError:
         raise ValueError(
-            f"{caption[:80]!r} is no caption of the shapes world, which vivid and crisp judge by (one is {CAPTIONS[0]!r}): "
+            f"{caption[:80]!r} is no caption of the shapes world, which vivid and crisp judge by "
+            f"(one is {CAPTIONS[0]!r}): "
             "leave them away, as with scorers=[clip,pickscore], or sample captions"
         ) from None
 
@@ -87,7 +92,8 @@ def _hsv(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarr
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Signed distance in pixels to the rim of a shape of radius r at the origin, negative inside; y points down."""
+    """Signed distance in pixels to the rim of a shape of radius r at the origin, negative inside; y
+    points down."""
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "ring":
@@ -107,7 +113,8 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 def render(scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
     """Draw each scene once, its free attributes drawn from rng: uint8 (N, 32, 32, 3).
 
-    Free attributes: saturation .4 to 1, brightness .75 to 1, edge width .7 to 4 pixels, centre within 3.5 pixels, tilt within 20 degrees.
+    Free attributes: saturation .4 to 1, brightness .75 to 1, edge width .7 to 4 pixels, centre
+    within 3.5 pixels, tilt within 20 degrees.
     """
     n = len(scenes)
     saturation, value = rng.uniform(0.4, 1, n), rng.uniform(0.75, 1, n)
@@ -139,7 +146,8 @@ def _pixels(images: list[Image.Image]) -> Tensor:
 
 
 def _foreground(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (N, 32, 32) of each pixel from the background, the median of the picture's rim, and a soft mask of what stands out."""
+    """Distance (N, 32, 32) of each pixel from the background, the median of the picture's rim, and
+    a soft mask of what stands out."""
     rim = torch.cat(
         [pixels[..., 0, :], pixels[..., -1, :], pixels[..., :, 0], pixels[..., :, -1]], dim=-1
     )
@@ -148,7 +156,8 @@ def _foreground(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vivid(images: list[Image.Image], prompts: list[str]) -> Tensor:
-    """Reward A, (N,): mean chroma of the foreground along the hue that the prompt names, standardised over the world's renders."""
+    """Reward A, (N,): mean chroma of the foreground along the hue that the prompt names,
+    standardised over the world's renders."""
     pixels = _pixels(images)
     _, mask = _foreground(pixels)
     red, green, blue = pixels.unbind(1)
@@ -162,7 +171,8 @@ def vivid(images: list[Image.Image], prompts: list[str]) -> Tensor:
 
 
 def crisp(images: list[Image.Image], prompts: list[str]) -> Tensor:
-    """Reward B, (N,): steepness of the edges relative to the contrast, less the shape's distance from the centre; standardised."""
+    """Reward B, (N,): steepness of the edges relative to the contrast, less the shape's distance
+    from the centre; standardised."""
     distance, mask = _foreground(_pixels(images))
     gradient = torch.hypot(*torch.gradient(distance, dim=(1, 2)))
     steepness = (
@@ -179,7 +189,8 @@ def crisp(images: list[Image.Image], prompts: list[str]) -> Tensor:
 
 
 def write_images(path: Path, count: int, seed: int) -> None:
-    """A parquet of captioned images (columns `image`, `caption`), captions from the training split."""
+    """A parquet of captioned images (columns `image`, `caption`), captions from the training
+    split."""
     rng = np.random.default_rng(seed)
     captions = [str(c) for c in rng.choice(training_captions(), count)]
     pictures = render([scene_of(c) for c in captions], rng)
@@ -189,7 +200,8 @@ def write_images(path: Path, count: int, seed: int) -> None:
 
 
 def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> None:
-    """A parquet of preference pairs in Pick-a-Pic's columns: two pictures of one caption and a Bradley-Terry label on a reward.
+    """A parquet of preference pairs in Pick-a-Pic's columns: two pictures of one caption and a
+    Bradley-Terry label on a reward.
 
     p(image 0 is preferred) = sigmoid(2 (r_0 - r_1)); reward: `vivid` or `crisp`.
     """

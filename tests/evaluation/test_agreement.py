@@ -1,4 +1,5 @@
-"""Equivalence tests, win rates, limits of agreement and distributions against scipy, closed forms and simulated studies."""
+"""Equivalence tests, win rates, limits of agreement and distributions against scipy, closed forms
+and simulated studies."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ STUDIES, PROMPTS, MARGIN = 1000, 40, 0.1
 
 
 def level(rejected: int, nominal: float = 0.05) -> bool:
-    """Whether so many of 1000 rejections may come from a test of at most this level: within the binomial's 99.9 %."""
+    """Whether so many of 1000 rejections may come from a test of at most this level: within the
+    binomial's 99.9 %."""
     return rejected <= stats.binom.ppf(0.999, STUDIES, nominal)
 
 
@@ -53,7 +55,8 @@ def test_a_planted_bias_is_not_called_equivalent_and_a_planted_zero_is():
 
 @pytest.mark.parametrize("distance", [0.0, 0.05, 1.0, -1.0])
 def test_a_measured_margin_keeps_the_level_even_where_the_distance_is_noise(distance):
-    """Margin: a fifth of a distance that each study measures anew. The truth: a difference of exactly that fifth."""
+    """Margin: a fifth of a distance that each study measures anew. The truth: a difference of
+    exactly that fifth."""
     rng = np.random.default_rng(3)
     distances = rng.normal(distance, 0.5, (STUDIES, PROMPTS))
     differences = rng.normal(abs(distance) / 5, 0.01, (STUDIES, PROMPTS))

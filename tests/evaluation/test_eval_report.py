@@ -1,4 +1,5 @@
-"""The report, its figures and pictures: one file without a network, whatever the prompts hold; and what the tracker gets."""
+"""The report, its figures and pictures: one file without a network, whatever the prompts hold; and
+what the tracker gets."""
 
 import base64
 import hashlib
@@ -75,7 +76,8 @@ def test_the_report_opens_with_the_lambda_and_the_verdict_both_with_intervals(dr
     assert body.index('class="verdict"') < body.index("<table")
     number = r"[\d.e+-]+ (?:% )?\[[\d.e+-]+, [\d.e+-]+\]"
     assert re.match(
-        rf"Choose lam = \S+ \(beta_target [\d,]+\) of \S+: on prompts that had no say in it, vivid is {number}, {number} above",
+        rf"Choose lam = \S+ \(beta_target [\d,]+\) of \S+: on prompts that had no say in it, "
+        rf"vivid is {number}, {number} above",
         first,
     )
     assert re.search(

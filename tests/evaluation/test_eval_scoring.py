@@ -1,4 +1,5 @@
-"""The scores of all runs in one cache: nothing twice, several processes at once, torn lines, kills, ranks that share the images."""
+"""The scores of all runs in one cache: nothing twice, several processes at once, torn lines, kills,
+ranks that share the images."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from deradiff.scorers.spec import ScorerSpec
 
 
 class Level:
-    """Scores a picture by its grey level plus the length of its prompt, and counts what it scores."""
+    """Scores a picture by its grey level plus the length of its prompt, and counts what it
+    scores."""
 
     name, scale, preprocessing = "level", "grey level", "none"
 
@@ -202,7 +204,8 @@ def test_several_processes_add_at_once(tmp_path):
 
 
 def test_ranks_share_the_images_and_the_main_one_has_them_all(tmp_path, scored):
-    """Every rank reads the empty cache before any writes: what the others have written shows at the second meeting."""
+    """Every rank reads the empty cache before any writes: what the others have written shows at the
+    second meeting."""
     samples, scorers, meetings = drawn(tmp_path, 20), [Level() for _ in range(4)], []
     for rank in (3, 2, 1):
         assert scored(samples, scorers[rank], rank, 4) is None
@@ -264,7 +267,8 @@ import sys, pandas as pd
 from pathlib import Path
 from deradiff.scorers.spec import ScorerSpec
 from deradiff.evaluation.scoring import score_images, write_scores
-found = score_images(pd.read_parquet(sys.argv[1]), {"mine": ScorerSpec(name="mine", file=sys.argv[2])}, 2, Path(sys.argv[3]))
+specs = {"mine": ScorerSpec(name="mine", file=sys.argv[2])}
+found = score_images(pd.read_parquet(sys.argv[1]), specs, 2, Path(sys.argv[3]))
 if found is not None:
     write_scores(found, Path(sys.argv[4]))
 """
@@ -296,7 +300,8 @@ def ranks(folder: Path, count: int = 2) -> list[subprocess.Popen]:
 
 @pytest.mark.slow
 def test_two_ranks_of_which_one_is_killed_and_the_same_command_again(tmp_path):
-    """Without a launcher that would end the others: the rank that is left must not hang, and nothing of what was scored is scored again."""
+    """Without a launcher that would end the others: the rank that is left must not hang, and
+    nothing of what was scored is scored again."""
     drawn(tmp_path, 60).to_parquet(tmp_path / "samples.parquet")
     (tmp_path / "slow.py").write_text(SCORER)
     seen = tmp_path / "seen"

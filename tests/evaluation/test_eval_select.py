@@ -1,4 +1,5 @@
-"""Choosing lambda: the planted best is found, on prompts that do not report it, under its budget, with an alarm where it is planted."""
+"""Choosing lambda: the planted best is found, on prompts that do not report it, under its budget,
+with an alarm where it is planted."""
 
 import hashlib
 
@@ -17,7 +18,8 @@ SAMPLED = dict(zip(SAMPLING_COLUMNS, ("ddim", 0.0, 20, 7.5, 64, 64)))
 
 
 def study(effects, prompts=60, noise=0.05, beta=1000.0, text="prompt {}", **columns):
-    """Samples and groups in which scorer s at lam has mean effects[s](lam), with noise between prompts that all lambdas share."""
+    """Samples and groups in which scorer s at lam has mean effects[s](lam), with noise between
+    prompts that all lambdas share."""
     rng, lambdas = np.random.default_rng(0), (0.0, 0.5, 1.0, 2.0)
     rows = [
         {
@@ -100,7 +102,8 @@ def test_the_budget_binds_by_path_kl():
 
 
 def test_what_is_reported_is_of_prompts_that_did_not_choose():
-    """Where every difference is noise, the winner of a choice looks good on the prompts that chose it, and not on the others."""
+    """Where every difference is noise, the winner of a choice looks good on the prompts that chose
+    it, and not on the others."""
     gains = {"choosing": [], "reporting": []}
     for seed in range(40):
         samples, groups = study({"s": lambda lam: 0.0}, prompts=24)

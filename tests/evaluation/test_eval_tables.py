@@ -1,4 +1,5 @@
-"""The tables beside the summary: the paper's measures and numbers, equivalence, win rates, modes, references, costs."""
+"""The tables beside the summary: the paper's measures and numbers, equivalence, win rates, modes,
+references, costs."""
 
 import json
 from pathlib import Path
@@ -20,7 +21,8 @@ def colourful(monkeypatch):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """Anchor 2000 in two modes, one of them far off, beside its targets from scratch; drawn so that a realigned model is its target."""
+    """Anchor 2000 in two modes, one of them far off, beside its targets from scratch; drawn so that
+    a realigned model is its target."""
     root = tmp_path_factory.mktemp("tables")
     samples = [
         write_run(root, 2000, prompts=12),

@@ -14,7 +14,8 @@ NOISE = np.random.default_rng(0).normal(0, 1, (200, 1))
 
 
 def peaked(at: float, noise: float = 0.05) -> np.ndarray:
-    """Scores (200, 5) whose mean is highest at lambda = `at`; what prompts differ in is far larger than what lambda does."""
+    """Scores (200, 5) whose mean is highest at lambda = `at`; what prompts differ in is far larger
+    than what lambda does."""
     return -((LAMBDAS - at) ** 2) + 5 * NOISE + np.random.default_rng(1).normal(0, noise, (200, 5))
 
 

@@ -1,4 +1,5 @@
-"""Algorithm 1 against the closed form of Gaussian data, and against mixed outputs stepped by diffusers."""
+"""Algorithm 1 against the closed form of Gaussian data, and against mixed outputs stepped by
+diffusers."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SHIFT, RHO = 1.5, 0.25  # the anchor's mean and variance; the reference is N(0, 
 
 
 def exact_eps(mean: float, variance: float, scheduler):
-    """The perfect denoiser of data N(mean, variance): eps = sqrt(1-abar) (x - sqrt(abar) mean) / (abar variance + 1 - abar)."""
+    """The perfect denoiser of data N(mean, variance): eps = sqrt(1-abar) (x - sqrt(abar) mean) /
+    (abar variance + 1 - abar)."""
 
     def eps(x, t):
         bar = scheduler.alphas_cumprod[int(t)].double()
@@ -39,7 +41,8 @@ def ends(scheduler, start, lam: float, eta: float, steps: int):
 
 @pytest.mark.parametrize("lam", [0.25, 1.0])
 def test_ancestral_chain_has_the_known_mean_and_variance(lam):
-    """method: mean m (1 - rho^lam) / (1 - rho), variance (rho^(2 lam) - rho) / ((1 - 2 lam)(1 - rho)), for many steps."""
+    """method: mean m (1 - rho^lam) / (1 - rho), variance (rho^(2 lam) - rho) / ((1 - 2 lam)(1 -
+    rho)), for many steps."""
     start = torch.randn(5_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = ends(
         DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True),
@@ -56,7 +59,8 @@ def test_ancestral_chain_has_the_known_mean_and_variance(lam):
 
 @pytest.mark.parametrize("lam", [0.25, 0.5])
 def test_deterministic_chain_has_the_known_variance(lam):
-    """method: variance v_ref^(1-lam) v_a^lam; an affine map of the noise, whose slope two points tell."""
+    """method: variance v_ref^(1-lam) v_a^lam; an affine map of the noise, whose slope two points
+    tell."""
     x = ends(
         DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True),
         torch.tensor([[0.0], [1.0]]).double(),
@@ -98,7 +102,8 @@ def test_a_chain_is_mixed_outputs_stepped_by_the_scheduler(scheduler):
 
 
 def test_several_anchors_are_their_weighted_outputs_stepped_once_with_one_history():
-    """Second-order DPM++ as the sampler: its history is the mixed chain's. A schedule, a number a row and a mask at once."""
+    """Second-order DPM++ as the sampler: its history is the mixed chain's. A schedule, a number a
+    row and a mask at once."""
     scheduler = DPMSolverMultistepScheduler(**SD)
     scheduler.set_timesteps(16)
     mask = torch.linspace(0, 0.4, 64).view(8, 8)
@@ -148,7 +153,8 @@ def test_an_image_does_not_depend_on_its_batch(particles):
 
 
 def test_learned_variances_are_mixed_by_precision():
-    """Against a chain by hand; where the models' variances differ, a chain of mixed outputs is another."""
+    """Against a chain by hand; where the models' variances differ, a chain of mixed outputs is
+    another."""
     scheduler = DDPMScheduler(**SD, clip_sample=False, variance_type="learned_range")
     scheduler.set_timesteps(6)
     start, lam = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double(), 0.4
@@ -174,7 +180,8 @@ def test_learned_variances_are_mixed_by_precision():
 
 
 def test_a_trust_region_shortens_each_steps_overshoot_to_its_share():
-    """One step, one row of them: lam - 1 = sqrt(nats / (c |D|^2)), c = L / 2, and where lam is less than that it stays."""
+    """One step, one row of them: lam - 1 = sqrt(nats / (c |D|^2)), c = L / 2, and where lam is less
+    than that it stays."""
     scheduler = DDIMScheduler(**SD, clip_sample=False)
     scheduler.set_timesteps(1)
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -205,7 +212,8 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_resampled_particle_keeps_its_history():
-    """Second-order DPM++, without noise: where one particle takes all, the image is that particle's own chain."""
+    """Second-order DPM++, without noise: where one particle takes all, the image is that particle's
+    own chain."""
     scheduler = DPMSolverMultistepScheduler(**SD)
     scheduler.set_timesteps(16)
     models = (lambda x, t: 0.9 * torch.tanh(x), lambda x, t: 0.9 * torch.tanh(x) + 30.0 * (x > 0))

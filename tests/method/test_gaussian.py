@@ -24,7 +24,8 @@ def gaussian(mean: float, variance: float) -> Gaussian:
 
 
 def by_quadrature(models: list[Gaussian], weights: list[float]) -> tuple[float, float, float]:
-    """log normaliser, mean and variance of prod p_i^(w_i), by the trapezoid rule over a wide line."""
+    """log normaliser, mean and variance of prod p_i^(w_i), by the trapezoid rule over a wide
+    line."""
     log_p = sum(
         w * Normal(g.mean.squeeze(), g.variance.sqrt()).log_prob(X) for w, g in zip(weights, models)
     )

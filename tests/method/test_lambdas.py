@@ -1,4 +1,5 @@
-"""Lambda over time, per image and per region: the values that the dial turns to, and what it refuses."""
+"""Lambda over time, per image and per region: the values that the dial turns to, and what it
+refuses."""
 
 from __future__ import annotations
 

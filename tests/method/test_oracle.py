@@ -1,4 +1,5 @@
-"""What the method says of itself, held against exact networks and diffusers' real schedulers: method tables, mixing error, corrector."""
+"""What the method says of itself, held against exact networks and diffusers' real schedulers:
+method tables, mixing error, corrector."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def scheduler_of(kind: str, steps: int):
 
 
 def law(scheduler, lam: float, eta: float) -> tuple[float, float]:
-    """Mean and variance of the realigned chain between the two Gaussians: its steps are affine, so that two points tell a step's law."""
+    """Mean and variance of the realigned chain between the two Gaussians: its steps are affine, so
+    that two points tell a step's law."""
     models = [mixture([1.0], [m], [v**0.5]).model(scheduler) for m, v in ((0.0, V1), (M2, V2))]
     mean, variance, x = 0.0, 1.0, torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     for t in scheduler.timesteps:
@@ -74,7 +76,8 @@ def law(scheduler, lam: float, eta: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("lam", [0.25, 0.5])
 def test_ancestral_chains_end_where_the_closed_form_says(lam):
-    """The form is that of many steps: 1000 of SD's schedule miss it by up to 2 %, in proportion to a step, and so does an exact model."""
+    """The form is that of many steps: 1000 of SD's schedule miss it by up to 2 %, in proportion to
+    a step, and so does an exact model."""
     (mean, variance), (coarse_mean, coarse_variance) = (
         law(scheduler_of("ddpm", steps), lam, eta=1.0) for steps in (1000, 500)
     )
@@ -92,7 +95,8 @@ def test_ancestral_chains_end_where_the_closed_form_says(lam):
     ("kind", "steps", "lam"), [("ddim", 1000, 0.5), ("flow", 500, 0.25), ("flow", 500, 1.5)]
 )
 def test_deterministic_chains_end_where_the_closed_form_says(kind, steps, lam):
-    """Variance V1^(1-lam) V2^lam; the mean is an integral over u = (sigma / alpha)^2, from where the schedule begins."""
+    """Variance V1^(1-lam) V2^lam; the mean is an integral over u = (sigma / alpha)^2, from where
+    the schedule begins."""
 
     def phi(u):
         return (V1 + u) ** ((1 - lam) / 2) * (V2 + u) ** (lam / 2)
@@ -110,7 +114,8 @@ def test_deterministic_chains_end_where_the_closed_form_says(kind, steps, lam):
     ["ddim", "ddpm", "ancestral", "dpm++2m", "sde-dpm++2m", "flow", "flow-sde", "flow-stochastic"],
 )
 def test_a_gaussian_prior_and_a_linear_reward_are_mixed_without_error(kind):
-    """Sample by sample the chain of the model that was aligned at lam s, at any number of steps and beyond the anchor too."""
+    """Sample by sample the chain of the model that was aligned at lam s, at any number of steps and
+    beyond the anchor too."""
     scheduler = scheduler_of(kind, 12)
     reference, anchor = (mixture([1.0], [m], [0.7]).model(scheduler) for m in (0.3, 1.5))
     for lam in (0.5, 2.0):
@@ -128,7 +133,8 @@ def test_a_gaussian_prior_and_a_linear_reward_are_mixed_without_error(kind):
     ("kind", "bed"), [("ddim", "lin"), ("ddim", "quad"), ("ddim", "bounded"), ("flow", "quad")]
 )
 def test_the_mixing_error_falls_with_the_fourth_power_of_beta(kind, bed):
-    """KL of the realigned chain to the exact model's chain by the same sampler, so that what it discretises cancels: beta 2, 4 times."""
+    """KL of the realigned chain to the exact model's chain by the same sampler, so that what it
+    discretises cancels: beta 2, 4 times."""
     scheduler, errors = scheduler_of(kind, 50), []
     for strength in (BEDS[bed].strength / 2, BEDS[bed].strength / 4):
         reference, anchor, exact = BEDS[bed].models(scheduler, [0, strength, strength / 2])
@@ -204,7 +210,8 @@ def test_networks_on_a_grid_are_those_of_mixtures_in_closed_form():
 
 
 def test_a_trust_region_bounds_what_lies_beyond_the_anchor():
-    """0.3 nats for the whole chain, an even share a step: KL of the bounded bed at lam = 3 from over .2 to under it."""
+    """0.3 nats for the whole chain, an even share a step: KL of the bounded bed at lam = 3 from
+    over .2 to under it."""
     target = BOUNDED.log_density(3.0 * BOUNDED.strength)
     free, bounded = (
         realigned("bounded", 3.0, 20_000),
@@ -220,7 +227,8 @@ def test_a_trust_region_bounds_what_lies_beyond_the_anchor():
 
 @pytest.mark.slow
 def test_two_anchors_in_the_plane_reach_their_modes_with_four_particles():
-    """Weights (.5, .5): total variation of the modes' shares to the target, within .03 of the exact model's by the same sampler."""
+    """Weights (.5, .5): total variation of the modes' shares to the target, within .03 of the exact
+    model's by the same sampler."""
     bed, lams, images = Plane(), [0.5, 0.5], 20_000
     scheduler = scheduler_of("ancestral", 50)
     reference, target, *anchors = (

@@ -1,4 +1,5 @@
-"""Resampling: fair, in its own group, and a function of the image alone; weights against the mixture's normaliser."""
+"""Resampling: fair, in its own group, and a function of the image alone; weights against the
+mixture's normaliser."""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ def test_one_particle_stays_itself():
 
 
 def test_log_weight_is_the_mixtures_normaliser_at_a_steps_noise():
-    """Means that differ by sqrt(2 c) D at unit variance: the normaliser of their mixture is the weight, for any number of anchors."""
+    """Means that differ by sqrt(2 c) D at unit variance: the normaliser of their mixture is the
+    weight, for any number of anchors."""
     factor, lams = 0.7, [0.3, 0.5]
     differences = [torch.randn(4, 2, 3, dtype=torch.float64) for _ in lams]
     means = [torch.zeros_like(differences[0]), *(math.sqrt(2 * factor) * d for d in differences)]

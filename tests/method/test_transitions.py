@@ -1,4 +1,5 @@
-"""Our transitions against diffusers' own steps, and the paper's claim that mixing outputs is mixing posteriors."""
+"""Our transitions against diffusers' own steps, and the paper's claim that mixing outputs is mixing
+posteriors."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ SAMPLERS = {  # scheduler, its settings, eta, steps
 
 
 class Double(Tensor):
-    """A tensor in double precision whom nobody brings to single, as several schedulers want it: what is left are the formulas."""
+    """A tensor in double precision whom nobody brings to single, as several schedulers want it:
+    what is left are the formulas."""
 
     def to(self, *args, **kwargs):
         wanted = [*args, *kwargs.values()]
@@ -102,7 +104,8 @@ class Double(Tensor):
 
 
 def double_scheduler(kind: str):
-    """A diffusers scheduler whose constants are in double precision, as its steps then are; and eta."""
+    """A diffusers scheduler whose constants are in double precision, as its steps then are; and
+    eta."""
     cls, settings, eta, steps = SAMPLERS[kind]
     scheduler = cls(**({} if cls in (FLOW, FlowMatchSDEScheduler) else SD), **settings)
     scheduler.set_timesteps(steps)
@@ -135,7 +138,8 @@ def stepped(scheduler, eta: float, output: Tensor, t: Tensor, x: Tensor, noise: 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0, 2.5])
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_a_chain_of_mixed_outputs_is_one_of_mixtures_of_both_transitions(kind, lam):
-    """Over the whole chain; both models see the mixed chain's sample and, in multistep samplers, its history."""
+    """Over the whole chain; both models see the mixed chain's sample and, in multistep samplers,
+    its history."""
     scheduler, eta = double_scheduler(kind)
     start, _, _ = inputs(0)
     x = start * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else start
@@ -173,7 +177,8 @@ def test_the_network_sees_what_the_scheduler_would_show_it(kind):
 @pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
 def test_learned_variances_mix_by_precision_and_not_by_output(variance_type, lam):
-    """Each model's transition is diffusers' step; their mixture is Theorem 1, which a step on mixed outputs misses."""
+    """Each model's transition is diffusers' step; their mixture is Theorem 1, which a step on mixed
+    outputs misses."""
     scheduler = DDPMScheduler(**SD, clip_sample=False, variance_type=variance_type, steps_offset=1)
     scheduler.set_timesteps(10)
     scheduler.alphas_cumprod, scheduler.one = (
@@ -216,7 +221,8 @@ def test_the_last_step_is_certain_and_noise_shrinks_before():
 
 
 def test_ancestral_samplers_are_one_step_in_two_clothes():
-    """Euler ancestral and first-order SDE-DPM++ between the same noise levels: equal in x / alpha."""
+    """Euler ancestral and first-order SDE-DPM++ between the same noise levels: equal in x /
+    alpha."""
     ancestral, _ = double_scheduler("euler-ancestral")
     solver = DPM(**SD, **SDE, solver_order=1)
     solver.set_timesteps(20)
@@ -230,7 +236,8 @@ def test_ancestral_samplers_are_one_step_in_two_clothes():
 
 
 def test_flow_sde_keeps_the_flows_config_and_marginals():
-    """noise_level 0 is the ODE; otherwise Gaussian data keep their variance over many steps, ending one last noisy step away."""
+    """noise_level 0 is the ODE; otherwise Gaussian data keep their variance over many steps, ending
+    one last noisy step away."""
     ode = FLOW(shift=3.0)
     sde = FlowMatchSDEScheduler.from_config(ode.config, noise_level=0.0)
     assert sde.config.shift == 3.0 and sde.config.noise_level == 0
@@ -300,7 +307,8 @@ def test_a_timestep_that_stands_twice_and_a_variance_that_is_not_there_are_refus
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_kl_factors_are_half_the_gain_of_log_snr_by_the_squared_eps(kind):
-    """From the definitions: two outputs on one x, what eps each stands for, and how the noise falls from step to step."""
+    """From the definitions: two outputs on one x, what eps each stands for, and how the noise falls
+    from step to step."""
     scheduler, _ = double_scheduler(kind)
     factors, steps = (
         kl_factors(scheduler),

@@ -1,4 +1,5 @@
-"""A scorer of the user's own: one class in one file, checked without being run, named on the command line."""
+"""A scorer of the user's own: one class in one file, checked without being run, named on the
+command line."""
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from configs.entry import CONFIGS
-from deradiff.evaluation.scoring import settings
-from deradiff.scorers import check_scorer, load_scorer
+from deradiff.scorers import check_scorer, check_spec, load_scorer, load_spec
 from eval.__main__ import main as _registers_the_schema  # noqa: F401
 from eval.config import EvalConfig
 
@@ -73,7 +73,8 @@ class Mine:
     def __init__(self, device):
         self.helper = Helper(device)
     def __call__(self, images, prompts):
-        assert self.helper.name == "cpu" and all(image.mode == "RGB" for image in images) and not torch.is_grad_enabled()
+        assert self.helper.name == "cpu" and not torch.is_grad_enabled()
+        assert all(image.mode == "RGB" for image in images)
         return {given}
 """
     scorer = load_scorer("mine", file=written(tmp_path, text), device="cpu")
@@ -117,7 +118,8 @@ def test_other_mistakes(tmp_path: Path) -> None:
         ("there is no Python file none.py", "mine", {"file": "none.py"}),
         ("there is no Python file org/name", "mine", {"file": "org/name"}),
         (
-            "clip is a scorer of deradiff's: give the one in .* a name of its own, such as scorers.mine.file=",
+            "clip is a scorer of deradiff's: give the one in .* a name of its own, such as "
+            "scorers.mine.file=",
             "clip",
             {"file": file},
         ),
@@ -149,10 +151,9 @@ def test_it_is_named_on_the_command_line(tmp_path: Path) -> None:
         ]
         config = OmegaConf.to_object(compose("eval", typed))
     assert isinstance(config, EvalConfig) and list(config.scorers) == ["clip", "mine"]
-    check_scorer(*settings(config.scorers["mine"]))
-    assert np.isclose(
-        load_scorer(*settings(config.scorers["mine"]))(IMAGES[1:2], ["a"]).item(), 100
-    )
+    spec = config.scorers["mine"].spec()
+    check_spec(spec)
+    assert np.isclose(load_spec(spec)(IMAGES[1:2], ["a"]).item(), 100)
 
 
 def test_the_document_shows_a_scorer_that_works(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Scorers against an independent evaluation of checkpoints in the published layouts (tests/tiny_clip.py)."""
+"""Scorers against an independent evaluation of checkpoints in the published layouts
+(tests/tiny_clip.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from deradiff.worlds import shapes
 from tests.support import tiny_clip
 from tests.support.tiny_clip import MODEL_CONFIG, SIDE, Network, cropped, letterboxed, tokens
 
-# square, wide, tall, smaller than the network's side, and oblong with the longest side already right
+# square, wide, tall, smaller than the network's side, and oblong with the longest side already
+# right
 SIZES = [(64, 64), (90, 50), (41, 77), (20, 13), (SIDE, 20), (SIDE, SIDE)]
 PROMPTS = [
     "a red fox",
@@ -73,7 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(
     folder: Path, name: str = "hpsv2", file: str = "hps.pt", config: str = "model.json"
 ) -> clip.CLIPScorer:
-    return load_scorer(name, str(folder / file), str(folder / "tokenizer"), str(folder / config))  # type: ignore[return-value]
+    # type: ignore[return-value]
+    return load_scorer(name, str(folder / file), str(folder / "tokenizer"), str(folder / config))
 
 
 def expected(
@@ -161,7 +164,8 @@ def test_a_clip_model_folder_brings_its_own_tokenizer_and_sizes(
 
 
 def test_a_clip_model_folder_of_weights_alone(folder: Path, tmp_path: Path) -> None:
-    """As a hub repository of 2022: `pytorch_model.bin`, constants among the weights, tokenizer and processor elsewhere."""
+    """As a hub repository of 2022: `pytorch_model.bin`, constants among the weights, tokenizer and
+    processor elsewhere."""
     model = tiny_clip.huggingface_model()
     model.config.save_pretrained(tmp_path)
     torch.save(
@@ -267,7 +271,7 @@ def test_scores_carry_no_gradient_and_may_be_none(folder: Path) -> None:
     scorer = opened(folder)
     assert not scorer(IMAGES, PROMPTS).requires_grad and not scorer.model.training
     assert scorer([], []).shape == (0,)
-    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
         scorer(IMAGES[:2], ["a fox"])
 
 
@@ -349,14 +353,15 @@ def test_the_true_rewards_are_scorers(name: str) -> None:
         and name in SCORERS
     )
     assert scorer([], []).shape == (0,)
-    with pytest.raises(ValueError, match="1 pictures and 0 prompts"):
+    with pytest.raises(ValueError, match="1 images and 0 prompts"):
         scorer(images[:1], [])
 
 
 def test_colourful_is_hasler_and_suesstrunks_measure():
     halves = Image.new("RGB", (4, 2), (255, 0, 0))
     halves.paste((0, 0, 255), (2, 0, 4, 2))
-    # red-green 255 and 0; yellow-blue 127.5 and -255: standard deviations 127.5 and 191.25, means 127.5 and -63.75
+    # red-green 255 and 0; yellow-blue 127.5 and -255: standard deviations 127.5 and 191.25, means
+    # 127.5 and -63.75
     expected = np.hypot(127.5, 191.25) + 0.3 * np.hypot(127.5, 63.75)
     grey, found = load_scorer("colourful")(
         [Image.new("RGB", (3, 3), (90, 90, 90)), halves], ["", ""]

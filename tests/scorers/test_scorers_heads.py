@@ -1,4 +1,5 @@
-"""The aesthetic predictor and ImageReward against independent evaluations of tiny checkpoints in the published layouts."""
+"""The aesthetic predictor and ImageReward against independent evaluations of tiny checkpoints in
+the published layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from deradiff.scorers.preparation import centre_crop
 from tests.scorers.test_scorers import IMAGES, PROMPTS, close, noise
 from tests.support import tiny_blip, tiny_clip
 
-# and sizes where half to even and rounding down are a pixel apart: 32 x 35 and 39 x 32 after resizing
+# and sizes where half to even and rounding down are a pixel apart: 32 x 35 and 39 x 32 after
+# resizing
 CROPPED = [*IMAGES, noise((64, 70), 10), noise((39, 32), 11)]
 WORDS = [*PROMPTS, "a red fox, in the snow & more", "R2D2's foxes " + "and foxes " * 20]
 
@@ -230,7 +232,7 @@ def test_the_published_files_are_asked_of_the_hub(
             }.get(repo, folder)
         )
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("deradiff.scorers.checkpoints.snapshot_download", snapshot_download)
     check_scorer("imagereward")
     check_scorer("aesthetic")
     assert not any(

@@ -1,4 +1,5 @@
-"""What a user may get wrong about a scorer: told in one sentence, by the cheap check and by loading alike, before a weight is read."""
+"""What a user may get wrong about a scorer: told in one sentence, by the cheap check and by loading
+alike, before a weight is read."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Asserts that both ways refuse with these words, in one line, and that no network was made for it."""
+    """Asserts that both ways refuse with these words, in one line, and that no network was made for
+    it."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(
         checkpoints.Checkpoint, "load", lambda self: pytest.fail("weights were loaded")
@@ -223,7 +225,8 @@ def test_an_end_marker_that_the_network_does_not_know_is_warned_of(
 def test_published_checkpoints_are_asked_of_the_hub(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hub of three tiny repositories in place of the real one: which of its files are asked for, and when."""
+    """A hub of three tiny repositories in place of the real one: which of its files are asked for,
+    and when."""
     tiny_clip.write_huggingface(
         tmp_path / "yuvalkirstain" / "PickScore_v1", tiny_clip.huggingface_model(), tokenizer=False
     )
@@ -237,7 +240,7 @@ def test_published_checkpoints_are_asked_of_the_hub(
         asked.extend((repo, pattern) for pattern in allow_patterns)
         return str(tmp_path / repo)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("deradiff.scorers.checkpoints.snapshot_download", snapshot_download)
     monkeypatch.setattr(open_clip, "VIT_H_14", MODEL_CONFIG)
     for name in ("pickscore", "hpsv2", "hpsv2.1"):
         check_scorer(name)
@@ -247,7 +250,8 @@ def test_published_checkpoints_are_asked_of_the_hub(
     network = tiny_clip.Network(tiny_clip.under_open_clip_names(tiny_clip.huggingface_model()))
     scorer = load_scorer("pickscore")
     cosine = network.cosine(tiny_clip.cropped(image), tiny_clip.tokens(prompt))
-    assert scorer([image], [prompt]).item() / scorer.factor == pytest.approx(cosine, abs=1e-5)  # type: ignore[attr-defined]
+    # type: ignore[attr-defined]
+    assert scorer([image], [prompt]).item() / scorer.factor == pytest.approx(cosine, abs=1e-5)
     assert ("yuvalkirstain/PickScore_v1", "model.safetensors") in asked
     for name, file, seed in (
         ("hpsv2", "HPS_v2_compressed.pt", 2),
@@ -261,7 +265,10 @@ def test_published_checkpoints_are_asked_of_the_hub(
 
 
 def test_a_typo_is_refused_without_importing_torch() -> None:
-    code = "import sys; from deradiff.scorers import check_scorer\ntry: check_scorer('x')\nexcept ValueError: sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from deradiff.scorers import check_scorer\ntry: "
+        "check_scorer('x')\nexcept ValueError: sys.exit('torch' in sys.modules)"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )

@@ -25,7 +25,8 @@ def colourful(monkeypatch):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """Anchor 2000 over five lambdas, .2 of it realigned too strongly by a planted bias, beside 1000, 4000 and 8000 from scratch."""
+    """Anchor 2000 over five lambdas, .2 of it realigned too strongly by a planted bias, beside
+    1000, 4000 and 8000 from scratch."""
     root = tmp_path_factory.mktemp("evaluated")
     samples = [
         write_run(root, 2000, bias=0.03),
@@ -241,6 +242,13 @@ def spoil(path, how):
     manifest = path / "manifest.jsonl"
     lines = manifest.read_text().split("\n")
     images = sorted(path.glob("*/*.png"))
+    if how.endswith(" image"):
+        spoil_images(images, how)
+    else:
+        spoil_manifest(manifest, lines, how)
+
+
+def spoil_images(images, how):
     if how == "missing image":
         images[0].unlink()
     elif how == "altered image":
@@ -248,7 +256,10 @@ def spoil(path, how):
             image.write_bytes(image.read_bytes() + b"x")
     elif how == "truncated image":
         images[1].write_bytes(images[1].read_bytes()[:100])
-    elif how == "broken line":
+
+
+def spoil_manifest(manifest, lines, how):
+    if how == "broken line":
         manifest.write_text("\n".join([*lines[:2], lines[2][:40], *lines[3:]]))
     elif how == "missing key":
         manifest.write_text(

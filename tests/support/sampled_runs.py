@@ -1,5 +1,6 @@
-"""Sample runs as the sample stage leaves them, drawn and not sampled: how vivid a picture is follows from how strongly it is aligned.
-And what the tests of the eval stage share: a counting scorer, and calls of the stage.
+"""Sample runs as the sample stage leaves them, drawn and not sampled: how vivid a picture is
+follows from how strongly it is aligned. And what the tests of the eval stage share: a counting
+scorer, and calls of the stage.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
 
 
 def picture(caption: str, seed: int, strength: float) -> bytes:
-    """A 32-pixel disc, more saturated the larger `strength` (1000 lam / beta) is; where it lies depends on caption and seed alone."""
+    """A 32-pixel disc, more saturated the larger `strength` (1000 lam / beta) is; where it lies
+    depends on caption and seed alone."""
     scene, rng = scene_of(caption), np.random.default_rng([seed, zlib.crc32(caption.encode())])
     x, y = np.meshgrid(np.arange(32) - 15.5, np.arange(32) - 15.5)
     cover = np.clip(10.5 - np.hypot(x - rng.normal(), y - rng.normal()), 0, 1)[..., None]
@@ -54,8 +56,8 @@ def write_run(
 ) -> str:
     """A sample run below `root` with its anchor's card; its path.
 
-    bias: added to the strength of realigned images (lam other than 0, 1). shift: added to that of the anchor itself, as a training seed
-    may. overrides: of the manifest's values.
+    bias: added to the strength of realigned images (lam other than 0, 1). shift: added to that of
+        the anchor itself, as a training seed may. overrides: of the manifest's values.
     """
     name = f"shapes-beta{beta:g}-seed{training_seed}"
     anchor, run = root / "train" / name / "anchor", root / "sample" / f"{name}-{mode}"
@@ -111,7 +113,8 @@ def write_run(
 
 
 class Colourful:
-    """A scorer of any prompt: how far the channels of a picture lie apart. Counts what it scores."""
+    """A scorer of any prompt: how far the channels of a picture lie apart. Counts what it
+    scores."""
 
     version, scale, preprocessing = "1", "levels", "none"
 

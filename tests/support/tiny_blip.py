@@ -1,4 +1,5 @@
-"""A tiny ImageReward in the published file's names, and an evaluation of it in plain float64 torch that shares nothing with the library."""
+"""A tiny ImageReward in the published file's names, and an evaluation of it in plain float64 torch
+that shares nothing with the library."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def chain(state: dict[str, Tensor], x: Tensor, stem: str = "layers.") -> Tensor:
 
 
 def state_dict(seed: int = 0) -> dict[str, Tensor]:
-    """ImageReward's names, with what its file holds besides and nobody reads. Embeddings are small, so that a norm's epsilon shows."""
+    """ImageReward's names, with what its file holds besides and nobody reads. Embeddings are small,
+    so that a norm's epsilon shows."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -116,7 +118,8 @@ def state_dict(seed: int = 0) -> dict[str, Tensor]:
 
 
 class Network:
-    """ImageReward as its paper and BLIP's draw it, one picture and one text at a time, in float64, without padding."""
+    """ImageReward as its paper and BLIP's draw it, one picture and one text at a time, in float64,
+    without padding."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.w = {name: tensor.double() for name, tensor in state.items()}
@@ -197,7 +200,8 @@ class Network:
 
 
 def tokens(text: str) -> list[int]:
-    """WordPiece, the longest piece first, of a lower-case text without accents; 35 tokens with the marks at both ends."""
+    """WordPiece, the longest piece first, of a lower-case text without accents; 35 tokens with the
+    marks at both ends."""
     ids = []
     text = "".join(
         c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c)
@@ -217,7 +221,8 @@ def tokens(text: str) -> list[int]:
 
 
 def centred(image: Image.Image) -> np.ndarray:
-    """OpenAI's preparation: (3, SIDE, SIDE), normalised. The crop's offset rounds half to even, as Python and torchvision do."""
+    """OpenAI's preparation: (3, SIDE, SIDE), normalised. The crop's offset rounds half to even, as
+    Python and torchvision do."""
     image = image.convert("RGB")
     width, height = image.size
     size = (

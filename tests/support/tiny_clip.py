@@ -1,6 +1,8 @@
-"""Tiny CLIP checkpoints in the published layouts, and an evaluation of them that shares nothing with the library.
+"""Tiny CLIP checkpoints in the published layouts, and an evaluation of them that shares nothing
+with the library.
 
-The network is written in plain float64 torch over open_clip's own names, the resampling as matrices, the tokenizer as a regular expression.
+The network is written in plain float64 torch over open_clip's own names, the resampling as
+matrices, the tokenizer as a regular expression.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 
 
 
 def open_clip_state(seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under open_clip's names, large enough that activations, norms and padding all show in a score."""
+    """Random weights under open_clip's names, large enough that activations, norms and padding all
+    show in a score."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -148,7 +151,8 @@ def huggingface_model(
 def write_huggingface(
     folder: Path, model: CLIPModel, tokenizer: bool = True, processor: bool = True
 ) -> Path:
-    """A CLIPModel folder, as transformers saves it, with or without its tokenizer and image processor."""
+    """A CLIPModel folder, as transformers saves it, with or without its tokenizer and image
+    processor."""
     model.save_pretrained(folder)
     if tokenizer:
         write_tokenizer(folder)
@@ -160,7 +164,8 @@ def write_huggingface(
 
 
 def under_open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
-    """A CLIPModel's weights for the evaluation below: the opposite way of what the library converts."""
+    """A CLIPModel's weights for the evaluation below: the opposite way of what the library
+    converts."""
     held = model.state_dict()
     state = {
         "visual.conv1.weight": held["vision_model.embeddings.patch_embedding.weight"],
@@ -270,7 +275,8 @@ class Network:
         return self.norm(x[0], "visual.ln_post") @ self.w["visual.proj"]
 
     def text(self, tokens: list[int]) -> Tensor:
-        """Embedding of a text that ends with its end marker; with causal attention what would follow does not matter."""
+        """Embedding of a text that ends with its end marker; with causal attention what would
+        follow does not matter."""
         x = self.transformer(
             self.w["token_embedding.weight"][tokens]
             + self.w["positional_embedding"][: len(tokens)],
@@ -288,7 +294,8 @@ class Network:
 
 
 def tokens(text: str) -> list[int]:
-    """The byte tokens of a cleaned, lower-case text, cut to the context as open_clip cuts: the last one is the end marker."""
+    """The byte tokens of a cleaned, lower-case text, cut to the context as open_clip cuts: the last
+    one is the end marker."""
     vocabulary = tiny_tokenizer().get_vocab()
     printable = [
         *range(33, 127),
@@ -306,7 +313,8 @@ def tokens(text: str) -> list[int]:
 
 
 def _bicubic(length: int, wanted: int) -> np.ndarray:
-    """(wanted, length): Keys' cubic (a = -1/2), widened by the shrinkage so that it does not alias; rows sum to 1."""
+    """(wanted, length): Keys' cubic (a = -1/2), widened by the shrinkage so that it does not alias;
+    rows sum to 1."""
     scale = length / wanted
     centre = (np.arange(wanted) + 0.5) * scale
     x = np.abs((np.arange(length) + 0.5 - centre[:, None]) / max(scale, 1))
@@ -336,7 +344,8 @@ def letterboxed(image: Image.Image) -> np.ndarray:
 
 
 def cropped(image: Image.Image) -> np.ndarray:
-    """CLIP's preparation: (3, SIDE, SIDE), normalised. Pillow resizes bytes, so it is Pillow here too."""
+    """CLIP's preparation: (3, SIDE, SIDE), normalised. Pillow resizes bytes, so it is Pillow here
+    too."""
     image = image.convert("RGB")
     width, height = image.size
     width, height = (

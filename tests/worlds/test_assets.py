@@ -1,4 +1,5 @@
-"""The shipped shapes world: it loads in stock diffusers, it is small, and it is as good as its figures say."""
+"""The shipped shapes world: it loads in stock diffusers, it is small, and it is as good as its
+figures say."""
 
 import json
 

@@ -12,15 +12,15 @@ from deradiff.evaluation.tables.table import Column, ResultTable, Row
 from deradiff.models.flops import Savings, savings
 from deradiff.models.published import PublishedCost, published_dpo
 
-COMPUTE_NOTE = """From the anchors' cards. Device-hours: wall-clock time times devices. FLOPs: of the
-denoiser, counted on its config; a multiply-add is 2."""
+COMPUTE_NOTE = """From the anchors' cards. Device-hours: wall-clock time times devices. FLOPs: of
+the denoiser, counted on its config; a multiply-add is 2."""
 
 SAVINGS_NOTE = """Training alone: one anchor, realigned to each target, beside the anchor and every
 target trained from scratch. Sampling is not counted: mode exact evaluates two denoisers a step
 (reference and anchor), mode weights one."""
 
-PUBLISHED_NOTE = """What the paper states for one SDXL anchor beside what its recipe counts to. {why} One
-anchor in place of six betas saves five sixths of either."""
+PUBLISHED_NOTE = """What the paper states for one SDXL anchor beside what its recipe counts to.
+{why} One anchor in place of six betas saves five sixths of either."""
 
 CARD_VALUES = (
     "method",

@@ -52,29 +52,30 @@ def is_beyond(lam: float) -> bool:
 RANGES: dict[str, Callable[[float], bool]] = {"0 < lam < 1": is_within, "lam > 1": is_beyond}
 PAPER_RANGE = "0 < lam < 1"
 
-ERRORS_NOTE = """Target: the model aligned from scratch at beta / lam, on the same prompts, x_T and
-step noise. Error: |mean score of the realigned images less the target's|. % of mean: of the target's
-|mean score|. % of distance: of |the target's mean score less the reference's|, that is, of what
-aligning from scratch at the target's beta changes; 0 is the target itself, 100 as far off as the
-reference; a question mark where that distance is not clear of 0. % of anchor's: the error in % of
-|the anchor's mean score less the reference's|, what the anchor itself changed, where that is clear of
-0. Anchor as is, in % of the distance: the anchor at lam = 1, nothing done. Reference as is: lam = 0
-(100 % of the distance by definition). Seed floor, in % of the distance: a second training seed of the
-target against the first; what is smaller may be training noise. Equivalent: two one-sided paired t
-tests (TOST) at 5 % each put the target less the realigned model within the margin, {margin:g} % of the
-distance. Each cell is tested on its own. Brackets: 95 % bootstrap intervals over prompts."""
+ERRORS_NOTE = """Target: the model aligned from scratch at beta / lam, on the same prompts, x_T
+and step noise. Error: |mean score of the realigned images less the target's|. % of mean: of the
+target's |mean score|. % of distance: of |the target's mean score less the reference's|, that is,
+of what aligning from scratch at the target's beta changes; 0 is the target itself, 100 as far
+off as the reference; a question mark where that distance is not clear of 0. % of anchor's: the
+error in % of |the anchor's mean score less the reference's|, what the anchor itself changed,
+where that is clear of 0. Anchor as is, in % of the distance: the anchor at lam = 1, nothing
+done. Reference as is: lam = 0 (100 % of the distance by definition). Seed floor, in % of the
+distance: a second training seed of the target against the first; what is smaller may be training
+noise. Equivalent: two one-sided paired t tests (TOST) at 5 % each put the target less the
+realigned model within the margin, {margin:g} % of the distance. Each cell is tested on its own.
+Brackets: 95 % bootstrap intervals over prompts."""
 
-SUMMARY_NOTE = """Means over the cells (anchor, lam) of the table of approximation errors, where the
-columns are explained. lam = 1 is an identity and no cell. % of distance: over the clear cells alone,
-whose distance from reference to target is clear of 0; worst, anchor as is and seed floor: in that unit
-too. A mean of absolute values never reaches 0, nor does its interval. Seed floor: over the cells whose
-target has a second training seed; under it: cells whose error is at most what that seed makes.
-Equivalent: cells that a paired TOST puts within {margin:g} % of the distance. Every interval, and the
-errors in the scores' own units: in the csv."""
+SUMMARY_NOTE = """Means over the cells (anchor, lam) of the table of approximation errors, where
+the columns are explained. lam = 1 is an identity and no cell. % of distance: over the clear
+cells alone, whose distance from reference to target is clear of 0; worst, anchor as is and seed
+floor: in that unit too. A mean of absolute values never reaches 0, nor does its interval. Seed
+floor: over the cells whose target has a second training seed; under it: cells whose error is at
+most what that seed makes. Equivalent: cells that a paired TOST puts within {margin:g} % of the
+distance. Every interval, and the errors in the scores' own units: in the csv."""
 
-MODES_NOTE = """Over the cells and the images alone that every mode has, so that the modes' means are of
-the same models and prompts. Evaluations of a denoiser an image (of particles, a particle) and step, as
-counted while sampling; a model aligned from scratch takes 1. """
+MODES_NOTE = """Over the cells and the images alone that every mode has, so that the modes' means
+are of the same models and prompts. Evaluations of a denoiser an image (of particles, a particle)
+and step, as counted while sampling; a model aligned from scratch takes 1. """
 
 
 def first_range(errors: pd.DataFrame) -> tuple[str, Callable[[float], bool]]:
@@ -425,7 +426,8 @@ def verdict(data: pd.DataFrame, missing: Sequence[str]) -> str:
     if data.empty:
         why = f" ({missing[0]})" if missing else ""
         return (
-            "Nothing to compare yet: no realigned model has its target, aligned from scratch, among "
+            "Nothing to compare yet: no realigned model has its target, aligned from scratch, "
+            "among "
             f"the samples{why}."
         )
     name = next(one for one in RANGES if (data["range"] == one).any())
@@ -450,7 +452,8 @@ def verdict(data: pd.DataFrame, missing: Sequence[str]) -> str:
     under = int(own["cells_under_floor"].sum())
     if with_floor:
         return (
-            f"{text} {under} of {with_floor} errors lie under the seed floor, the difference that a "
+            f"{text} {under} of {with_floor} errors lie under the seed floor, the difference "
+            f"that a "
             "second training seed makes."
         )
     return (

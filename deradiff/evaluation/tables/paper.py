@@ -62,26 +62,27 @@ BY_TARGET = {
 
 BY_TARGET_BETA = 2000
 
-PAPER_NOTE = """Mean absolute error over the cells, in the scores' own units and in % of |the target's
-mean score|. With identities: anchors at lam = 1 counted as cells of no error, which an average over
-lambda in [0, 1] may or may not hold. Reference as is: what this measure gives for the reference, which
-nothing was done to. Brackets: 95 % bootstrap intervals over prompts."""
+PAPER_NOTE = """Mean absolute error over the cells, in the scores' own units and in % of |the
+target's mean score|. With identities: anchors at lam = 1 counted as cells of no error, which an
+average over lambda in [0, 1] may or may not hold. Reference as is: what this measure gives for
+the reference, which nothing was done to. Brackets: 95 % bootstrap intervals over prompts."""
 
-BESIDE_NOTE = """The paper's: lambda in [0, 1], 500 prompts, its own anchors, and PickScore and HPS on a
-scale of cosines, so only the percentages compare where the scale here is another."""
+BESIDE_NOTE = """The paper's: lambda in [0, 1], 500 prompts, its own anchors, and PickScore and
+HPS on a scale of cosines, so only the percentages compare where the scale here is another."""
 
 NOT_BESIDE_NOTE = "The paper's numbers are not shown: this is not its base model and sampler."
 
-AGREEMENT_NOTE = """Over the cells. Median error: in the score's unit, and in % of the standard deviation
-of the target's scores over prompts. At most {threshold:g} %: the share, in %, of cells whose error is at
-most that of the target's mean (the paper's 0.0005 is 0.217 % of its mean PickScore, and it reports 87 %,
-and a median of about 20 % of a standard deviation). Bland-Altman: the mean of the signed errors,
-realigned less target, in % of the target's mean, and the limits of agreement, 1.96 standard deviations
-between cells to either side of it (the paper's CLIP: -0.273 %)."""
+AGREEMENT_NOTE = """Over the cells. Median error: in the score's unit, and in % of the standard
+deviation of the target's scores over prompts. At most {threshold:g} %: the share, in %, of cells
+whose error is at most that of the target's mean (the paper's 0.0005 is 0.217 % of its mean
+PickScore, and it reports 87 %, and a median of about 20 % of a standard deviation).
+Bland-Altman: the mean of the signed errors, realigned less target, in % of the target's mean,
+and the limits of agreement, 1.96 standard deviations between cells to either side of it (the
+paper's CLIP: -0.273 %)."""
 
-BY_TARGET_NOTE = """Absolute error in % of the target's mean score, of one anchor (a row) realigned to
-every target beta (a column). 0 on the diagonal is the anchor itself, an identity. Intervals: in the
-csv."""
+BY_TARGET_NOTE = """Absolute error in % of the target's mean score, of one anchor (a row)
+realigned to every target beta (a column). 0 on the diagonal is the anchor itself, an identity.
+Intervals: in the csv."""
 
 
 def paper_family(anchor: str, row: Mapping[str, Any], cards: Cards) -> str | None:

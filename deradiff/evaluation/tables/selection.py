@@ -33,12 +33,12 @@ Array = NDArray[np.float64]
 FEWEST = 2
 """Prompts to choose by, and as many to report on: of one there is no interval."""
 
-NOTE = """Chosen: the largest mean {score} over the choosing prompts{budget}. All other numbers are of the
-reporting prompts, which had no say: {choosing} and {reporting} prompts, split by a hash of their text.
-Below the chosen: the paired difference; where its interval holds 0, the two cannot be told apart. Alarm:
-the scores that have fallen from their own best at a smaller lambda of that anchor, by an interval below 0
-that allows for their number, while {score} has risen: reward hacking. Brackets: 95 % bootstrap intervals
-over prompts."""
+NOTE = """Chosen: the largest mean {score} over the choosing prompts{budget}. All other numbers
+are of the reporting prompts, which had no say: {choosing} and {reporting} prompts, split by a
+hash of their text. Below the chosen: the paired difference; where its interval holds 0, the two
+cannot be told apart. Alarm: the scores that have fallen from their own best at a smaller lambda
+of that anchor, by an interval below 0 that allows for their number, while {score} has risen:
+reward hacking. Brackets: 95 % bootstrap intervals over prompts."""
 
 
 @dataclass(frozen=True)

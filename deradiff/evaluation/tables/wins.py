@@ -8,9 +8,9 @@ from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import Cell, anchor_name
 from deradiff.evaluation.tables.table import NOT_THERE, SAMPLED, Column, ResultTable, Row, interval
 
-NOTE = """In % of the prompts, ties counted half: the realigned model's score (the mean over seeds) is
-above the other's. Against the target, 50 % is what an imitation should reach; against the reference,
-what realignment is worth. Brackets: 95 % intervals over prompts."""
+NOTE = """In % of the prompts, ties counted half: the realigned model's score (the mean over
+seeds) is above the other's. Against the target, 50 % is what an imitation should reach; against
+the reference, what realignment is worth. Brackets: 95 % intervals over prompts."""
 
 OTHERS = ("target", "reference", "anchor")
 
