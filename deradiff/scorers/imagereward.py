@@ -156,7 +156,7 @@ class ImageRewardCheckpoint:
                 f"{what}: it holds no {missing.args[0]} (in transformers' names)"
             ) from missing
         towers = {"vision": vision.state_dict(), "text": text.state_dict()}
-        wanted: dict[str, torch.Size | tuple[int, ...]] = {}
+        wanted: dict[str, torch.Size] = {}
         for tower, held in towers.items():
             wanted |= {f"{tower}.{name}": tensor.shape for name, tensor in held.items()}
         wanted |= {

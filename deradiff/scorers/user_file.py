@@ -74,7 +74,7 @@ def _assigned(node: ast.ClassDef) -> set[str]:
             targets += child.targets
         elif isinstance(child, ast.AnnAssign) and child.value is not None:
             targets.append(child.target)
-    names = set()
+    names: set[str] = set()
     for target in targets:
         elements = target.elts if isinstance(target, ast.Tuple) else [target]
         names.update(element.id for element in elements if isinstance(element, ast.Name))

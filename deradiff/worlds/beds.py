@@ -194,7 +194,7 @@ class Plane:
     def target(self, lams: Sequence[float]) -> Mixture:
         """p_ref exp(sum lam_i s_i r_i)."""
         b, q = (
-            sum(lam * part for lam, part in zip(lams, parts))
+            torch.stack([lam * part for lam, part in zip(lams, parts)]).sum(0)
             for parts in zip(self.linear, self.quadratic)
         )
         return self.prior.tilted(b, q)

@@ -118,8 +118,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
         ("there is no Python file none.py", "mine", {"file": "none.py"}),
         ("there is no Python file org/name", "mine", {"file": "org/name"}),
         (
-            "clip is a scorer of deradiff's: give the one in .* a name of its own, such as "
-            "scorers.mine.file=",
+            "clip is a scorer of deradiff's: give the one in .* a name of its own",
             "clip",
             {"file": file},
         ),
@@ -128,7 +127,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
             "mine",
             {"file": file, "checkpoint": "x"},
         ),
-        ("and mine with scorers.mine.file=<yours>.py", "mine", {}),
+        ("your own by its file, file=<yours>.py", "mine", {}),
     ):
         for call in (check_scorer, load_scorer):
             with pytest.raises(ValueError, match=words):
