@@ -80,6 +80,7 @@ class Model:
     scheduler: Any
 
     def x0(self, x: Tensor, step: Step, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """E[x0 | x] at a step with these factors of signal and noise; of the shape of x."""
         raise NotImplementedError
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -140,6 +141,7 @@ class Mixture:
         return self.log_weights + logs if each else (self.log_weights + logs).logsumexp(1)
 
     def model(self, scheduler: Any) -> MixtureModel:
+        """The exact network of this mixture, for the steps that `scheduler` is set to."""
         return MixtureModel(self, scheduler)
 
 
@@ -206,6 +208,7 @@ class Plane:
         return quadrant.bincount(minlength=4) / len(x)
 
     def exact_modes(self, lams: Sequence[float]) -> Tensor:
+        """What `modes` gives for infinitely many samples of the target: (4,)."""
         target = self.target(lams)
         above = torch.special.ndtr(target.means / target.variances.sqrt())  # (M, 2)
         x, y = (

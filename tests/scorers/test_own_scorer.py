@@ -134,7 +134,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
                 call(name, **given)
     many = load_scorer("mine", file=written(tmp_path, BRIGHT.replace(".mean()", "")))
     with pytest.raises(
-        ValueError, match=r"Brightness gave scores of shape \[3, 3, 4\] for 3 pictures"
+        ValueError, match=r"Brightness gave scores of shape \[3, 3, 4\] for 3 images"
     ):
         many(IMAGES, ["a"] * 3)
 
