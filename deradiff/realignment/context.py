@@ -2,12 +2,12 @@
 
 How the parts work together, at every evaluation of the denoiser inside the context:
 
-    pipeline -> hook -> clock      which step is this?
-                     -> dial       lambda of each anchor at this step
-                     -> mode       evaluates the networks, and mixes their outputs
-                     -> path KL    adds the step's share
-                     -> resampling weighs the particles, if there are any
-             <- the mixed output, with which guidance and the scheduler go on
+    pipeline -> hook -> clock   which step is this?
+                     -> dial    lambda of each anchor at this step
+                     -> mode    evaluates the networks, and mixes their outputs
+             <- the mixed output, which carries what each model predicted through the guidance
+             -> scheduler.step -> guided steps   trust region, path KL and particles
+             <- the next latents
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -23,16 +23,20 @@ from torch import nn
 
 from deradiff.anchors.anchor import Anchor, check_anchor_family
 from deradiff.method.lambdas import Lambda
-from deradiff.models.families import family_of
+from deradiff.models.families import denoiser_name, family_of
 from deradiff.models.family import unwrapped
-from deradiff.realignment.adapters import Adapter
+from deradiff.realignment.adapters import Adapter, lora_layers
+from deradiff.realignment.carriers import all_plain
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.dial import Dial, validated_lams
-from deradiff.realignment.modes import Mode, ModeParts
-from deradiff.realignment.networks import Call, FullAnchor, Networks, check_own_loras
+from deradiff.realignment.full_anchor import FullAnchor, check_unfused
+from deradiff.realignment.guided_steps import GuidedSteps
+from deradiff.realignment.modes import Mode, ModeParts, carried
+from deradiff.realignment.networks import Call, Networks, parameters_of
 from deradiff.realignment.path_kl import PathKL
 from deradiff.realignment.registry import MODES, NEEDS, modes_with, unsupported_option
 from deradiff.realignment.resampling import Resampling
+from deradiff.realignment.scheduler_tap import SchedulerTap
 
 HOOK = "deradiff_realign"
 """The name of our hook in diffusers' registry of a network's hooks."""
@@ -119,42 +123,67 @@ def realign(
     sources = _as_list(anchor)
     _check_numbers(every, particles, trust_region)
     _check_mode(mode, len(sources), particles, trust_region, batched)
-    _check_pipeline(pipe)
+    name = denoiser_name(pipe)
+    _check_pipeline(pipe, name)
     lams = validated_lams(lam, len(sources))
-    family = family_of(pipe)
-    anchors = [check_anchor_family(source, family.name) for source in sources]
-    denoiser = getattr(pipe, family.denoiser)
+    traits = _Traits.of(pipe)
+    anchors = [check_anchor_family(source, traits.family) for source in sources]
+    denoiser = getattr(pipe, name)
+    network = unwrapped(denoiser)
 
     # What is put into the pipeline below is taken out in reverse order.
     with ExitStack() as stack:
-        # The networks: LoRA anchors are attached to the reference's own, full ones stand beside it.
+        # The anchors: LoRAs are attached to the reference's network, full ones are weights for it.
+        check_unfused(network, lora_layers(network))
         attached = [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(anchors)]
-        networks = Networks(attached, batched, shared_start)
-        has_full = any(isinstance(network, FullAnchor) for network in attached)
-        if has_full and MODES[mode].evaluates_anchors:
-            check_own_loras(denoiser)
-        for network in attached:
-            if isinstance(network, Adapter):
-                stack.enter_context(network.detached())
+        for adapter in attached:
+            if isinstance(adapter, Adapter):
+                stack.enter_context(adapter.detached())
+        networks = Networks(network, attached, batched, shared_start)
 
         # The measures: the step that the pipeline is at, its path KL, and its particles.
-        clock = Clock(pipe, family.timestep_scale)
+        clock = Clock(pipe)
         kl = PathKL(pipe, clock)
-        resampling = Resampling(particles, clock, kl) if particles > 1 else None
+        resampling = Resampling(particles, clock) if particles > 1 else None
 
         # The user's side.
-        dial = Dial(networks, clock, kl, resampling, trust_region, family.patch_size)
+        dial = Dial(networks, clock, kl, resampling)
         dial.lam = lams  # type: ignore[assignment]
 
-        # The pipeline's side: the mode evaluates in place of the reference's own forward.
-        parts = ModeParts(unwrapped(denoiser), networks, clock, dial.limit_lams, path_kl, every)
+        # The pipeline's side: the mode evaluates in place of the reference's own forward, and the
+        # scheduler shows its steps.
+        steps = GuidedSteps(clock, kl, dial, resampling, trust_region, traits.patch_size)
+        tap = SchedulerTap(steps)
+        stack.callback(tap.release)
+        _tap_scheduler(pipe, tap)
+        parts = ModeParts(network, networks, clock, traits.patch_size, path_kl, every)
         evaluator: Mode = MODES[mode].load()(parts)
-        evaluator.enter(stack)
-        if resampling:
-            stack.callback(resampling.release)
-        hook = _Hook(dial, clock, kl, resampling, evaluator, family.shared_arguments)
+        hook = _Hook(pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments)
         stack.enter_context(_installed(denoiser, hook))
         yield dial
+
+
+class _Traits(NamedTuple):
+    """What realignment reads of a pipeline's family; of no known family, what most have.
+
+    Attributes:
+        family: its name; None: unknown.
+        patch_size: side of the patches of latents that the network returns.
+        shared_arguments: arguments of the network that belong to all rows of a batch alike.
+    """
+
+    family: str | None = None
+    patch_size: int = 1
+    shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")
+
+    @classmethod
+    def of(cls, pipe: Any) -> _Traits:
+        """The traits of a pipeline."""
+        try:
+            family = family_of(pipe)
+        except ValueError:
+            return cls()
+        return cls(family.name, family.patch_size, family.shared_arguments)
 
 
 def _as_list(anchor: Source | Sequence[Source]) -> list[Source]:
@@ -189,15 +218,21 @@ def _check_mode(
         raise ValueError(f"trust_region is for one anchor, and there are {anchors}")
 
 
-def _check_pipeline(pipe: Any) -> None:
-    """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline."""
-    if str(pipe.scheduler.config.get("variance_type", "")).startswith("learned"):
+def _check_pipeline(pipe: Any, name: str) -> None:
+    """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline.
+
+    Args:
+        pipe: the pipeline.
+        name: of its denoiser.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    config = getattr(scheduler, "config", {})
+    if str(config.get("variance_type", "")).startswith("learned"):
         raise ValueError(
-            f"{type(pipe.scheduler).__name__} has a learned variance, whose mixture is not one of "
+            f"{type(scheduler).__name__} has a learned variance, whose mixture is not one of "
             "outputs: use a scheduler with a fixed variance"
         )
-    denoiser = getattr(pipe, family_of(pipe).denoiser)
-    registry = getattr(denoiser, "_diffusers_hook", None)
+    registry = getattr(getattr(pipe, name), "_diffusers_hook", None)
     if registry and HOOK in registry.hooks:
         raise ValueError(
             "this pipeline is being realigned already: leave that context first, or give several "
@@ -206,13 +241,20 @@ def _check_pipeline(pipe: Any) -> None:
 
 
 def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter | FullAnchor:
-    """Load an anchor's weights: a LoRA onto the reference's network, or a second network."""
-    family = family_of(pipe)
+    """Load an anchor's weights: a LoRA onto the reference's network, or weights for it."""
     if anchor.method == "full":
-        return FullAnchor(unwrapped(getattr(pipe, family.denoiser)), anchor, family.name)
+        denoiser = unwrapped(getattr(pipe, denoiser_name(pipe)))
+        return FullAnchor(denoiser, anchor, type(pipe).__name__)
     adapter = Adapter(pipe, anchor, number)
     stack.callback(adapter.remove)
     return adapter
+
+
+def _tap_scheduler(pipe: Any, tap: SchedulerTap) -> None:
+    """Have the steps of the pipeline's present scheduler shown; the user may exchange it."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is not None:
+        tap.attach(scheduler)
 
 
 class _Hook(ModelHook):
@@ -220,19 +262,21 @@ class _Hook(ModelHook):
 
     def __init__(
         self,
+        pipe: Any,
         dial: Dial,
-        clock: Clock,
-        kl: PathKL,
-        resampling: Resampling | None,
+        networks: Networks,
         mode: Mode,
+        steps: GuidedSteps,
+        tap: SchedulerTap,
         shared_arguments: tuple[str, ...],
     ) -> None:
         super().__init__()
+        self.pipe = pipe
         self.dial = dial
-        self.clock = clock
-        self.kl = kl
-        self.resampling = resampling
+        self.networks = networks
         self.mode = mode
+        self.steps = steps
+        self.tap = tap
         self.shared_arguments = shared_arguments
         # The network's forward, compiled, where the network was compiled in place.
         self.compiled_forward: Any = None
@@ -240,15 +284,24 @@ class _Hook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """One evaluation that the pipeline asks for."""
         forward: Any = self.compiled_forward or self.fn_ref.original_forward
-        call = Call(forward, args, kwargs, self.shared_arguments)
+        args, kwargs = all_plain((args, kwargs))
+        parameters = parameters_of(type(unwrapped(module)))
+        call = Call(forward, args, kwargs, parameters, self.shared_arguments)
 
-        self.clock.tick(call.timestep)
-        lams = self.dial.next_lams(call.x)
+        # Which step is this, and what is lambda there?
+        _tap_scheduler(self.pipe, self.tap)
+        clock = self.steps.clock
+        clock.tick(call.timestep)
+        if clock.is_new_call or clock.index is None:
+            self.networks.begin_chain()
+        lams = self.dial.begin_evaluation(call.rows)
+
         mixed = self.mode.evaluate(call, lams)
-        self.kl.add(mixed.output[0], mixed.shift)
-        if self.resampling:
-            self.resampling.weigh(mixed.lams, mixed.differences)
-        return mixed.output
+        if clock.index is None or not self.tap.is_attached:
+            self.steps.note_outside_evaluation()
+            return mixed.output.whole()
+        self.steps.note_evaluation(call.rows)
+        return carried(mixed, self.steps.track)
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""What `realign` gives to the user: lambda, which may be set at any time, and what sampling cost.
-
-Shapes: rows of the denoiser's batch; images = rows / rows_per_image.
-"""
+"""What `realign` gives to the user: lambda, which may be set at any time, and what sampling cost."""
 
 from __future__ import annotations
 
@@ -11,14 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deradiff.method.lambdas import (
-    Lambda,
-    Strength,
-    broadcast_to,
-    trust_region,
-    validated,
-    value_at,
-)
+from deradiff.method.lambdas import Lambda, Strength, validated, value_at
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.networks import Networks
 from deradiff.realignment.path_kl import PathKL
@@ -45,11 +35,10 @@ class Dial:
         clock: the step that the pipeline is at.
         kl: the path KL of the chain.
         resampling: the particles; None: there are none.
-        trust_region: nats of KL that the chain may go from the anchor's chain; None: any number.
-        patch_size: side of the patches of latents that the denoiser gets and returns.
 
     Attributes:
         lams: lambda of each anchor.
+        strengths: what these are at the present step.
     """
 
     def __init__(
@@ -58,18 +47,15 @@ class Dial:
         clock: Clock,
         kl: PathKL,
         resampling: Resampling | None,
-        trust_region: float | None,
-        patch_size: int = 1,
     ) -> None:
         self._networks = networks
         self._clock = clock
         self._kl = kl
         self._resampling = resampling
-        self._trust_region = trust_region
-        self._patch_size = patch_size
         self._rows_requested = 0
         self._has_warned = False
         self.lams: list[Lambda] = []
+        self.strengths: list[Strength] = []
 
     @property
     def lam(self) -> Lambda | list[Lambda]:
@@ -96,8 +82,12 @@ class Dial:
 
         Of the last call of the pipeline, or of the one that is running. It is an estimate (see
         `deradiff.realignment.path_kl.PathKL`), and nan where some step did not evaluate the
-        reference: see `path_kl` of `realign`.
+        reference (see `path_kl` of `realign`) or where it cannot be known, which is then said once.
+
+        Warns:
+            UnknownPathKLWarning: where it is nan for a reason that is no choice of the user's.
         """
+        self._kl.warn_unknown(stacklevel=2)
         return self._kl.total
 
     @property
@@ -108,7 +98,7 @@ class Dial:
         """
         if self._resampling:
             return self._resampling.ess
-        return torch.ones(len(self.path_kl.flatten()))
+        return torch.ones(len(self._kl.total.flatten()))
 
     @property
     def evaluations(self) -> float:
@@ -118,43 +108,22 @@ class Dial:
         """
         return self._networks.rows_evaluated / max(self._rows_requested, 1)
 
-    def next_lams(self, x: Tensor) -> list[Strength]:
+    def begin_evaluation(self, rows: int) -> list[Strength]:
         """Begin an evaluation of the denoiser.
 
         Args:
-            x: the denoiser's input (rows, ...).
+            rows: of its batch.
 
         Returns:
-            The lam of each anchor at this step, in shapes that broadcast to the output.
+            The strength of each anchor at this step.
         """
         if self._clock.is_new_call:
             self._rows_requested = 0
             self._networks.rows_evaluated = 0
-        self._rows_requested += len(x)
-        lams = [value_at(lam, self._clock.fraction) for lam in self.lams]
-        self._warn_beyond(lams, stacklevel=2)
-        rows_per_image = self._kl.rows_per_image
-        return [broadcast_to(lam, x, rows_per_image, self._patch_size) for lam in lams]
-
-    def limit_lams(self, lams: Sequence[Strength], differences: Sequence[Tensor]) -> list[Strength]:
-        """Lower lams to the trust region, if there is one: each step has an equal share of it.
-
-        Args:
-            lams: of each anchor; a trust region is for one.
-            differences: each anchor's output minus the reference's (rows, ...).
-        """
-        has_limit = self._trust_region is not None and self._clock.index is not None
-        if not has_limit or not any(_largest(lam) > 1 for lam in lams):
-            return list(lams)
-        assert self._trust_region is not None
-        (difference,) = differences
-        divergence = self._kl.factor * self._kl.squared(difference)
-
-        # One value an image, for each of its rows.
-        by_row = divergence.repeat(self._kl.rows_per_image)
-        column = by_row.view(-1, *[1] * (difference.ndim - 1))
-        steps = len(self._kl.pipe.scheduler.timesteps)
-        return [trust_region(lams[0], column, self._trust_region / steps)]
+        self._rows_requested += rows
+        self.strengths = [value_at(lam, self._clock.fraction) for lam in self.lams]
+        self._warn_beyond(self.strengths, stacklevel=2)
+        return self.strengths
 
     def _warn_beyond(self, lams: Sequence[Strength], stacklevel: int) -> None:
         if self._has_warned or sum(_largest(lam) for lam in lams) <= 1:
