@@ -54,7 +54,7 @@ def test_dpo_starts_at_ln_two_and_its_reference_stays(family, method, pairs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradient_equal_an_evaluation_in_float64_of_their_own(family, pairs):
-    """docs/method.md, section 7, in numpy, from the outputs of the networks alone.
+    """docs/method.md, *Beta has one convention*, in numpy, from the outputs of the networks alone.
 
     Noise, targets, errors and the loss are computed here again.
     """
