@@ -84,10 +84,9 @@ class Clock:
         self.is_new_call = False
         if self._is_announced:
             self._begin(timestep)
-        if not self._is_running or self._is_from_outside(timestep):
-            self.index = None
+        self.index = self._current_index(timestep) if self._is_running else None
+        if self.index is None:
             return
-        self.index = self._current_index()
         self.evaluation = self._evaluations_of_step
         self._evaluations_of_step += 1
         self.fraction = self._fraction_of_time()
@@ -95,7 +94,7 @@ class Clock:
     def _begin(self, timestep: Tensor | float | None) -> None:
         """Begin a chain at its first evaluation."""
         scheduler = self.pipe.scheduler
-        self._times = [float(time) for time in torch.as_tensor(scheduler.timesteps).flatten()]
+        self._times = torch.as_tensor(scheduler.timesteps).flatten().tolist()
         self._is_announced = False
         self._is_running = bool(self._times)
         self._steps_taken = 0
@@ -104,29 +103,41 @@ class Clock:
 
         # An image to start from skips steps. The scheduler counts them, or the time tells.
         matches = _matches(self._times, timestep)
-        self._is_told_time = bool(matches)
         start = getattr(scheduler, "step_index", None)
         if start is None:
             start = getattr(scheduler, "begin_index", None)
         if start is None:
             start = matches[0] if matches else 0
         self.start_index = start
+        self._is_told_time = start in matches
 
-    def _current_index(self) -> int:
-        """The scheduler's own count where it keeps one, and ours of the steps taken elsewhere."""
-        counted = getattr(self.pipe.scheduler, "step_index", None)
-        if counted is not None and 0 <= counted < len(self._times):
-            return counted
-        return min(self.start_index + self._steps_taken, len(self._times) - 1)
+    def _current_index(self, timestep: Tensor | float | None) -> int | None:
+        """The scheduler's own count where it keeps one, and ours of the steps taken elsewhere.
 
-    def _is_from_outside(self, timestep: Tensor | float | None) -> bool:
-        """Whether somebody evaluates the network at a time of their own between two steps.
-
-        This shows only where the pipeline tells the network the scheduler's own time.
+        Where the network is told the scheduler's own time, that has the last word: somebody may
+        take steps of their own, or evaluate the network at a time that is none of the chain's.
         """
+        counted = getattr(self.pipe.scheduler, "step_index", None)
+        if counted is None or not 0 <= counted < len(self._times):
+            counted = min(self.start_index + self._steps_taken, len(self._times) - 1)
         if not self._is_told_time:
-            return False
-        return self._current_index() not in _matches(self._times, timestep)
+            return counted
+        matches = _matches(self._times, timestep)
+        if not matches:
+            return None
+        ahead = [index for index in matches if index >= counted]
+        index = ahead[0] if ahead else matches[0]
+        if index != counted:
+            self._follow_time(index)
+        return index
+
+    def _follow_time(self, index: int) -> None:
+        """Go on at the index of a step that the scheduler did not take; backwards is a new chain."""
+        if index < self.start_index + self._steps_taken:
+            self.is_new_call = True
+            self.start_index = index
+        self._steps_taken = index - self.start_index
+        self._evaluations_of_step = 0
 
     def _fraction_of_time(self) -> float:
         """1 - t / T where the times run from T to 0, and the share of the steps elsewhere."""

@@ -21,10 +21,11 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from deradiff.anchors.anchor import Anchor, check_anchor_family
+from deradiff.anchors.anchor import Anchor, check_anchor_family, load_anchor
 from deradiff.method.lambdas import Lambda
-from deradiff.models.families import denoiser_name, family_of
+from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
+from deradiff.models.pipelines import denoiser_name
 from deradiff.realignment.adapters import Adapter, lora_layers
 from deradiff.realignment.carriers import all_plain
 from deradiff.realignment.clock import Clock
@@ -71,8 +72,7 @@ def realign(
     gives the pipeline back as it was, bit for bit.
 
     Args:
-        pipe: a pipeline of a known family (`deradiff.models.families`): text-to-image, img2img,
-            inpainting or ControlNet.
+        pipe: a diffusers pipeline that calls one denoiser step by step, of whatever family.
         anchor: a path, a hub id or a loaded `Anchor` (see `deradiff.load_anchor`), or a list of
             these.
         lam: lambda: 0 is the reference, 1 the anchor. A number, a tensor with a number for each
@@ -127,7 +127,7 @@ def realign(
     _check_pipeline(pipe, name)
     lams = validated_lams(lam, len(sources))
     traits = _Traits.of(pipe)
-    anchors = [check_anchor_family(source, traits.family) for source in sources]
+    anchors = [_find_anchor(source, traits.family) for source in sources]
     denoiser = getattr(pipe, name)
     network = unwrapped(denoiser)
 
@@ -216,6 +216,13 @@ def _check_mode(
         raise ValueError(f"mode {mode} is for one anchor, and there are {anchors}")
     if anchors > 1 and trust_region is not None:
         raise ValueError(f"trust_region is for one anchor, and there are {anchors}")
+
+
+def _find_anchor(source: Source, family: str | None) -> Anchor:
+    """Find an anchor, and check its family where the pipeline's is known."""
+    if family is None:
+        return load_anchor(source)
+    return check_anchor_family(source, family)
 
 
 def _check_pipeline(pipe: Any, name: str) -> None:

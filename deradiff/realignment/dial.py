@@ -1,4 +1,4 @@
-"""What `realign` gives to the user: lambda, which may be set at any time, and what sampling cost."""
+"""What `realign` gives to the user: lambda, to be set at any time, and what sampling cost."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class GuidedSteps(StepObserver):
         lams = [lam_of_rows(lam, output, self.patch_size) for lam in self.dial.strengths]
         shift = _shift(models)
         if shift is not None and self.limit is not None:
-            output, shift = self._bounded(output, shift, models, lams)
+            output, shift, lams = self._bounded(output, shift, models, lams)
 
         self.kl.add(shift, len(output))
         self._weigh(models, lams, sample)
@@ -140,8 +140,8 @@ class GuidedSteps(StepObserver):
 
     def _bounded(
         self, output: Tensor, shift: Tensor, models: Companions | None, lams: list[Strength]
-    ) -> tuple[Tensor, Tensor]:
-        """The output and its shift where lam is lowered to the trust region.
+    ) -> tuple[Tensor, Tensor, list[Strength]]:
+        """The output, its shift and lam, where lam is lowered to the trust region.
 
         Each step has an equal share of the nats.
         """
@@ -150,17 +150,17 @@ class GuidedSteps(StepObserver):
         (lam,) = lams
         (anchor,) = models.anchors
         if anchor is None or not bool((torch.as_tensor(lam) > 1).any()):
-            return output, shift
+            return output, shift, lams
         divergence = self.kl.factor * squared(anchor - models.reference)
         column = divergence.view(-1, *[1] * (output.ndim - 1))
         lowered = trust_region(lam, column, self.limit / self.clock.steps)
         share = lowered / torch.as_tensor(lam, device=lowered.device)
         if bool((share == 1).all()):
-            return output, shift
+            return output, shift, lams
 
         shift = share * shift
         bounded = (models.reference + shift).to(output.dtype)
-        return torch.where(share < 1, bounded, output), shift
+        return torch.where(share < 1, bounded, output), shift, [lowered]
 
     def _weigh(self, models: Companions | None, lams: list[Strength], sample: Any) -> None:
         """Weigh the particles by this step."""

@@ -11,13 +11,13 @@ tensor that broadcasts to it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deradiff.method.lambdas import Strength
 from deradiff.realignment.adapters import Adapter
@@ -345,40 +345,47 @@ class Weights(Mode):
         slots = slots_of(self.denoiser)
         owns = {name: slot.own.detach() for name, slot in slots.items()}
         sums = dict(owns)
-
-        # Full anchors: theta_ref + sum lam_i (theta_i - theta_ref).
-        full: list[dict[str, Tensor]] = []
-        full_lams: list[float] = []
-        for anchor, lam in anchors:
-            if isinstance(anchor, FullAnchor):
-                full.append(anchor.weights())
-                full_lams.append(lam)
-        if full:
-            weights = [1 - sum(full_lams), *full_lams]
-            for name in full[0]:
-                theirs = [anchor_weights[name].detach() for anchor_weights in full]
-                if is_mixable(owns[name]):
-                    sums[name] = weighted_sum([owns[name], *theirs], weights)
-
-        # LoRA anchors: plus lam_i times the delta of each layer.
-        for anchor, lam in anchors:
-            if isinstance(anchor, Adapter):
-                for name, delta in anchor.deltas():
-                    if is_quantised(slots[name].own):
-                        raise ValueError(
-                            f"mode='weights' sums weights, and {name} of the pipeline's network "
-                            "is quantised: use mode='exact'"
-                        )
-                    total = linear_combination([sums[name].float(), delta.float()], [1.0, lam])
-                    sums[name] = total.to(sums[name].dtype)
-
+        _add_full_anchors(sums, anchors)
+        _add_loras(sums, anchors)
         for name, slot in slots.items():
-            if sums[name] is not owns[name]:
-                total = sums[name]
-                if isinstance(slot.own, torch.nn.Parameter):
-                    total = torch.nn.Parameter(total, requires_grad=slot.own.requires_grad)
-                self._slots.append(slot)
-                self._sums.append(total)
+            total = sums[name]
+            if total is owns[name]:
+                continue
+            if isinstance(slot.own, nn.Parameter):
+                total = nn.Parameter(total, requires_grad=slot.own.requires_grad)
+            self._slots.append(slot)
+            self._sums.append(total)
+
+
+def _add_full_anchors(sums: dict[str, Tensor], anchors: Sequence[WeightedAnchor]) -> None:
+    """Full anchors: theta_ref + sum lam_i (theta_i - theta_ref), by name, in place of theta_ref."""
+    weights: list[dict[str, Tensor]] = []
+    lams: list[float] = []
+    for anchor, lam in anchors:
+        if isinstance(anchor, FullAnchor):
+            weights.append(anchor.weights())
+            lams.append(lam)
+    if not weights:
+        return
+    for name in weights[0]:
+        theirs = [own_weights[name].detach() for own_weights in weights]
+        if is_mixable(sums[name]):
+            sums[name] = weighted_sum([sums[name], *theirs], [1 - sum(lams), *lams])
+
+
+def _add_loras(sums: dict[str, Tensor], anchors: Sequence[WeightedAnchor]) -> None:
+    """LoRA anchors: plus lam_i times the delta of each layer. Raises ValueError."""
+    for anchor, lam in anchors:
+        if not isinstance(anchor, Adapter):
+            continue
+        for name, delta in anchor.deltas():
+            if is_quantised(sums[name]):
+                raise ValueError(
+                    f"mode='weights' sums weights, and {name} of the pipeline's network is "
+                    "quantised: use mode='exact'"
+                )
+            total = linear_combination([sums[name].float(), delta.float()], [1.0, lam])
+            sums[name] = total.to(sums[name].dtype)
 
 
 def carried(mixed: Mixed, track: LostTrack) -> Any:
@@ -439,16 +446,13 @@ def linear_combination(tensors: Sequence[Tensor], weights: Sequence[Strength]) -
     return total
 
 
-def _companions(
-    tensors: Sequence[Tensor | None], weights: Sequence[Strength]
-) -> Companions:
+def _companions(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) -> Companions:
     """What each model predicted, in tensors of their own.
 
     Args:
         tensors: of the reference and each anchor; None: not evaluated.
         weights: of these.
     """
-    reference, *anchors = tensors
     wide = [None if tensor is None else _wide(tensor).clone() for tensor in tensors]
     known = []
     for tensor, weight in zip(wide, weights):

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Call:
         return all(_equal(a, b) for a, b in zip(ours, theirs))
 
 
-@lru_cache(maxsize=None)
+@cache
 def parameters_of(network_class: type[nn.Module]) -> tuple[str, ...]:
     """The names of the parameters of a network's forward, without `self`."""
     return tuple(inspect.signature(network_class.forward).parameters)[1:]

@@ -45,8 +45,6 @@ class ModeSpec:
         batched: it goes together with `batched=True`.
         trust_region: it goes together with a trust region.
         several_anchors: it can mix more than one anchor.
-        evaluates_anchors: it evaluates the anchors' own networks. A LoRA of the user's that acts on
-            the reference is then not in a full anchor, and is refused.
         measures_path_kl: it evaluates the reference anyway at every lambda between 0 and 1, so that
             the path KL is measured at next to no cost. The sample stage then measures it unless
             told otherwise.
@@ -59,7 +57,6 @@ class ModeSpec:
     batched: bool = False
     trust_region: bool = False
     several_anchors: bool = True
-    evaluates_anchors: bool = True
     measures_path_kl: bool = True
 
     def load(self) -> Any:
@@ -88,7 +85,6 @@ MODES = {
         implementation="deradiff.realignment.modes:Weights",
         evaluations="1",
         label=ModeLabel(line_style="--"),
-        evaluates_anchors=False,
         measures_path_kl=False,
     ),
 }

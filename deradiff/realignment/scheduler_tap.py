@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -96,7 +96,7 @@ class SchedulerTap:
         self.scheduler = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _observed_class(scheduler_class: Any) -> Any:
     """The subclass of a scheduler's class whose steps an observer sees."""
 
