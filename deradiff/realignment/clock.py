@@ -132,7 +132,7 @@ class Clock:
         return index
 
     def _follow_time(self, index: int) -> None:
-        """Go on at the index of a step that the scheduler did not take; backwards is a new chain."""
+        """Go on at a step that the scheduler did not take; a step back begins a new chain."""
         if index < self.start_index + self._steps_taken:
             self.is_new_call = True
             self.start_index = index
