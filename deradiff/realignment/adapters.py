@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from deradiff.anchors.anchor import Anchor
-from deradiff.anchors.lora_files import LoraWeights
+from deradiff.anchors.lora_files import LoraWeights, pipeline_label
 from deradiff.models.family import unwrapped
 from deradiff.models.pipelines import denoiser_name
 
@@ -59,7 +59,8 @@ class Adapter:
 
         weights = anchor.lora(pipe)
         name = f"the LoRA anchor {anchor.source}"
-        _check_fits(self.denoiser, prefix, weights, name, f"the {type(pipe).__name__}")
+        pipeline = f"the {pipeline_label(pipe)} pipeline"
+        _check_fits(self.denoiser, prefix, weights, name, pipeline)
 
         # peft freezes what it wraps, and makes the new adapter the active one: both are undone.
         requires_grad = [(p, p.requires_grad) for p in self.denoiser.parameters()]
@@ -72,7 +73,7 @@ class Adapter:
             self._collect_layers()
             self.remove()
             raise ValueError(
-                f"{name} does not load onto the {type(pipe).__name__}: {_first_line(error)}"
+                f"{name} does not load onto {pipeline}: {_first_line(error)}"
             ) from error
         finally:
             # The stock pipeline's network with a LoRA on it wants no gradients of these.

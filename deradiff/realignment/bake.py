@@ -217,7 +217,7 @@ def _bake_full(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
     """Write the weighted sum of the reference's and the anchor's weights."""
     family = family_of(pipe)
     denoiser = getattr(pipe, family.denoiser)
-    theirs = FullAnchor(denoiser, anchor, type(pipe).__name__).weights()
+    theirs = FullAnchor(denoiser, anchor, family.name).weights()
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
             # In the order of mode weights, which rounds alike.

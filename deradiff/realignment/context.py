@@ -21,7 +21,8 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from deradiff.anchors.anchor import Anchor, check_anchor_family, load_anchor
+from deradiff.anchors.anchor import Anchor, check_anchor
+from deradiff.anchors.lora_files import pipeline_label
 from deradiff.method.lambdas import Lambda
 from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
@@ -127,7 +128,7 @@ def realign(
     _check_pipeline(pipe, name)
     lams = validated_lams(lam, len(sources))
     traits = _Traits.of(pipe)
-    anchors = [_find_anchor(source, traits.family) for source in sources]
+    anchors = [check_anchor(source, pipe) for source in sources]
     denoiser = getattr(pipe, name)
     network = unwrapped(denoiser)
 
@@ -167,12 +168,10 @@ class _Traits(NamedTuple):
     """What realignment reads of a pipeline's family; of no known family, what most have.
 
     Attributes:
-        family: its name; None: unknown.
         patch_size: side of the patches of latents that the network returns.
         shared_arguments: arguments of the network that belong to all rows of a batch alike.
     """
 
-    family: str | None = None
     patch_size: int = 1
     shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")
 
@@ -183,7 +182,7 @@ class _Traits(NamedTuple):
             family = family_of(pipe)
         except ValueError:
             return cls()
-        return cls(family.name, family.patch_size, family.shared_arguments)
+        return cls(family.patch_size, family.shared_arguments)
 
 
 def _as_list(anchor: Source | Sequence[Source]) -> list[Source]:
@@ -218,13 +217,6 @@ def _check_mode(
         raise ValueError(f"trust_region is for one anchor, and there are {anchors}")
 
 
-def _find_anchor(source: Source, family: str | None) -> Anchor:
-    """Find an anchor, and check its family where the pipeline's is known."""
-    if family is None:
-        return load_anchor(source)
-    return check_anchor_family(source, family)
-
-
 def _check_pipeline(pipe: Any, name: str) -> None:
     """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline.
 
@@ -251,7 +243,7 @@ def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter
     """Load an anchor's weights: a LoRA onto the reference's network, or weights for it."""
     if anchor.method == "full":
         denoiser = unwrapped(getattr(pipe, denoiser_name(pipe)))
-        return FullAnchor(denoiser, anchor, type(pipe).__name__)
+        return FullAnchor(denoiser, anchor, pipeline_label(pipe))
     adapter = Adapter(pipe, anchor, number)
     stack.callback(adapter.remove)
     return adapter

@@ -115,9 +115,9 @@ class FullAnchor:
             if name in slots and is_quantised(slots[name].own):
                 break
             raise ValueError(
-                f"the anchor {self.anchor.source} does not fit the {self.pipeline}: {name} is "
-                f"{shape} in the anchor and {own_shape} in the pipeline; give an anchor of its "
-                "family"
+                f"the anchor {self.anchor.source} does not fit the {self.pipeline} pipeline: "
+                f"{name} is {shape} in the anchor and {own_shape} in the pipeline; give an anchor "
+                "of its family"
             )
         for name, slot in slots.items():
             if is_quantised(slot.own):

@@ -29,8 +29,6 @@ from deradiff.models.families import (
 )
 from deradiff.models.family import Family
 from deradiff.models.flops import denoiser_inputs, meta_denoiser
-from deradiff.realignment.clock import Clock
-from deradiff.realignment.path_kl import PathKL
 from tests.support.tiny_pipelines import SIDE, TINY, save_tiny, tiny_denoiser, tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -148,20 +146,6 @@ def test_the_embeddings_of_a_prompt_are_arguments_of_its_pipelines_call(name):
         arguments = FAMILIES[name].call_arguments(pipe, ["a cat", "two dogs"], guided)
         assert set(arguments) <= set(accepted)
         assert {len(rows) for rows in arguments.values()} == {2}
-
-
-@every_family
-def test_its_pipeline_says_how_many_rows_an_image_has(name):
-    """By `do_classifier_free_guidance`, where guidance asks for two rows in one batch."""
-    pipe = tiny_pipeline(name)
-    denoiser = getattr(pipe, FAMILIES[name].denoiser)
-    outputs = []
-    listener = denoiser.register_forward_hook(lambda _, inputs, output: outputs.append(output[0]))
-    size = {"height": 8 * SIDE, "width": 8 * SIDE}
-    pipe(["a cat"], guidance_scale=3.0, num_inference_steps=1, output_type="latent", **size)
-    listener.remove()
-    rows = len(outputs[0])
-    assert rows == PathKL(pipe, Clock(pipe)).rows_per_image
 
 
 @every_family

@@ -72,7 +72,7 @@ def test_an_anchor_of_other_layers_or_sizes_is_refused_naming_both(sd15, worlds,
 
     before = fingerprint(sd15.pipe.unet)
     for anchor in (tmp_path / "narrow", foreign):
-        message = r"anchor .*does not (fit|bind to) the StableDiffusionPipeline"
+        message = r"anchor .*does not (fit|bind to) the sd15 pipeline"
         refused(sd15.pipe, anchor, 0.5, message)
     assert fingerprint(sd15.pipe.unet) == before
 
