@@ -245,7 +245,9 @@ class Adapter:
 
         def set_column(layer: Any, inputs: tuple[Any, ...], numbers: dict[str, float]) -> None:
             numbers["scale"] = layer.scaling[self.name]
-            column = numbers["scale"] * scales.to(inputs[0].dtype)
+            # A layer may see the rows in parts, such as the frames of each.
+            parts = max(len(inputs[0]) // len(scales), 1)
+            column = numbers["scale"] * scales.repeat_interleave(parts).to(inputs[0].dtype)
             layer.scaling[self.name] = column.view(-1, *[1] * (inputs[0].ndim - 1))
 
         def set_number(layer: Any, *_: Any, numbers: dict[str, float]) -> None:

@@ -140,7 +140,13 @@ def realign(
         for adapter in attached:
             if isinstance(adapter, Adapter):
                 stack.enter_context(adapter.detached())
-        networks = Networks(network, attached, batched, shared_start)
+        networks = Networks(
+            network,
+            attached,
+            batched=batched,
+            checks_batches=not traits.is_known,
+            shared_start=shared_start,
+        )
 
         # The measures: the step that the pipeline is at, its path KL, and its particles.
         clock = Clock(pipe)
@@ -168,10 +174,12 @@ class _Traits(NamedTuple):
     """What realignment reads of a pipeline's family; of no known family, what most have.
 
     Attributes:
+        is_known: whether it is of a known family.
         patch_size: side of the patches of latents that the network returns.
         shared_arguments: arguments of the network that belong to all rows of a batch alike.
     """
 
+    is_known: bool = False
     patch_size: int = 1
     shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")
 
@@ -182,7 +190,7 @@ class _Traits(NamedTuple):
             family = family_of(pipe)
         except ValueError:
             return cls()
-        return cls(family.patch_size, family.shared_arguments)
+        return cls(True, family.patch_size, family.shared_arguments)
 
 
 def _as_list(anchor: Source | Sequence[Source]) -> list[Source]:

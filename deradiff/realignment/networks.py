@@ -34,6 +34,9 @@ TIME_ARGUMENTS = (
 )
 """What networks call the time that they are told."""
 
+NO_BATCH = "this pipeline's network cannot evaluate a LoRA anchor and its reference as one batch"
+"""How a refusal of `batched` begins."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -136,6 +139,8 @@ class Networks:
         denoiser: the reference network.
         anchors: LoRA anchors on the reference's network, or full anchors for it.
         batched: run the rows of a LoRA anchor and of the reference as one batch.
+        checks_batches: compare the first joint evaluation of a chain with separate ones, for a
+            network of whose arguments it is not known which have rows.
         shared_start: remember the first step of a chain, and answer from memory when it is asked
             for again, as every lambda of a sweep from the same noise does. What the arguments do
             not show, such as the scale of an IP-Adapter, must not change meanwhile.
@@ -151,16 +156,20 @@ class Networks:
         self,
         denoiser: nn.Module,
         anchors: Sequence[Adapter | FullAnchor],
+        *,
         batched: bool,
+        checks_batches: bool,
         shared_start: bool,
     ) -> None:
         self.anchors = anchors
         self.batched = batched
+        self.checks_batches = checks_batches
         self.shared_start = shared_start
         self.caches = CacheStates(denoiser)
         self.rows_evaluated = 0
         self._memories = Memories()
         self._first: tuple[Call, dict[int, Output]] | None = None
+        self._is_batch_checked = not checks_batches
         if batched:
             self._check_batchable()
 
@@ -182,6 +191,7 @@ class Networks:
         """
         self.caches.refresh()
         self._memories.forget()
+        self._is_batch_checked = not self.checks_batches
         if self.caches.has_caches and (self.batched or self.shared_start):
             option = "batched=True" if self.batched else "shared_start=True"
             raise ValueError(
@@ -222,18 +232,22 @@ class Networks:
         return self._first[1]
 
     def _evaluate(self, call: Call, models: Sequence[int]) -> dict[int, Output]:
-        if self.batched:
-            outputs = self._evaluate_jointly(call, models)
-        else:
-            outputs = {}
+        joint = self._evaluate_jointly(call, models) if self.batched else {}
+        if joint and not self._is_batch_checked:
+            _check_batch(joint, self._evaluate_apart(call, list(joint)))
+            self._is_batch_checked = True
+        rest = [model for model in models if model not in joint]
+        return joint | self._evaluate_apart(call, rest)
 
-        # Each model gets lists, dictionaries and memories of its own before any of them runs.
+    def _evaluate_apart(self, call: Call, models: Sequence[int]) -> dict[int, Output]:
+        """Evaluate the models one after the other."""
+        # Each gets lists, dictionaries and memories of its own before any of them runs.
         calls = {}
         for model in models:
-            if model not in outputs:
-                args, kwargs = self._memories.arguments(model, (call.args, call.kwargs))
-                calls[model] = replace(call, args=args, kwargs=kwargs)
+            args, kwargs = self._memories.arguments(model, (call.args, call.kwargs))
+            calls[model] = replace(call, args=args, kwargs=kwargs)
 
+        outputs = {}
         for model, own_call in calls.items():
             with self.caches.of(model):
                 if model == REFERENCE:
@@ -255,7 +269,7 @@ class Networks:
         if len(joint) < 2:
             return {}
         if not isinstance(call.x, Tensor):
-            raise ValueError("batched=True needs a network that takes a batch: remove batched=True")
+            raise ValueError(f"{NO_BATCH}: it takes a list of rows; remove batched=True")
 
         # Each adapter acts on its own part of the batch, and the reference's part has none.
         with ExitStack() as stack:
@@ -265,9 +279,36 @@ class Networks:
                 scales = torch.zeros(len(joint), call.rows, device=call.x.device)
                 scales[position] = 1
                 stack.enter_context(adapters[model].active(scales.flatten()))
-            output = call.repeated(len(joint))()
+            try:
+                output = call.repeated(len(joint))()
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"{NO_BATCH} ({reason}): remove batched=True") from error
         leaves, structure = tree_flatten(output)
         return _split(leaves, structure, joint, call.rows)
+
+
+def _check_batch(joint: dict[int, Output], apart: dict[int, Output]) -> None:
+    """Raise ValueError where models evaluated as one batch are not what they are apart.
+
+    Args:
+        joint: the output of each model out of one batch.
+        apart: the output of each model on its own.
+    """
+    first = apart[min(apart)]
+    for model, output in apart.items():
+        for own, leaf, other in zip(joint[model].leaves, output.leaves, first.leaves):
+            if not isinstance(leaf, Tensor):
+                continue
+            # The order of sums differs between batches; the models differ by far more.
+            scale = (leaf.float() - other.float()).abs().max() + 1e-3 * leaf.float().abs().max()
+            is_same = own.shape == leaf.shape and (own - leaf).abs().max() <= 0.05 * scale
+            if not bool(is_same):
+                raise ValueError(
+                    f"{NO_BATCH}, because its rows do not stay apart: remove batched=True"
+                )
 
 
 def _split(
