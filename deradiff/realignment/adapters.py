@@ -23,6 +23,9 @@ from deradiff.models.pipelines import denoiser_name
 PREFIX = "deradiff_"
 """How the names of the anchors' adapters begin."""
 
+FUSED_PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""The layers that attention does not use where its projections are fused."""
+
 HOTSWAP = "_prepare_lora_hotswap_kwargs"
 """Where diffusers keeps what `enable_lora_hotswap` was told."""
 
@@ -56,6 +59,7 @@ class Adapter:
         self.layers: dict[str, Any] = {}
         # (parent, name in it, layer) of each layer that `detached` has taken off the network.
         self._detached: list[tuple[nn.Module, str, Any]] = []
+        self._is_active = False
 
         weights = anchor.lora(pipe)
         name = f"the LoRA anchor {anchor.source}"
@@ -84,8 +88,8 @@ class Adapter:
                 layer._active_adapter = names
         self._collect_layers()
         for layer in self.layers.values():
-            layer._active_adapter = [n for n in layer.active_adapters if n != self.name]
             layer.lora_dropout[self.name].eval()
+        self.follow()
 
     def _collect_layers(self) -> None:
         """Note the layers of the network that hold this adapter."""
@@ -118,8 +122,10 @@ class Adapter:
             if prepared is not None:
                 setattr(self.denoiser, HOTSWAP, prepared)
 
-    def refresh(self) -> None:
-        """Check that the adapter is still where it was attached.
+    def follow(self) -> None:
+        """Check that the adapter is still where it was attached, and switch it off.
+
+        Whoever deletes an adapter of their own switches on what else the layer holds.
 
         Raises:
             ValueError: where somebody has removed it, or fused it into the weights.
@@ -127,6 +133,8 @@ class Adapter:
         detached = {id(layer) for _, _, layer in self._detached}
         for path, layer in self.layers.items():
             is_attached = id(layer) in detached or self._module_at(path) is layer
+            if self.name in layer.active_adapters and not self._is_active:
+                layer._active_adapter = [n for n in layer.active_adapters if n != self.name]
             if not is_attached or self.name not in layer.scaling:
                 raise ValueError(
                     f"the LoRA anchor {self.source} was removed from the network while the "
@@ -192,6 +200,7 @@ class Adapter:
             layer._disable_adapters = False
         for parameter in self._frozen:
             parameter.requires_grad = False
+        self._is_active = True
         try:
             with ExitStack() as stack:
                 if isinstance(scale, Tensor):
@@ -201,6 +210,7 @@ class Adapter:
                         layer.scaling[self.name] *= scale
                 yield
         finally:
+            self._is_active = False
             for parameter in self._frozen:
                 parameter.requires_grad = True
             for state in states:
@@ -266,6 +276,12 @@ class Adapter:
     def is_variant(self) -> bool:
         """Whether this is a DoRA or another LoRA that does more than add one matrix to a weight."""
         return any(self.name in layer.lora_variant for layer in self.layers.values())
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it adds one matrix to each weight, and nothing else."""
+        has_biases = any(layer.lora_bias.get(self.name) for layer in self.layers.values())
+        return not has_biases and not self.is_variant
 
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
         """What the adapter adds to each layer's weight.
@@ -351,6 +367,28 @@ def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
 
 
+def _check_projections(
+    modules: dict[str, nn.Module], weights: LoraWeights, prefix: str, anchor: str
+) -> None:
+    """Raise ValueError where attention does not use the layers that a LoRA changes.
+
+    Args:
+        modules: of the network, by path.
+        weights: the LoRA.
+        prefix: of the layers' names in it.
+        anchor: how an error names the LoRA.
+    """
+    for key in weights.state:
+        path = key.removeprefix(f"{prefix}.").partition(".lora_")[0]
+        parent, _, layer = path.rpartition(".")
+        is_fused = getattr(modules.get(parent), "fused_projections", False)
+        if is_fused and layer in FUSED_PARTS:
+            raise ValueError(
+                f"{anchor} changes {path}, which the pipeline's fused projections do not use: call "
+                "pipe.unfuse_qkv_projections() first"
+            )
+
+
 def _first_line(error: Exception) -> str:
     """The first line of an error's text, without its end."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -375,6 +413,7 @@ def _check_fits(
             "pipe.unfuse_lora() first"
         )
     modules = dict(denoiser.named_modules())
+    _check_projections(modules, weights, prefix, anchor)
     for key, matrix in weights.state.items():
         path, _, part = key.removeprefix(f"{prefix}.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):

@@ -16,10 +16,8 @@ from torch import Tensor
 class Clock:
     """The step of the scheduler that the pipeline is at.
 
-    Args:
-        pipe: a diffusers pipeline.
-
     Attributes:
+        scheduler: the scheduler; None: the pipeline has none.
         index: of the step in `scheduler.timesteps`; None while somebody calls the network outside
             a chain.
         start_index: the index at which this chain began.
@@ -28,8 +26,8 @@ class Clock:
         fraction: of training time, 0 at pure noise and 1 at the image.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+    def __init__(self) -> None:
+        self.scheduler: Any = None
         self.index: int | None = None
         self.start_index = 0
         self.is_new_call = False
@@ -59,6 +57,16 @@ class Clock:
     def steps(self) -> int:
         """The number of steps of the whole schedule."""
         return len(self._times)
+
+    def follow(self, scheduler: Any) -> None:
+        """Go by another scheduler, which may have its timesteps already.
+
+        Args:
+            scheduler: the scheduler; None: the pipeline has none.
+        """
+        self.scheduler = scheduler
+        self.announce_chain()
+        self._is_announced = getattr(scheduler, "num_inference_steps", None) is not None
 
     def announce_chain(self) -> None:
         """Note that the scheduler gets new timesteps."""
@@ -93,7 +101,7 @@ class Clock:
 
     def _begin(self, timestep: Tensor | float | None) -> None:
         """Begin a chain at its first evaluation."""
-        scheduler = self.pipe.scheduler
+        scheduler = self.scheduler
         self._times = torch.as_tensor(scheduler.timesteps).flatten().tolist()
         self._is_announced = False
         self._is_running = bool(self._times)
@@ -117,7 +125,7 @@ class Clock:
         Where the network is told the scheduler's own time, that has the last word: somebody may
         take steps of their own, or evaluate the network at a time that is none of the chain's.
         """
-        counted = getattr(self.pipe.scheduler, "step_index", None)
+        counted = getattr(self.scheduler, "step_index", None)
         if counted is None or not 0 <= counted < len(self._times):
             counted = min(self.start_index + self._steps_taken, len(self._times) - 1)
         if not self._is_told_time:
@@ -142,7 +150,7 @@ class Clock:
     def _fraction_of_time(self) -> float:
         """1 - t / T where the times run from T to 0, and the share of the steps elsewhere."""
         assert self.index is not None
-        scale = self.pipe.scheduler.config.get("num_train_timesteps") or 1
+        scale = self.scheduler.config.get("num_train_timesteps") or 1
         if min(self._times) < 0 or max(self._times) > scale or max(self._times) <= 0.01 * scale:
             return self.index / len(self._times)
         return 1 - self._times[self.index] / scale

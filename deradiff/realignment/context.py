@@ -28,6 +28,7 @@ from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
 from deradiff.models.pipelines import denoiser_name
 from deradiff.realignment.adapters import Adapter, lora_layers
+from deradiff.realignment.caller import calling_pipeline
 from deradiff.realignment.carriers import all_plain
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.dial import Dial, validated_lams
@@ -149,8 +150,8 @@ def realign(
         )
 
         # The measures: the step that the pipeline is at, its path KL, and its particles.
-        clock = Clock(pipe)
-        kl = PathKL(pipe, clock)
+        clock = Clock()
+        kl = PathKL(clock)
         resampling = Resampling(particles, clock) if particles > 1 else None
 
         # The user's side.
@@ -162,7 +163,7 @@ def realign(
         steps = GuidedSteps(clock, kl, dial, resampling, trust_region, traits.patch_size)
         tap = SchedulerTap(steps)
         stack.callback(tap.release)
-        _tap_scheduler(pipe, tap)
+        steps.follow(pipe, tap)
         parts = ModeParts(network, networks, clock, traits.patch_size, path_kl, every)
         evaluator: Mode = MODES[mode].load()(parts)
         hook = _Hook(pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments)
@@ -257,13 +258,6 @@ def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter
     return adapter
 
 
-def _tap_scheduler(pipe: Any, tap: SchedulerTap) -> None:
-    """Have the steps of the pipeline's present scheduler shown; the user may exchange it."""
-    scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is not None:
-        tap.attach(scheduler)
-
-
 class _Hook(ModelHook):
     """Runs in place of the reference network's forward, in whatever pipeline calls it."""
 
@@ -296,7 +290,7 @@ class _Hook(ModelHook):
         call = Call(forward, args, kwargs, parameters, self.shared_arguments)
 
         # Which step is this, and what is lambda there?
-        _tap_scheduler(self.pipe, self.tap)
+        self.steps.follow(calling_pipeline(self.pipe), self.tap)
         clock = self.steps.clock
         clock.tick(call.timestep)
         if clock.is_new_call or clock.index is None:

@@ -76,11 +76,12 @@ class FullAnchor:
         _fuse(weights, slots)
         self._check_fits(weights, slots)
         own_slots = {name: slot for name, slot in slots.items() if name in weights}
-        if own_slots == self._slots and self._placement == (first.device, first.dtype):
+        placement = (first.device, first.dtype)
+        if _are_same(own_slots, self._slots) and self._placement == placement:
             return
         self._slots = own_slots
         self._weights = fitted(weights, own_slots)
-        self._placement = (first.device, first.dtype)
+        self._placement = placement
 
     def output(self, call: Any) -> Any:
         """The output of the reference's network with the anchor's weights.
@@ -88,16 +89,14 @@ class FullAnchor:
         Args:
             call: evaluates the network.
         """
-        self._follow_reference()
         with in_place(list(self._slots.values()), self._weights):
             return call()
 
     def weights(self) -> dict[str, Tensor]:
         """The anchor's weights by name, on the device and in the precision of the reference's."""
-        self._follow_reference()
         return dict(zip(self._slots, self._weights))
 
-    def _follow_reference(self) -> None:
+    def follow(self) -> None:
         """Bind the weights anew where the reference's are no longer what they were."""
         first = _first_weight(self._slots)
         is_moved = self._placement != (first.device, first.dtype)
@@ -150,6 +149,17 @@ def _first_weight(slots: Mapping[str, Slot]) -> Tensor:
     """The first weight as the network has it now, which may have been moved since."""
     slot = next(iter(slots.values()))
     return slot.container.get(slot.key, slot.own)
+
+
+def _are_same(slots: Mapping[str, Slot], others: Mapping[str, Slot]) -> bool:
+    """Whether two sets of slots hold the same weights in the same places."""
+    if slots.keys() != others.keys():
+        return False
+    for name, slot in slots.items():
+        other = others[name]
+        if slot.container is not other.container or slot.own is not other.own:
+            return False
+    return True
 
 
 def _fuse(weights: dict[str, Tensor], slots: Mapping[str, Slot]) -> None:

@@ -18,7 +18,7 @@ from deradiff.realignment.modes import Companions
 from deradiff.realignment.path_kl import PathKL, squared
 from deradiff.realignment.resampling import Resampling
 from deradiff.realignment.rows import check_images, lam_of_rows
-from deradiff.realignment.scheduler_tap import StepObserver
+from deradiff.realignment.scheduler_tap import SchedulerTap, StepObserver
 
 LOST = "the pipeline does something to the network's output that could not be followed"
 """Why the guided output of the reference is unknown."""
@@ -61,6 +61,21 @@ class GuidedSteps(StepObserver):
         self._rows_of_step = 0
         self._is_first_step = False
         self._has_finished_chain = False
+
+    def follow(self, pipe: Any, tap: SchedulerTap) -> None:
+        """See the steps of a pipeline's present scheduler; a user may exchange it.
+
+        Args:
+            pipe: the pipeline.
+            tap: shows the steps of a scheduler.
+        """
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is self.clock.scheduler:
+            return
+        self.clock.follow(scheduler)
+        tap.release()
+        if scheduler is not None:
+            tap.attach(scheduler)
 
     def begin_chain(self) -> None:
         """The pipeline has set new timesteps."""

@@ -300,16 +300,20 @@ class Weights(Mode):
         """The network at lams that are not all 0."""
         anchors = [(anchor, lam) for anchor, lam in zip(self.networks.anchors, lams) if lam != 0]
 
-        # DoRA is not a sum of weights, and a LoRA alone at lam = 1 is to be the stock pipeline's.
+        # DoRA is not a sum of weights, a bias is none, and a LoRA alone at lam = 1 is to be the
+        # stock pipeline's.
         beside: list[tuple[Adapter, float]] = []
         summed: list[WeightedAnchor] = []
         is_single = len(anchors) == 1
         for anchor, lam in anchors:
-            if isinstance(anchor, Adapter) and (anchor.is_variant or (is_single and lam == 1)):
+            stays_apart = is_single and lam == 1
+            if isinstance(anchor, Adapter) and (stays_apart or not anchor.is_sum):
                 beside.append((anchor, lam))
             else:
                 summed.append((anchor, lam))
 
+        for anchor, _ in summed:
+            anchor.follow()
         if summed and not self._is_current(lams):
             self._compute_sums(summed)
             self._lams = list(lams)

@@ -199,7 +199,8 @@ class Networks:
                 "one of them (disable_cache)"
             )
         for anchor in self.anchors:
-            anchor.refresh()
+            if isinstance(anchor, FullAnchor):
+                anchor.refresh()
 
     def evaluate(
         self, call: Call, wanted: Sequence[bool], is_first_evaluation: bool = False
@@ -214,6 +215,10 @@ class Networks:
         Returns:
             An output for each of `wanted`; None where it is not wanted.
         """
+        for number, anchor in enumerate(self.anchors, start=1):
+            is_wanted = number < len(wanted) and wanted[number]
+            if is_wanted or isinstance(anchor, Adapter):
+                anchor.follow()
         outputs: dict[int, Output] = {}
         if is_first_evaluation and self.shared_start:
             outputs = self._remembered(call)

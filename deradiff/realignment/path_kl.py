@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +35,14 @@ class PathKL:
     its signal-to-noise ratio is unknown.
 
     Args:
-        pipe: the pipeline that samples.
-        clock: the step that it is at.
+        clock: the step that the pipeline is at.
 
     Attributes:
         total: the sum so far (images,).
         unknown: why it is nan, where that is no choice of the user's; empty: it is known.
     """
 
-    def __init__(self, pipe: Any, clock: Clock) -> None:
-        self.pipe = pipe
+    def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.total = torch.zeros(0)
         self.unknown = ""
@@ -57,7 +54,7 @@ class PathKL:
         self.total = torch.zeros(())
         self.unknown = ""
         self._factors = []
-        scheduler = self.pipe.scheduler
+        scheduler = self.clock.scheduler
         for setting in NONLINEAR_SETTINGS:
             if scheduler.config.get(setting):
                 self.unknown = (

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
-from functools import cache, wraps
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,12 +50,22 @@ class StepObserver(ABC):
 _OBSERVERS: WeakKeyDictionary[Any, StepObserver] = WeakKeyDictionary()
 """The observer of each scheduler that has one. A copy of such a scheduler has none."""
 
+_USERS: Counter[type] = Counter()
+"""How many schedulers of each class are observed."""
+
+_STEPPING = threading.local()
+"""The schedulers that are within a step, by thread: a class's `step` may call its parent's."""
+
+_LOCK = threading.RLock()
+"""Held while a class is changed: several threads may have a pipeline each."""
+
 
 class SchedulerTap:
     """Shows the steps of a pipeline's scheduler to an observer while it is attached.
 
-    The scheduler becomes an instance of a subclass of its own class. So `step` has its signature,
-    which pipelines read, and a copy of the scheduler steps for itself.
+    The methods of the scheduler's class are wrapped meanwhile. So an instance keeps its class and
+    its attributes, `step` keeps the signature that pipelines read, and a copy of the scheduler
+    steps for itself.
 
     Args:
         observer: is told of the steps.
@@ -64,7 +77,6 @@ class SchedulerTap:
     def __init__(self, observer: StepObserver) -> None:
         self.scheduler: Any = None
         self._observer = observer
-        self._class: Any = None
 
     @property
     def is_attached(self) -> bool:
@@ -83,53 +95,82 @@ class SchedulerTap:
         if not hasattr(type(scheduler), "step") or "step" in vars(scheduler):
             return
         self.scheduler = scheduler
-        self._class = type(scheduler)
-        scheduler.__class__ = _observed_class(self._class)
-        _OBSERVERS[scheduler] = self._observer
+        with _LOCK:
+            _OBSERVERS[scheduler] = self._observer
+            _USERS[type(scheduler)] += 1
+            if _USERS[type(scheduler)] == 1:
+                _wrap_class(type(scheduler))
 
     def release(self) -> None:
-        """Give the scheduler its own class back."""
+        """See no more steps."""
         if self.scheduler is None:
             return
-        _OBSERVERS.pop(self.scheduler, None)
-        self.scheduler.__class__ = self._class
+        with _LOCK:
+            _OBSERVERS.pop(self.scheduler, None)
+            _USERS[type(self.scheduler)] -= 1
+            if _USERS[type(self.scheduler)] == 0:
+                _unwrap_class(type(self.scheduler))
         self.scheduler = None
 
 
-@cache
-def _observed_class(scheduler_class: Any) -> Any:
-    """The subclass of a scheduler's class whose steps an observer sees."""
+def _wrap_class(scheduler_class: Any) -> None:
+    """Have the observers of a class's instances see their steps."""
+    for name, wrap in (("step", _observed_step), ("set_timesteps", _observed_timesteps)):
+        method = getattr(scheduler_class, name, None)
+        if method is None:
+            continue
+        wrapper: Any = wrap(method)
+        wrapper.is_inherited = name not in vars(scheduler_class)
+        setattr(scheduler_class, name, wrapper)
 
-    signature = inspect.signature(scheduler_class.step)
 
-    class Observed(scheduler_class):
-        @wraps(scheduler_class.step)
-        def step(self, *args: Any, **kwargs: Any) -> Any:
-            observer = _OBSERVERS.get(self)
-            step = super().step
-            if observer is None:
-                args, kwargs = all_plain((args, kwargs))
-                return step(*args, **kwargs)
+def _unwrap_class(scheduler_class: Any) -> None:
+    """Give a class its own methods back."""
+    for name in ("step", "set_timesteps"):
+        wrapper = vars(scheduler_class).get(name)
+        if not hasattr(wrapper, "is_inherited"):
+            continue
+        if wrapper.is_inherited:
+            delattr(scheduler_class, name)
+        else:
+            setattr(scheduler_class, name, wrapper.__wrapped__)
 
-            call = signature.bind(self, *args, **kwargs)
+
+def _observed_step(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's `step` that shows itself to the observer of the instance, if there is one."""
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        observer = _OBSERVERS.get(scheduler)
+        stepping = vars(_STEPPING).setdefault("schedulers", set())
+        if observer is None or id(scheduler) in stepping:
+            args, kwargs = all_plain((args, kwargs))
+            return method(scheduler, *args, **kwargs)
+
+        stepping.add(id(scheduler))
+        try:
+            call = signature.bind(scheduler, *args, **kwargs)
             given = call.arguments
             given["model_output"] = observer.before_step(
                 given["model_output"], given.get("timestep"), given.get("sample")
             )
-            args, kwargs = all_plain((call.args[1:], call.kwargs))
-            return observer.after_step(self, step(*args, **kwargs))
+            args, kwargs = all_plain((call.args, call.kwargs))
+            return observer.after_step(scheduler, method(*args, **kwargs))
+        finally:
+            stepping.discard(id(scheduler))
 
-        if hasattr(scheduler_class, "set_timesteps"):
+    return step
 
-            @wraps(scheduler_class.set_timesteps)
-            def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-                observer = _OBSERVERS.get(self)
-                if observer is not None:
-                    observer.begin_chain()
-                return super().set_timesteps(*args, **kwargs)
 
-    Observed.__name__ = scheduler_class.__name__
-    Observed.__qualname__ = scheduler_class.__qualname__
-    Observed.__module__ = scheduler_class.__module__
-    Observed.__doc__ = scheduler_class.__doc__
-    return Observed
+def _observed_timesteps(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's `set_timesteps` that tells the observer of the instance, if there is one."""
+
+    @wraps(method)
+    def set_timesteps(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        observer = _OBSERVERS.get(scheduler)
+        if observer is not None:
+            observer.begin_chain()
+        return method(scheduler, *args, **kwargs)
+
+    return set_timesteps
