@@ -43,7 +43,7 @@ check: install
 	$(VENV)/bin/mypy
 
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(RUN) -m mkdocs build
 
 reproduce: install
 	PYTHON=$(RUN) bash examples/reproduce.sh
