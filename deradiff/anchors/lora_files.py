@@ -156,7 +156,7 @@ class _Target:
         self.denoiser = denoiser
         self.network: Any = unwrapped(getattr(pipe, denoiser))
         self.prefix = f"{denoiser}."
-        self.pipeline = pipeline_label(pipe)
+        self.pipeline = f"the {pipeline_label(pipe)} pipeline"
 
     @property
     def loader_prefix(self) -> str:

@@ -23,6 +23,9 @@ CPU = torch.device("cpu")
 LORA = "pytorch_lora_weights.safetensors"
 
 
+WITH_LORA_LOADER = [name for name in PIPELINES if name != "pixart"]
+
+
 @pytest.fixture(params=PIPELINES)
 def name(request):
     return request.param
@@ -111,7 +114,7 @@ def test_another_class_of_network_is_refused_before_weights_are_read(tmp_path):
     for file in (tmp_path / "transformer").glob("*.safetensors"):
         file.unlink()
     message = (
-        r"is a SanaTransformer2DModel and the QwenImagePipeline's transformer a "
+        r"is a SanaTransformer2DModel and the QwenImage pipeline's transformer a "
         "QwenImageTransformer2DModel: give an anchor of its architecture"
     )
     with pytest.raises(ValueError, match=message):
@@ -142,10 +145,9 @@ def test_two_denoisers_are_anchors_of_two_parts(tmp_path):
         anchor.part("prior")
 
 
+@pytest.mark.parametrize("name", WITH_LORA_LOADER, indirect=True)
 def test_a_lora_of_diffusers_with_metadata(tmp_path, name):
     pipe = bare_pipeline(name)
-    if not hasattr(pipe, "save_lora_weights"):
-        pytest.skip("this pipeline has no LoRA loader")
     lora = with_random_lora(pipe.transformer)
     config = lora.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
@@ -156,11 +158,10 @@ def test_a_lora_of_diffusers_with_metadata(tmp_path, name):
     assert_adds(check_anchor(tmp_path, pipe), pipe, added_weights(lora))
 
 
+@pytest.mark.parametrize("name", WITH_LORA_LOADER, indirect=True)
 def test_a_lora_that_a_network_has_saved_alone_keeps_its_alpha(tmp_path, name):
     pipe = bare_pipeline(name)
     lora = with_random_lora(pipe.transformer)
-    if not hasattr(lora, "save_lora_adapter"):
-        pytest.skip("this network saves no LoRA")
     lora._hf_peft_config_loaded = True
     lora.save_lora_adapter(tmp_path, adapter_name="default")
     assert_adds(load_anchor(tmp_path), pipe, added_weights(lora))
@@ -215,14 +216,14 @@ def test_text_encoders_and_whole_weights_beside_a_lora_are_refused(tmp_path, nam
     save_file(state | up, tmp_path / "x.safetensors")
     refused(tmp_path, pipe, "also changes the text encoder .text_encoders.t5xxl")
     save_file(state | {f"{layer}.diff_b": torch.ones(4)}, tmp_path / "x.safetensors")
-    refused(tmp_path, pipe, "diff_b|does not bind to the SanaPipeline's transformer")
+    refused(tmp_path, pipe, "diff_b|does not bind to the Sana pipeline's transformer")
 
 
 def test_a_lora_of_another_pipeline_is_refused(tmp_path):
     other = bare_pipeline("qwen")
     state = get_peft_model_state_dict(with_random_lora(other.transformer), adapter_name="default")
     save_file({f"unet.{key}": value for key, value in state.items()}, tmp_path / LORA)
-    refused(tmp_path, bare_pipeline("sana"), "does not bind to the SanaPipeline's transformer")
+    refused(tmp_path, bare_pipeline("sana"), "does not bind to the Sana pipeline's transformer")
 
 
 def test_a_pipeline_may_have_no_scheduler(tmp_path):
