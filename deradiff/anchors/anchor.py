@@ -26,7 +26,6 @@ from deradiff.anchors.lora_files import (
     PEFT_PREFIX,
     LoraWeights,
     check_config,
-    pipeline_label,
     read_lora,
 )
 from deradiff.anchors.predictions import prediction_of, prediction_of_file
@@ -49,7 +48,7 @@ from deradiff.models.families import (
     family_of_index,
 )
 from deradiff.models.family import unwrapped
-from deradiff.models.pipelines import denoiser_name
+from deradiff.models.pipelines import denoiser_name, known_family, pipeline_label
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_FILES = (LORA_FILE, PEFT_FILE)
@@ -385,7 +384,8 @@ def check_anchor_family(source: str | Path | Anchor, family: str) -> Anchor:
             f"the anchor {anchor.source} is of family {anchor.family} and the pipeline of "
             f"{family}: give both of one family"
         )
-    _check_network_class(anchor, [FAMILIES[family].denoiser_class], f"{family} pipeline's denoiser")
+    denoiser = f"the {family} pipeline's denoiser"
+    _check_network_class(anchor, [FAMILIES[family].denoiser_class], denoiser)
     return anchor
 
 
@@ -401,12 +401,12 @@ def check_anchor(source: str | Path | Anchor, pipe: Any) -> Anchor:
             prediction than the pipeline's.
     """
     anchor = load_anchor(source)
-    label = pipeline_label(pipe)
-    if label in FAMILIES:
-        check_anchor_family(anchor, label)
+    family = known_family(pipe)
+    if family:
+        check_anchor_family(anchor, family.name)
     denoiser = denoiser_name(pipe)
     network = unwrapped(getattr(pipe, denoiser))
-    _check_network_class(anchor, class_names(network), f"{label} pipeline's {denoiser}")
+    _check_network_class(anchor, class_names(network), f"{pipeline_label(pipe)}'s {denoiser}")
 
     _check_prediction(anchor, getattr(pipe, "scheduler", None))
     return anchor
@@ -431,7 +431,7 @@ def _check_network_class(anchor: Anchor, classes: Sequence[str], denoiser: str) 
     if anchor.network_class is None or anchor.network_class in classes:
         return
     raise ValueError(
-        f"the anchor {anchor.source} is a {anchor.network_class} and the {denoiser} a "
+        f"the anchor {anchor.source} is a {anchor.network_class} and {denoiser} a "
         f"{classes[0]}: give an anchor of its architecture"
     )
 
