@@ -1,8 +1,8 @@
 """Files of tensors, read into tensors by name, and what can be wrong with such a file.
 
 safetensors files are read without more ado. A pickle (`.pth`, `.pt`, `.bin`, `.ckpt`) can run code
-when it is opened, so it is read only where the user allows it, and by torch's `weights_only` reader,
-which builds tensors and nothing else.
+when it is opened, so it is read only where the user allows it, and by torch's `weights_only`
+reader, which builds tensors and nothing else.
 """
 
 from __future__ import annotations
