@@ -26,9 +26,8 @@ from deradiff.anchors.float8 import plain_weights
 from deradiff.anchors.locations import PEFT_CONFIG
 from deradiff.anchors.traced import plain, traced_state, unused_names
 from deradiff.anchors.weight_files import read_metadata, read_tensors
-from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
-from deradiff.models.pipelines import denoiser_name
+from deradiff.models.pipelines import denoiser_name, pipeline_label
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -116,6 +115,7 @@ def read_lora(
     metadata = read_metadata(file)
     tensors = plain_weights(read_tensors(file, name), metadata, torch.float32, name)
     tensors = _without_adapter_name(_without_zeros(tensors))
+    tensors = _without_text_encoders(tensors, target, name)
     if config is not None:
         check_config(config, name)
         state = _named_by_peft(tensors, target)
@@ -131,10 +131,11 @@ def read_lora(
         )
     if not state:
         raise ValueError(
-            f"{name} holds no LoRA layer of the {target.pipeline} pipeline's {target.denoiser}: "
+            f"{name} holds no LoRA layer of {target.pipeline}'s {target.denoiser}: "
             "give a LoRA that was trained on one"
         )
     state = _in_the_shape_of_layers(state, target, name)
+    state = _with_all_biases(state)
     if config is None:
         return LoraWeights(state, None)
     return LoraWeights(state, _metadata(state, config, target.prefix))
@@ -156,7 +157,7 @@ class _Target:
         self.denoiser = denoiser
         self.network: Any = unwrapped(getattr(pipe, denoiser))
         self.prefix = f"{denoiser}."
-        self.pipeline = pipeline_label(pipe)
+        self.pipeline = f"the {pipeline_label(pipe)} pipeline"
 
     @property
     def loader_prefix(self) -> str:
@@ -216,6 +217,23 @@ def _without_zeros(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if not key.endswith(ZERO_ENDINGS) or value.any():
             kept[key] = value
+    return kept
+
+
+def _without_text_encoders(
+    tensors: dict[str, Tensor], target: _Target, name: str
+) -> dict[str, Tensor]:
+    """The tensors without those of text encoders, of which some converters make the denoiser's.
+
+    They are dropped where they change nothing. Otherwise both networks would get other embeddings,
+    which mixing their outputs does not see: raises ValueError.
+    """
+    kept = {}
+    for key, value in tensors.items():
+        if not key.startswith(TEXT_STARTS):
+            kept[key] = value
+        elif not key.endswith(".alpha") and _has_effect(key, tensors):
+            raise ValueError(_changes_other_part(name, "text encoder", key, target))
     return kept
 
 
@@ -310,29 +328,22 @@ def _converted(
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"{name} is no LoRA that diffusers can read for the {target.pipeline} pipeline "
-            f"({reason})"
+            f"{name} is no LoRA that diffusers can read for {target.pipeline} ({reason})"
         ) from error
-    alphas = others[0] if len(others) > 1 and others[0] else {}
+    alphas = dict(others[0]) if len(others) > 1 and others[0] else {}
+    # Some pipelines hand alphas on, and then take each for a layer.
+    for key in list(state):
+        if key.endswith(".alpha"):
+            alphas[key] = state.pop(key)
     unused = unused_names(traced, [*state.values(), *alphas.values()])
-    _check_unused(unused, tensors, target, name)
-    state = {key: plain(value) for key, value in state.items()}
-    return state, {key: plain(value) for key, value in alphas.items()}
-
-
-def _check_unused(
-    unused: list[str], tensors: Mapping[str, Tensor], target: _Target, name: str
-) -> None:
-    """Raise ValueError where the loader has dropped something that has an effect."""
     effective = [key for key in unused if _has_effect(key, tensors)]
-    text = [key for key in effective if key.startswith(TEXT_STARTS)]
-    if text:
-        raise ValueError(_changes_other_part(name, "text encoder", text[0], target))
     if effective:
         raise ValueError(
             f"{name} holds {_listed(effective)}, which is no part of a LoRA that diffusers reads "
-            f"for the {target.pipeline} pipeline: give the merged network as an anchor"
+            f"for {target.pipeline}: give the merged network as an anchor"
         )
+    state = {key: plain(value) for key, value in state.items()}
+    return state, {key: plain(value) for key, value in alphas.items()}
 
 
 def _has_effect(key: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -423,6 +434,9 @@ def _config_of(state: dict[str, Tensor], alphas: dict[str, Any], target: _Target
             layer_ranks[layer] = value.shape[0]
             layer_alphas[layer] = down_alphas.get(key, float(value.shape[0]))
 
+    if not layer_ranks:
+        return {}
+
     # A LoraConfig has one value, and a pattern for each layer with another one.
     rank = _most_common(layer_ranks)
     alpha = _most_common(layer_alphas)
@@ -450,8 +464,7 @@ def _exceptions(values: dict[str, Any], common: Any, prefix: str) -> dict[str, A
 def _only_denoiser(state: dict[str, Tensor], target: _Target, name: str) -> dict[str, Tensor]:
     """The denoiser's part of a LoRA. Raises ValueError where there is another part with an effect.
 
-    Weights on the text encoders, and on other parts of the pipeline, are dropped if they are all
-    zero. Otherwise both networks would get other inputs, which mixing their outputs does not see.
+    Other parts of the pipeline, such as connectors, are like text encoders.
     """
     ours: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -463,13 +476,10 @@ def _only_denoiser(state: dict[str, Tensor], target: _Target, name: str) -> dict
 
     components = set(getattr(target.pipe, "components", {}))
     for key in others:
-        if key.startswith(TEXT_STARTS):
-            part = "text encoder"
-        elif key.split(".")[0] in components:
-            part = key.split(".")[0]
-        else:
+        part = key.split(".")[0]
+        if part not in components:
             raise ValueError(
-                f"{name} does not bind to the {target.pipeline} pipeline's {target.denoiser} "
+                f"{name} does not bind to {target.pipeline}'s {target.denoiser} "
                 f"({key}): give an anchor of its family"
             )
         if _has_effect(key, others):
@@ -482,6 +492,21 @@ def _changes_other_part(name: str, part: str, key: str, target: _Target) -> str:
         f"{name} also changes the {part} ({key}), and realign mixes what the {target.denoiser} "
         f"says: give a LoRA on the {target.denoiser} alone"
     )
+
+
+def _with_all_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with a bias of zero wherever B has none and that of another layer has one.
+
+    In peft all layers of a LoRA have biases, or none has.
+    """
+    if not any(key.endswith(".lora_B.bias") for key in state):
+        return state
+    complete = dict(state)
+    for key, value in state.items():
+        if key.endswith(".lora_B.weight"):
+            bias = key.removesuffix("weight") + "bias"
+            complete.setdefault(bias, value.new_zeros(value.shape[0]))
+    return complete
 
 
 def _in_the_shape_of_layers(
@@ -502,7 +527,7 @@ def _in_the_shape_of_layers(
             value = _shaped_like(value, layer)
         if part == "A.weight" and not _has_kernel_of(value, layer):
             raise ValueError(
-                f"{name} does not fit the {target.pipeline} pipeline: the matrix of its layer "
+                f"{name} does not fit {target.pipeline}: the matrix of its layer "
                 f"{path} has the shape {tuple(value.shape)}, and the pipeline's layer is a "
                 f"{type(layer).__name__}"
             )
@@ -526,14 +551,6 @@ def _has_kernel_of(matrix: Tensor, layer: nn.Module | None) -> bool:
     if isinstance(layer, nn.Conv2d):
         return tuple(matrix.shape[2:]) == tuple(layer.kernel_size)
     return True
-
-
-def pipeline_label(pipe: Any) -> str:
-    """How messages name a pipeline: by its family where that is known, else by its class."""
-    try:
-        return family_of(pipe).name
-    except ValueError:
-        return type(pipe).__name__
 
 
 def _listed(names: list[str]) -> str:

@@ -1,19 +1,19 @@
-"""Where a diffusers pipeline keeps the network that predicts noise or velocity.
+"""What is asked of any diffusers pipeline, whether deradiff knows its family or not.
 
-Of any pipeline, whether deradiff knows its family or not. Light: it imports no torch.
+Above all where it keeps the network that predicts noise or velocity. Light: it imports no torch.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from deradiff.models.families import class_names
-from deradiff.models.family import unwrapped
+from deradiff.models.families import class_names, family_of
+from deradiff.models.family import Family, unwrapped
 
 DENOISER_NAMES = ("unet", "transformer", "prior", "decoder")
 """The attributes of a pipeline that may hold its denoiser; the first one that does counts."""
 
-SECOND_DENOISER_NAMES = ("transformer_2", "unconditional_transformer")
+SECOND_DENOISER_NAMES = ("transformer_2", "unconditional_transformer", "prior_prior")
 """The attributes that hold a second denoiser, beside one of DENOISER_NAMES."""
 
 
@@ -51,3 +51,17 @@ def denoiser_names(pipe: Any) -> list[str]:
 def is_network(component: Any) -> bool:
     """Whether a pipeline's component is a network of diffusers, as it is or wrapped."""
     return component is not None and "ModelMixin" in class_names(unwrapped(component))
+
+
+def known_family(pipe: Any) -> Family | None:
+    """The family of a pipeline; None for one of no known family."""
+    try:
+        return family_of(pipe)
+    except ValueError:
+        return None
+
+
+def pipeline_label(pipe: Any) -> str:
+    """How messages name a pipeline: by its family (`sd15`), or by its class (`QwenImage`)."""
+    family = known_family(pipe)
+    return family.name if family else type(pipe).__name__.removesuffix("Pipeline")
