@@ -89,6 +89,8 @@ def realign(
               extrapolates it between. 1 + 1/k evaluations a step, with k = `every`.
             - `weights` evaluates one network, at theta_ref + lam (theta_anchor - theta_ref), which
               is the first order of mixing. One evaluation a step.
+            - `sampled` draws the reference or an anchor for each step, with lam as probability.
+              One evaluation a step; it works where weights cannot be summed.
         path_kl: evaluate the reference also where the mode does not need it (`exact` at lam = 1,
             `weights` always), so that `dial.path_kl` is known there.
         every: of mode `reuse`: steps from one evaluation of the difference to the next.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deradiff.method.branches import BranchStrengths, ByBranch
 from deradiff.method.lambdas import Lambda, Strength, validated, value_at
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.networks import Networks
@@ -21,8 +23,19 @@ BEYOND_ANCHOR = (
 """What there is to say of a lambda above 1, after its value."""
 
 
+NEGATIVE = (
+    "a negative lam goes from the reference away from the anchor: it extrapolates, and imitates no "
+    "model that was aligned with this reward"
+)
+"""What there is to say of a lambda below 0."""
+
+
 class BeyondAnchorWarning(UserWarning):
     """A lambda above 1 extrapolates. It is given once for each `realign`."""
+
+
+class NegativeLambdaWarning(UserWarning):
+    """A lambda below 0 goes away from the anchor. It is given once for each `realign`."""
 
 
 class Dial:
@@ -54,6 +67,7 @@ class Dial:
         self._resampling = resampling
         self._rows_requested = 0
         self._has_warned = False
+        self._has_warned_negative = False
         self.lams: list[Lambda] = []
         self.strengths: list[Strength] = []
 
@@ -73,7 +87,8 @@ class Dial:
     @lam.setter
     def lam(self, lam: Lambda | Sequence[Lambda]) -> None:
         lams = validated_lams(lam, len(self._networks.anchors))
-        self._warn_beyond([value for value in lams if not callable(value)], stacklevel=3)
+        known = [value for value in lams if isinstance(value, float | Tensor)]
+        self._warn_beyond(known, stacklevel=3)
         self.lams = lams
 
     @property
@@ -121,11 +136,15 @@ class Dial:
             self._rows_requested = 0
             self._networks.rows_evaluated = 0
         self._rows_requested += rows
-        self.strengths = [value_at(lam, self._clock.fraction) for lam in self.lams]
+        self.strengths = [_strength_at(lam, self._clock.fraction) for lam in self.lams]
         self._warn_beyond(self.strengths, stacklevel=2)
         return self.strengths
 
     def _warn_beyond(self, lams: Sequence[Strength], stacklevel: int) -> None:
+        """Say once that lambda is above 1, and once that one is below 0."""
+        if not self._has_warned_negative and any(_smallest(lam) < 0 for lam in lams):
+            self._has_warned_negative = True
+            warnings.warn(NEGATIVE, NegativeLambdaWarning, stacklevel=stacklevel + 1)
         if self._has_warned or sum(_largest(lam) for lam in lams) <= 1:
             return
         self._has_warned = True
@@ -150,7 +169,9 @@ def validated_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]
     """
     is_list = isinstance(lam, Sequence) and not isinstance(lam, str)
     values: Sequence[Lambda] = lam if is_list else [lam]  # type: ignore[assignment, list-item]
-    lams = [validated(value) for value in values]
+    lams: list[Any] = []
+    for value in values:
+        lams.append(value.validated() if isinstance(value, ByBranch) else validated(value))
     if len(lams) != anchors:
         raise ValueError(
             f"{anchors} anchor(s) need as many values of lam, and there are {len(lams)}; for a "
@@ -159,5 +180,20 @@ def validated_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]
     return lams
 
 
-def _largest(lam: Strength) -> float:
+def _strength_at(lam: Any, fraction: float) -> Any:
+    """The strength that a lambda means at a fraction of time, or those of both branches."""
+    if isinstance(lam, ByBranch):
+        return lam.value_at(fraction)
+    return value_at(lam, fraction)
+
+
+def _largest(lam: Any) -> float:
+    if isinstance(lam, BranchStrengths):
+        return max(_largest(lam.conditional), _largest(lam.unconditional))
     return float(lam.max()) if isinstance(lam, Tensor) else lam
+
+
+def _smallest(lam: Any) -> float:
+    if isinstance(lam, BranchStrengths):
+        return min(_smallest(lam.conditional), _smallest(lam.unconditional))
+    return float(lam.min()) if isinstance(lam, Tensor) else lam

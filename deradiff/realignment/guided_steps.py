@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deradiff.method.branches import BranchStrengths
 from deradiff.method.lambdas import Strength, trust_region
+from deradiff.realignment.branches import mixture_of_branches
 from deradiff.realignment.carriers import LostTrack, companions_of, plain
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.dial import Dial
@@ -111,7 +113,11 @@ class GuidedSteps(StepObserver):
             self._check_is_needed(LOST)
             self.kl.unknown = self.kl.unknown or LOST
         else:
-            models = Companions(companions[0], companions[1], tuple(companions[2:]))
+            models = Companions.of(companions, len(self.dial.strengths))
+        if models is not None and models.blocks:
+            output, shift = self._mixed_by_branch(output, models, sample)
+            self.kl.add(shift, len(output))
+            return output
         lams = [lam_of_rows(lam, output, self.patch_size) for lam in self.dial.strengths]
         shift = _shift(models)
         if shift is not None and self.limit is not None:
@@ -132,11 +138,39 @@ class GuidedSteps(StepObserver):
         self._rows_of_step = 0
         return stepped
 
+    def _mixed_by_branch(
+        self, output: Tensor, models: Companions, sample: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The guided output with a lambda for each branch, and what it is beyond the reference's.
+
+        Raises:
+            ValueError: where the branches cannot be told apart.
+        """
+        if models.reference is None or any(part is None for part in models.blocks):
+            raise ValueError(f"a lam for each branch of guidance is not possible here: {LOST}")
+        mixture = mixture_of_branches(
+            models.reference,
+            models.blocks,  # type: ignore[arg-type]
+            self.dial.strengths,
+            self.patch_size,
+        )
+        return mixture.to(output.dtype), mixture - models.reference
+
     def _begin_chain(self, sample: Any) -> None:
         """Check and begin a chain at its first step."""
         self._is_first_step = False
         for lam in self.dial.strengths:
-            check_images(lam, sample)
+            if isinstance(lam, BranchStrengths):
+                check_images(lam.conditional, sample)
+                check_images(lam.unconditional, sample)
+            else:
+                check_images(lam, sample)
+        is_by_branch = any(isinstance(lam, BranchStrengths) for lam in self.dial.strengths)
+        if is_by_branch and (self.resampling is not None or self.limit is not None):
+            raise ValueError(
+                "a lam for each branch does not go together with particles or a trust region: "
+                "remove these"
+            )
         self.kl.begin_chain()
         if self.kl.unknown:
             self._check_is_needed(self.kl.unknown)

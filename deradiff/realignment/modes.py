@@ -19,14 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deradiff.method.branches import BranchStrengths
 from deradiff.method.lambdas import Strength
 from deradiff.realignment.adapters import Adapter
+from deradiff.realignment.branches import MAX_BLOCKS, block_parts, blocks_in
+from deradiff.realignment.cache_states import REFERENCE
 from deradiff.realignment.carriers import LostTrack, carry
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.full_anchor import FullAnchor
 from deradiff.realignment.networks import Call, Networks, Output
 from deradiff.realignment.rows import lam_of_row, lam_of_rows
 from deradiff.realignment.slots import Slot, in_place, is_current, is_quantised, slots_of
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Its multiples, modulo 1, fill the interval evenly."""
 
 WeightedAnchor = tuple[Adapter | FullAnchor, float]
 """An anchor and its lam."""
@@ -39,11 +45,25 @@ class Companions(NamedTuple):
         reference: the reference's output; None: unknown.
         mixture: the realigned output before it was rounded to its precision; None: unknown.
         anchors: the output of each anchor; None: unknown.
+        blocks: what `deradiff.realignment.branches.block_parts` made, where lambda differs between
+            branches of guidance.
     """
 
     reference: Tensor | None
     mixture: Tensor | None
     anchors: tuple[Tensor | None, ...]
+    blocks: tuple[Tensor | None, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor | None], anchors: int) -> Companions:
+        """What `carried` made of them, after the guidance.
+
+        Args:
+            parts: the companions in their order.
+            anchors: the number of anchors.
+        """
+        end = 2 + anchors
+        return cls(parts[0], parts[1], tuple(parts[2:end]), tuple(parts[end:]))
 
 
 @dataclass
@@ -125,15 +145,22 @@ class Exact(Mode):
     def __init__(self, parts: ModeParts) -> None:
         super().__init__(parts)
         self.path_kl = parts.path_kl
+        # The blocks of rows that earlier evaluations of this step had.
+        self._blocks_before = 0
 
     def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         """Evaluate every network that has a weight, and mix."""
+        if any(isinstance(lam, BranchStrengths) for lam in lams):
+            return self._evaluate_branches(call, lams)
+
         # The reference has the weight that the anchors leave.
         needs_reference = self.path_kl or not is_zero(1 - sum(lams))
         wanted = [needs_reference, *(not is_zero(lam) for lam in lams)]
         outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        return self._mix(call, outputs, lams)
 
-        # Each leaf is mixed alone.
+    def _mix(self, call: Call, outputs: Sequence[Output | None], lams: Sequence[Strength]) -> Mixed:
+        """Mix each leaf of the outputs."""
         first = _first_known(outputs)
         mixed = Mixed(Output(list(first.leaves), first.structure))
         for position, leaf in enumerate(first.leaves):
@@ -145,6 +172,45 @@ class Exact(Mode):
             own_weights = [1 - sum(own_lams), *own_lams]
             mixed.output.leaves[position] = weighted_sum(tensors, own_weights)
             mixed.companions.append(_companions(tensors, own_weights))
+        return mixed
+
+    def _evaluate_branches(self, call: Call, lams: Sequence[Any]) -> Mixed:
+        """All networks, with what tells the branches of guidance apart.
+
+        The output itself has the lambda of the conditional branch in all rows. The scheduler's step
+        puts the right mixture in its place (`deradiff.realignment.guided_steps`).
+        """
+        # Which blocks of the step are these?
+        count = blocks_in(call.x)
+        if self.clock.evaluation == 0:
+            self._blocks_before = 0
+        block = range(self._blocks_before, self._blocks_before + count)
+        self._blocks_before += count
+        if block.stop > MAX_BLOCKS:
+            raise ValueError(
+                f"a lam for each branch is for guidance of up to {MAX_BLOCKS} branches: give one "
+                "lam for all"
+            )
+
+        plain_lams = []
+        for lam in lams:
+            plain_lams.append(lam.conditional if isinstance(lam, BranchStrengths) else lam)
+        wanted = [True] * (len(lams) + 1)
+        outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        mixed = self._mix(call, outputs, plain_lams)
+        owners = [row // (call.rows // count) for row in range(call.rows)]
+        for position, companions in enumerate(mixed.companions):
+            if companions is None:
+                continue
+            reference = companions.reference
+            anchors = companions.anchors
+            if isinstance(call.x, list):
+                own = [owners[position]]
+                parts = block_parts(reference[None], [a[None] for a in anchors], block, own)
+                parts = [part[0] for part in parts]
+            else:
+                parts = block_parts(reference, anchors, block, owners)
+            mixed.companions[position] = companions._replace(blocks=tuple(parts))
         return mixed
 
 
@@ -361,6 +427,60 @@ class Weights(Mode):
             self._sums.append(total)
 
 
+class Sampled(Mode):
+    """One network a step, drawn with the weights as probabilities: 1 - sum lam_i and lam_i.
+
+    It never sums weights, so that it works on quantised networks. The draws follow the golden
+    ratio's sequence (one number a step, evenly spread), the same for every image, so that an image
+    depends on nothing but its prompt, its seed and lam.
+    """
+
+    def __init__(self, parts: ModeParts) -> None:
+        super().__init__(parts)
+        self.path_kl = parts.path_kl
+
+    def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
+        """Evaluate the network of this step, and the reference too where the path KL needs it.
+
+        Raises:
+            ValueError: for lams that are no probabilities.
+        """
+        model = self._draw(_probabilities(lams))
+        wanted = [False] * (len(lams) + 1)
+        wanted[model] = True
+        wanted[REFERENCE] |= self.path_kl
+        outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        output = outputs[model]
+        assert output is not None
+        return _with_reference(output, outputs[REFERENCE])
+
+    def _draw(self, probabilities: Sequence[float]) -> int:
+        """The model of this step."""
+        number = ((self.clock.index or 0) + 1) * GOLDEN_RATIO % 1
+        total = 0.0
+        for model, probability in enumerate(probabilities):
+            total += probability
+            if number < total:
+                return model
+        return len(probabilities) - 1
+
+
+def _probabilities(lams: Sequence[Strength]) -> list[float]:
+    """The probability of the reference and of each anchor. Raises ValueError."""
+    if any(isinstance(lam, Tensor) for lam in lams):
+        raise ValueError(
+            "mode='sampled' draws one network for all images and regions, and so takes one lam: "
+            "use mode='exact'"
+        )
+    numbers = [float(lam) for lam in lams]
+    if min(numbers) < 0 or sum(numbers) > 1:
+        raise ValueError(
+            f"mode='sampled' takes lam as a probability, from 0 to 1 in sum, not {sum(numbers):g}: "
+            "use mode='exact'"
+        )
+    return [1 - sum(numbers), *numbers]
+
+
 def _add_full_anchors(sums: dict[str, Tensor], anchors: Sequence[WeightedAnchor]) -> None:
     """Full anchors: theta_ref + sum lam_i (theta_i - theta_ref), by name, in place of theta_ref."""
     weights: list[dict[str, Tensor]] = []
@@ -405,6 +525,7 @@ def carried(mixed: Mixed, track: LostTrack) -> Any:
             leaves.append(leaf)
             continue
         parts = [companions.reference, companions.mixture, *companions.anchors]
+        parts += companions.blocks
         leaves.append(carry(leaf, parts, track))
     return Output(leaves, mixed.output.structure).whole()
 

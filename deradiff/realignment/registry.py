@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+LineStyle = str | tuple[int, tuple[int, ...]]
+"""A name, or an offset with lengths of dashes and gaps, as matplotlib takes them."""
+
 
 @dataclass(frozen=True)
 class ModeLabel:
@@ -28,7 +31,7 @@ class ModeLabel:
         setting_text: how a message says the setting, with `{}` for its value.
     """
 
-    line_style: str
+    line_style: LineStyle
     setting: str | None = None
     setting_text: str = ""
 
@@ -85,6 +88,12 @@ MODES = {
         implementation="deradiff.realignment.modes:Weights",
         evaluations="1",
         label=ModeLabel(line_style="--"),
+        measures_path_kl=False,
+    ),
+    "sampled": ModeSpec(
+        implementation="deradiff.realignment.modes:Sampled",
+        evaluations="1",
+        label=ModeLabel(line_style=(0, (3, 1, 1, 1, 1, 1))),
         measures_path_kl=False,
     ),
 }
