@@ -48,19 +48,26 @@ from deradiff.models.families import (
     family_of_index,
 )
 from deradiff.models.family import unwrapped
-from deradiff.models.pipelines import denoiser_name, known_family, pipeline_label
+from deradiff.models.pipelines import (
+    DENOISER_NAMES,
+    SECOND_DENOISER_NAMES,
+    denoiser_name,
+    known_family,
+    pipeline_label,
+)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_FILES = (LORA_FILE, PEFT_FILE)
 PICKLED_PEFT_FILE = "adapter_model.bin"
 PICKLED_LORA_FILES = ("pytorch_lora_weights.bin", PICKLED_PEFT_FILE)
 
-NETWORK_FOLDERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+NETWORK_FOLDERS = (*DENOISER_NAMES, *SECOND_DENOISER_NAMES)
 """The folders of a pipeline that may hold a denoiser; the first one that does counts."""
 
 NETWORK_MODULES = ("diffusers.models.unets", "diffusers.models.transformers")
 """Where diffusers keeps its denoisers, so that an autoencoder's folder is told apart."""
 
+SHARDS_INDEX = ".safetensors.index.json"
 NETWORK_PICKLE = "diffusion_pytorch_model.bin"
 
 ADAPTER_SIGNS = ("lora", "hada_", "lokr_")
@@ -197,9 +204,10 @@ class Anchor:
                 output_loading_info=True,
             )
         except OSError as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
                 f"the anchor {self.source} holds no safetensors weights that diffusers can read: "
-                f"{error}"
+                f"{reason}"
             ) from error
         # diffusers leaves missing weights at random values, and drops what it does not know.
         missing = report["missing_keys"]
@@ -308,8 +316,8 @@ def load_anchor(
             - an `Anchor`, which is returned as it is.
         revision: a branch, tag or commit of the hub.
         subfolder: a folder in the source; `org/name/folder` says the same.
-        read_pickled_tensors: also read `.pth`, `.pt` and `.bin`, by torch's `weights_only` reader,
-            which builds tensors and runs no code of the file.
+        read_pickled_tensors: also read `.pth`, `.pt`, `.bin` and `.ckpt`, by torch's
+            `weights_only` reader, which builds tensors and runs no code of the file.
 
     Raises:
         ValueError: where there is no anchor, or its kind cannot be told.
@@ -406,7 +414,9 @@ def check_anchor(source: str | Path | Anchor, pipe: Any) -> Anchor:
         check_anchor_family(anchor, family.name)
     denoiser = denoiser_name(pipe)
     network = unwrapped(getattr(pipe, denoiser))
-    _check_network_class(anchor, class_names(network), f"{pipeline_label(pipe)}'s {denoiser}")
+    _check_network_class(
+        anchor, class_names(network), f"the {pipeline_label(pipe)} pipeline's {denoiser}"
+    )
 
     _check_prediction(anchor, getattr(pipe, "scheduler", None))
     return anchor
@@ -529,8 +539,12 @@ def _check_network_files(files: AnchorFiles, folder: str, source: str) -> None:
     if not files.is_local:
         return
     for name in files.names:
-        if name.endswith(SAFETENSORS) and name.rpartition("/")[0] == folder:
+        if name.rpartition("/")[0] != folder:
+            continue
+        if name.endswith(SAFETENSORS):
             check_readable(Path(files.root) / files.path_of(name), f"the anchor {source}")
+        elif name.endswith(SHARDS_INDEX):
+            files.read_json(name)
 
 
 def _network_weights(files: AnchorFiles, folder: str, source: str, pickles_allowed: bool) -> str:
@@ -580,7 +594,7 @@ def _only_weights(names: Sequence[str], source: str) -> str:
     if files:
         content = f"several files ({', '.join(sorted(files))}): add the file's name to the anchor"
     else:
-        folders = "/, ".join(NETWORK_FOLDERS)
+        folders = "/, ".join(DENOISER_NAMES)
         content = f"neither a network ({folders}/) nor a LoRA file{places_of(names)}"
     raise ValueError(f"{source} is no anchor that deradiff can read: it holds {content}")
 

@@ -1,8 +1,8 @@
 """Files of tensors, read into tensors by name, and what can be wrong with such a file.
 
-safetensors files are read without more ado. A pickle (`.pth`, `.pt`, `.bin`) can run code when it
-is opened, so it is read only where the user allows it, and by torch's `weights_only` reader, which
-builds tensors and nothing else.
+safetensors files are read without more ado. A pickle (`.pth`, `.pt`, `.bin`, `.ckpt`) can run code
+when it is opened, so it is read only where the user allows it, and by torch's `weights_only`
+reader, which builds tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SAFETENSORS = ".safetensors"
-PICKLES = (".pth", ".pt", ".bin")
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 """How the names of files end that torch.save writes."""
 
 LFS_POINTER = b"version https://git-lfs"
@@ -79,7 +79,7 @@ def check_readable(file: Path, name: str) -> None:
             f"{name} is a Git LFS pointer and not the weights ({file.name}): run git lfs pull in "
             "its folder"
         )
-    if file.suffix != SAFETENSORS:
+    if is_pickle(file.name):
         return
     try:
         with safe_open(file, "pt"):
@@ -110,7 +110,7 @@ def read_names(file: Path, name: str) -> list[str]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The texts in the header of a safetensors file; empty for a pickle, which has none."""
-    if file.suffix != SAFETENSORS:
+    if is_pickle(file.name):
         return {}
     with safe_open(file, "pt") as opened:
         return dict(opened.metadata() or {})

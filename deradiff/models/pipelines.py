@@ -13,7 +13,7 @@ from deradiff.models.family import Family, unwrapped
 DENOISER_NAMES = ("unet", "transformer", "prior", "decoder")
 """The attributes of a pipeline that may hold its denoiser; the first one that does counts."""
 
-SECOND_DENOISER_NAMES = ("transformer_2", "unconditional_transformer")
+SECOND_DENOISER_NAMES = ("transformer_2", "unconditional_transformer", "prior_prior")
 """The attributes that hold a second denoiser, beside one of DENOISER_NAMES."""
 
 
@@ -62,6 +62,6 @@ def known_family(pipe: Any) -> Family | None:
 
 
 def pipeline_label(pipe: Any) -> str:
-    """How messages name a pipeline: `the sd15 pipeline`, or by its class `the SanaPipeline`."""
+    """How messages name a pipeline: by its family (`sd15`), or by its class (`QwenImage`)."""
     family = known_family(pipe)
-    return f"the {family.name} pipeline" if family else f"the {type(pipe).__name__}"
+    return family.name if family else type(pipe).__name__.removesuffix("Pipeline")

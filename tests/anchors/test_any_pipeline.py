@@ -24,6 +24,9 @@ CPU = torch.device("cpu")
 LORA = "pytorch_lora_weights.safetensors"
 
 
+WITH_LORA_LOADER = [name for name in PIPELINES if name != "pixart"]
+
+
 @pytest.fixture(params=PIPELINES)
 def name(request):
     return request.param
@@ -118,7 +121,7 @@ def test_another_class_of_network_is_refused_before_weights_are_read(tmp_path):
     for file in (tmp_path / "transformer").glob("*.safetensors"):
         file.unlink()
     message = (
-        r"is a PixArtTransformer2DModel and the WanPipeline's transformer a "
+        r"is a PixArtTransformer2DModel and the Wan pipeline's transformer a "
         "WanTransformer3DModel: give an anchor of its architecture"
     )
     with pytest.raises(ValueError, match=message):
@@ -149,10 +152,9 @@ def test_two_denoisers_are_anchors_of_two_parts(tmp_path):
         anchor.part("prior")
 
 
+@pytest.mark.parametrize("name", WITH_LORA_LOADER, indirect=True)
 def test_a_lora_of_diffusers_with_metadata(tmp_path, name):
     pipe = bare_pipeline(name)
-    if not hasattr(pipe, "save_lora_weights"):
-        pytest.skip("this pipeline has no LoRA loader")
     lora = with_random_lora(pipe.transformer)
     config = lora.peft_config["default"].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
@@ -163,11 +165,10 @@ def test_a_lora_of_diffusers_with_metadata(tmp_path, name):
     assert_adds(check_anchor(tmp_path, pipe), pipe, added_weights(lora))
 
 
+@pytest.mark.parametrize("name", WITH_LORA_LOADER, indirect=True)
 def test_a_lora_that_a_network_has_saved_alone_keeps_its_alpha(tmp_path, name):
     pipe = bare_pipeline(name)
     lora = with_random_lora(pipe.transformer)
-    if not hasattr(lora, "save_lora_adapter"):
-        pytest.skip("this network saves no LoRA")
     lora._hf_peft_config_loaded = True
     lora.save_lora_adapter(tmp_path, adapter_name="default")
     assert_adds(load_anchor(tmp_path), pipe, added_weights(lora))
@@ -222,14 +223,64 @@ def test_text_encoders_and_whole_weights_beside_a_lora_are_refused(tmp_path, nam
     save_file(state | up, tmp_path / "x.safetensors")
     refused(tmp_path, pipe, "also changes the text encoder .text_encoders.t5xxl")
     save_file(state | {f"{layer}.diff_b": torch.ones(4)}, tmp_path / "x.safetensors")
-    refused(tmp_path, pipe, "diff_b|does not bind to the .*'s transformer")
+    refused(tmp_path, pipe, "diff_b|does not bind to the [Ss]ana pipeline's transformer")
+
+
+def lora_of_wan():
+    """A LoRA in the names of Wan's authors, as it is published: alphas, and one layer's bias."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"ffn.0": (24, 32), "ffn.2": (32, 24)}
+    for attention in ("self_attn", "cross_attn"):
+        for part in "qkvo":
+            sizes[f"{attention}.{part}"] = (24, 24)
+    state = {}
+    for layer, (inputs, outputs) in sizes.items():
+        key = f"diffusion_model.blocks.0.{layer}"
+        state[f"{key}.lora_down.weight"] = torch.randn(4, inputs, generator=generator)
+        state[f"{key}.lora_up.weight"] = torch.randn(outputs, 4, generator=generator)
+        state[f"{key}.alpha"] = torch.tensor(8.0)
+    state["diffusion_model.blocks.0.self_attn.q.diff_b"] = torch.ones(24)
+    return state
+
+
+def test_biases_that_diffusers_reads_are_no_less_than_all(tmp_path):
+    """diffusers takes Wan's `diff_b` for biases of B. In peft all layers have them, or none has."""
+    pipe = bare_pipeline("wan")
+    state = lora_of_wan()
+    save_file(state, tmp_path / "x.safetensors")
+    weights = load_anchor(tmp_path).lora(pipe)
+    biases = {key: v for key, v in weights.state.items() if key.endswith("lora_B.bias")}
+    assert len(biases) == 10
+    assert torch.equal(biases.pop("transformer.blocks.0.attn1.to_q.lora_B.bias"), torch.ones(24))
+    assert not any(bias.any() for bias in biases.values())
+
+    # W + 2 B A x + bias, in the network that stock diffusers makes of it.
+    network = pipe.transformer
+    network.load_lora_adapter(weights.state, prefix="transformer", metadata=weights.metadata)
+    layer = network.blocks[0].attn1.to_q
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    key = "diffusion_model.blocks.0.self_attn.q"
+    product = state[f"{key}.lora_up.weight"] @ state[f"{key}.lora_down.weight"]
+    expected = layer.base_layer(x) + 2 * x @ product.T + 1
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("key", ["blocks.0.norm3.diff", "patch_embedding.diff"])
+def test_whole_weights_that_diffusers_drops_of_wan_are_refused(tmp_path, key):
+    pipe = bare_pipeline("wan")
+    beside = {f"diffusion_model.{key}": torch.ones(24)}
+    save_file(lora_of_wan() | beside, tmp_path / "x.safetensors")
+    refused(tmp_path, pipe, f"holds diffusion_model.{key}, which is no part of a LoRA")
+    beside = {f"diffusion_model.{key}": torch.zeros(24)}
+    save_file(lora_of_wan() | beside, tmp_path / "x.safetensors")
+    assert len(load_anchor(tmp_path).lora(pipe).state) == 30
 
 
 def test_a_lora_of_another_pipeline_is_refused(tmp_path):
     other = bare_pipeline("qwen")
     state = get_peft_model_state_dict(with_random_lora(other.transformer), adapter_name="default")
     save_file({f"unet.{key}": value for key, value in state.items()}, tmp_path / LORA)
-    refused(tmp_path, bare_pipeline("sana"), "does not bind to the .*'s transformer")
+    refused(tmp_path, bare_pipeline("sana"), "does not bind to the [Ss]ana pipeline's transformer")
 
 
 def test_a_pipeline_may_have_no_scheduler(tmp_path):

@@ -67,13 +67,35 @@ def test_one_torn_file_of_several_is_named(tmp_path):
     refused_at_once(tmp_path, f"no safetensors file that can be read .{file.name}")
 
 
+def test_a_torn_index_of_several_files_is_named(tmp_path):
+    denoiser_of("sd15").save_pretrained(tmp_path / "unet", max_shard_size="100KB")
+    index = next((tmp_path / "unet").glob("*.index.json"))
+    index.write_text(index.read_text()[:-9])
+    refused_at_once(tmp_path, f"{index.name} is no JSON file that can be read")
+
+
+def test_a_file_that_is_missing_among_several_is_named(tmp_path):
+    denoiser_of("sd15").save_pretrained(tmp_path / "unet", max_shard_size="100KB")
+    max((tmp_path / "unet").glob("*.safetensors")).unlink()
+    refused("sd15", tmp_path, r"holds no safetensors weights that diffusers can read: .*-of-")
+
+
+def test_a_file_of_another_format_is_named(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    refused_at_once(file, r"no safetensors file that can be read .model.gguf")
+    refused_at_once(tmp_path, "neither a network")
+
+
 def test_a_torn_config_is_named(tmp_path):
     save_network(tmp_path)
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet')
     refused_at_once(tmp_path, r"config.json is no JSON file that can be read")
 
 
-@pytest.mark.parametrize("name", ["model.pth", "model.pt", "diffusion_pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["model.pth", "model.pt", "model.ckpt", "diffusion_pytorch_model.bin"]
+)
 def test_a_pickle_is_refused_without_the_users_word(tmp_path, name):
     torch.save(denoiser_of("sd15").state_dict(), tmp_path / name)
     message = r"is a pickle .*load_anchor\(..., read_pickled_tensors=True\)"

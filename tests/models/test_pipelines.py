@@ -6,7 +6,14 @@ import pytest
 import torch
 from diffusers import PriorTransformer, SanaTransformer2DModel, UNet2DConditionModel
 
-from deradiff.models.pipelines import denoiser_name, denoiser_names
+from deradiff.models.pipelines import (
+    denoiser_name,
+    denoiser_names,
+    known_family,
+    pipeline_label,
+)
+from tests.support.many_pipelines import bare_pipeline
+from tests.support.tiny_pipelines import tiny_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +46,12 @@ def test_all_denoisers_are_listed():
 def test_a_pipeline_without_a_denoiser_is_refused():
     with pytest.raises(ValueError, match="unet, transformer, prior or decoder: give a pipeline"):
         denoiser_name(SimpleNamespace(unet=None))
+
+
+def test_a_pipeline_is_named_by_its_family_or_else_by_its_class():
+    with torch.device("cpu"):
+        known = tiny_pipeline("sd15")
+        other = bare_pipeline("qwen")
+    assert known_family(known).name == pipeline_label(known) == "sd15"
+    assert known_family(other) is None
+    assert pipeline_label(other) == "QwenImage"
