@@ -48,14 +48,20 @@ from deradiff.models.families import (
     family_of_index,
 )
 from deradiff.models.family import unwrapped
-from deradiff.models.pipelines import denoiser_name, known_family, pipeline_label
+from deradiff.models.pipelines import (
+    DENOISER_NAMES,
+    SECOND_DENOISER_NAMES,
+    denoiser_name,
+    known_family,
+    pipeline_label,
+)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_FILES = (LORA_FILE, PEFT_FILE)
 PICKLED_PEFT_FILE = "adapter_model.bin"
 PICKLED_LORA_FILES = ("pytorch_lora_weights.bin", PICKLED_PEFT_FILE)
 
-NETWORK_FOLDERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+NETWORK_FOLDERS = (*DENOISER_NAMES, *SECOND_DENOISER_NAMES)
 """The folders of a pipeline that may hold a denoiser; the first one that does counts."""
 
 NETWORK_MODULES = ("diffusers.models.unets", "diffusers.models.transformers")
@@ -588,7 +594,7 @@ def _only_weights(names: Sequence[str], source: str) -> str:
     if files:
         content = f"several files ({', '.join(sorted(files))}): add the file's name to the anchor"
     else:
-        folders = "/, ".join(NETWORK_FOLDERS)
+        folders = "/, ".join(DENOISER_NAMES)
         content = f"neither a network ({folders}/) nor a LoRA file{places_of(names)}"
     raise ValueError(f"{source} is no anchor that deradiff can read: it holds {content}")
 

@@ -135,6 +135,7 @@ def read_lora(
             "give a LoRA that was trained on one"
         )
     state = _in_the_shape_of_layers(state, target, name)
+    state = _with_all_biases(state)
     if config is None:
         return LoraWeights(state, None)
     return LoraWeights(state, _metadata(state, config, target.prefix))
@@ -491,6 +492,21 @@ def _changes_other_part(name: str, part: str, key: str, target: _Target) -> str:
         f"{name} also changes the {part} ({key}), and realign mixes what the {target.denoiser} "
         f"says: give a LoRA on the {target.denoiser} alone"
     )
+
+
+def _with_all_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with a bias of zero wherever B has none and that of another layer has one.
+
+    In peft all layers of a LoRA have biases, or none has.
+    """
+    if not any(key.endswith(".lora_B.bias") for key in state):
+        return state
+    complete = dict(state)
+    for key, value in state.items():
+        if key.endswith(".lora_B.weight"):
+            bias = key.removesuffix("weight") + "bias"
+            complete.setdefault(bias, value.new_zeros(value.shape[0]))
+    return complete
 
 
 def _in_the_shape_of_layers(

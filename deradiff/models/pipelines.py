@@ -13,7 +13,7 @@ from deradiff.models.family import Family, unwrapped
 DENOISER_NAMES = ("unet", "transformer", "prior", "decoder")
 """The attributes of a pipeline that may hold its denoiser; the first one that does counts."""
 
-SECOND_DENOISER_NAMES = ("transformer_2", "unconditional_transformer")
+SECOND_DENOISER_NAMES = ("transformer_2", "unconditional_transformer", "prior_prior")
 """The attributes that hold a second denoiser, beside one of DENOISER_NAMES."""
 
 

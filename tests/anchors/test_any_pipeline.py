@@ -219,6 +219,56 @@ def test_text_encoders_and_whole_weights_beside_a_lora_are_refused(tmp_path, nam
     refused(tmp_path, pipe, "diff_b|does not bind to the Sana pipeline's transformer")
 
 
+def lora_of_wan():
+    """A LoRA in the names of Wan's authors, as it is published: alphas, and one layer's bias."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"ffn.0": (24, 32), "ffn.2": (32, 24)}
+    for attention in ("self_attn", "cross_attn"):
+        for part in "qkvo":
+            sizes[f"{attention}.{part}"] = (24, 24)
+    state = {}
+    for layer, (inputs, outputs) in sizes.items():
+        key = f"diffusion_model.blocks.0.{layer}"
+        state[f"{key}.lora_down.weight"] = torch.randn(4, inputs, generator=generator)
+        state[f"{key}.lora_up.weight"] = torch.randn(outputs, 4, generator=generator)
+        state[f"{key}.alpha"] = torch.tensor(8.0)
+    state["diffusion_model.blocks.0.self_attn.q.diff_b"] = torch.ones(24)
+    return state
+
+
+def test_biases_that_diffusers_reads_are_no_less_than_all(tmp_path):
+    """diffusers takes Wan's `diff_b` for biases of B. In peft all layers have them, or none has."""
+    pipe = bare_pipeline("wan")
+    state = lora_of_wan()
+    save_file(state, tmp_path / "x.safetensors")
+    weights = load_anchor(tmp_path).lora(pipe)
+    biases = {key: v for key, v in weights.state.items() if key.endswith("lora_B.bias")}
+    assert len(biases) == 10
+    assert torch.equal(biases.pop("transformer.blocks.0.attn1.to_q.lora_B.bias"), torch.ones(24))
+    assert not any(bias.any() for bias in biases.values())
+
+    # W + 2 B A x + bias, in the network that stock diffusers makes of it.
+    network = pipe.transformer
+    network.load_lora_adapter(weights.state, prefix="transformer", metadata=weights.metadata)
+    layer = network.blocks[0].attn1.to_q
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    key = "diffusion_model.blocks.0.self_attn.q"
+    product = state[f"{key}.lora_up.weight"] @ state[f"{key}.lora_down.weight"]
+    expected = layer.base_layer(x) + 2 * x @ product.T + 1
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("key", ["blocks.0.norm3.diff", "patch_embedding.diff"])
+def test_whole_weights_that_diffusers_drops_of_wan_are_refused(tmp_path, key):
+    pipe = bare_pipeline("wan")
+    beside = {f"diffusion_model.{key}": torch.ones(24)}
+    save_file(lora_of_wan() | beside, tmp_path / "x.safetensors")
+    refused(tmp_path, pipe, f"holds diffusion_model.{key}, which is no part of a LoRA")
+    beside = {f"diffusion_model.{key}": torch.zeros(24)}
+    save_file(lora_of_wan() | beside, tmp_path / "x.safetensors")
+    assert len(load_anchor(tmp_path).lora(pipe).state) == 30
+
+
 def test_a_lora_of_another_pipeline_is_refused(tmp_path):
     other = bare_pipeline("qwen")
     state = get_peft_model_state_dict(with_random_lora(other.transformer), adapter_name="default")
