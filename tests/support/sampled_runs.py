@@ -21,7 +21,7 @@ from PIL import Image
 
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard
-from deradiff.worlds.shapes import BACKGROUNDS, HUES, _hsv, held_out_captions, scene_of
+from deradiff.worlds.shapes import BACKGROUNDS, HUES, held_out_captions, rgb_of_hsv, scene_of
 from eval.config import EvalConfig, ScorerConfig
 from eval.stage import run
 
@@ -35,7 +35,7 @@ def picture(caption: str, seed: int, strength: float) -> bytes:
     x, y = np.meshgrid(np.arange(32) - 15.5, np.arange(32) - 15.5)
     cover = np.clip(10.5 - np.hypot(x - rng.normal(), y - rng.normal()), 0, 1)[..., None]
     saturation = 0.35 + 0.2 * rng.uniform() + 0.45 * (1 - np.exp(-strength))
-    colour = _hsv(np.array([HUES[scene.colour]]), np.array([saturation]), np.array([0.9]))
+    colour = rgb_of_hsv(np.array([HUES[scene.colour]]), np.array([saturation]), np.array([0.9]))
     pixels = cover * colour + (1 - cover) * np.array(BACKGROUNDS[scene.background])
     buffer = io.BytesIO()
     Image.fromarray((255 * pixels).astype(np.uint8)).save(buffer, format="PNG")
