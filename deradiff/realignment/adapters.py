@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from deradiff.anchors.anchor import Anchor
-from deradiff.anchors.lora_files import LoraWeights, pipeline_label
+from deradiff.anchors.lora_files import LoraWeights
 from deradiff.models.family import unwrapped
-from deradiff.models.pipelines import denoiser_name
+from deradiff.models.pipelines import pipeline_label
 
 PREFIX = "deradiff_"
 """How the names of the anchors' adapters begin."""
@@ -41,6 +41,7 @@ class Adapter:
         pipe: the pipeline.
         anchor: the LoRA anchor.
         number: of the anchor, for the adapter's name.
+        denoiser: the attribute of the pipeline that holds the network.
 
     Attributes:
         denoiser: the network.
@@ -51,9 +52,9 @@ class Adapter:
         ValueError: for a LoRA that does not fit the network, which is then unchanged.
     """
 
-    def __init__(self, pipe: Any, anchor: Anchor, number: int) -> None:
-        prefix = denoiser_name(pipe)
-        self.denoiser: Any = unwrapped(getattr(pipe, prefix))
+    def __init__(self, pipe: Any, anchor: Anchor, number: int, denoiser: str) -> None:
+        prefix = denoiser
+        self.denoiser: Any = unwrapped(getattr(pipe, denoiser))
         self.name = f"{PREFIX}{number}"
         self.source = anchor.source
         self.layers: dict[str, Any] = {}
@@ -61,7 +62,7 @@ class Adapter:
         self._detached: list[tuple[nn.Module, str, Any]] = []
         self._is_active = False
 
-        weights = anchor.lora(pipe)
+        weights = anchor.lora(pipe, denoiser)
         name = f"the LoRA anchor {anchor.source}"
         pipeline = f"the {pipeline_label(pipe)} pipeline"
         _check_fits(self.denoiser, prefix, weights, name, pipeline)

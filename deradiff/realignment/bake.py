@@ -170,7 +170,7 @@ def _load_denoiser_alone(model: BaseModel) -> Any:
 def _bake_lora(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
     """Write a LoRA with lam and its own scale multiplied into its B."""
     family = family_of(pipe)
-    adapter = Adapter(pipe, anchor, 0)
+    adapter = Adapter(pipe, anchor, 0, family.denoiser)
     if adapter.is_variant:
         raise ValueError(
             f"{anchor.source} is a DoRA, and lam times one is no LoRA: sample it with "

@@ -21,6 +21,7 @@ class Clock:
         index: of the step in `scheduler.timesteps`; None while somebody calls the network outside
             a chain.
         start_index: the index at which this chain began.
+        chain: the number of the chain.
         is_new_call: whether this evaluation is the first one of a chain.
         evaluation: 0 at the first evaluation of a step. Pipelines with true guidance make more.
         fraction: of training time, 0 at pure noise and 1 at the image.
@@ -30,6 +31,7 @@ class Clock:
         self.scheduler: Any = None
         self.index: int | None = None
         self.start_index = 0
+        self.chain = 0
         self.is_new_call = False
         self.evaluation = 0
         self.fraction = 0.0
@@ -108,6 +110,7 @@ class Clock:
         self._steps_taken = 0
         self._evaluations_of_step = 0
         self.is_new_call = self._is_running
+        self.chain += 1
 
         # An image to start from skips steps. The scheduler counts them, or the time tells.
         matches = _matches(self._times, timestep)
@@ -143,6 +146,7 @@ class Clock:
         """Go on at a step that the scheduler did not take; a step back begins a new chain."""
         if index < self.start_index + self._steps_taken:
             self.is_new_call = True
+            self.chain += 1
             self.start_index = index
         self._steps_taken = index - self.start_index
         self._evaluations_of_step = 0

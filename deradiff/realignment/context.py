@@ -22,11 +22,15 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from deradiff.anchors.anchor import Anchor, check_anchor
-from deradiff.anchors.lora_files import pipeline_label
+from deradiff.method.branches import ByBranch
 from deradiff.method.lambdas import Lambda
-from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
-from deradiff.models.pipelines import denoiser_name
+from deradiff.models.pipelines import (
+    denoiser_name,
+    denoiser_names,
+    known_family,
+    pipeline_label,
+)
 from deradiff.realignment.adapters import Adapter, lora_layers
 from deradiff.realignment.caller import calling_pipeline
 from deradiff.realignment.carriers import all_plain
@@ -35,7 +39,7 @@ from deradiff.realignment.dial import Dial, validated_lams
 from deradiff.realignment.full_anchor import FullAnchor, check_unfused
 from deradiff.realignment.guided_steps import GuidedSteps
 from deradiff.realignment.modes import Mode, ModeParts, carried
-from deradiff.realignment.networks import Call, Networks, parameters_of
+from deradiff.realignment.networks import Call, Cost, Networks, parameters_of
 from deradiff.realignment.path_kl import PathKL
 from deradiff.realignment.registry import MODES, NEEDS, modes_with, unsupported_option
 from deradiff.realignment.resampling import Resampling
@@ -43,6 +47,15 @@ from deradiff.realignment.scheduler_tap import SchedulerTap
 
 HOOK = "deradiff_realign"
 """The name of our hook in diffusers' registry of a network's hooks."""
+
+PRIOR_CLASS = "PriorTransformer"
+"""diffusers' network whose pipelines read its weights outside of its forward."""
+
+UNCONDITIONAL = "unconditional_transformer"
+"""The attribute of a network for the unconditional branch of guidance alone."""
+
+SHARED_CHAIN = ("transformer_2", UNCONDITIONAL)
+"""The attributes of networks that share the chain of steps with the first."""
 
 Source = str | Path | Anchor
 """What `load_anchor` takes."""
@@ -52,7 +65,7 @@ Source = str | Path | Anchor
 def realign(
     pipe: Any,
     anchor: Source | Sequence[Source],
-    lam: Lambda | Sequence[Lambda],
+    lam: Lambda | ByBranch | Sequence[Lambda | ByBranch],
     mode: str = "exact",
     path_kl: bool = False,
     *,
@@ -127,49 +140,46 @@ def realign(
     sources = _as_list(anchor)
     _check_numbers(every, particles, trust_region)
     _check_mode(mode, len(sources), particles, trust_region, batched)
-    name = denoiser_name(pipe)
-    _check_pipeline(pipe, name)
+    names = _realigned_denoisers(pipe)
+    _check_pipeline(pipe, names)
     lams = validated_lams(lam, len(sources))
-    traits = _Traits.of(pipe)
     anchors = [check_anchor(source, pipe) for source in sources]
-    denoiser = getattr(pipe, name)
-    network = unwrapped(denoiser)
 
     # What is put into the pipeline below is taken out in reverse order.
     with ExitStack() as stack:
-        # The anchors: LoRAs are attached to the reference's network, full ones are weights for it.
-        check_unfused(network, lora_layers(network))
-        attached = [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(anchors)]
-        for adapter in attached:
-            if isinstance(adapter, Adapter):
-                stack.enter_context(adapter.detached())
-        networks = Networks(
-            network,
-            attached,
-            batched=batched,
-            checks_batches=not traits.is_known,
-            shared_start=shared_start,
-        )
-
-        # The measures: the step that the pipeline is at, its path KL, and its particles.
+        # The measures: the step that the pipeline is at, its path KL, its particles and its cost.
         clock = Clock()
         kl = PathKL(clock)
         resampling = Resampling(particles, clock) if particles > 1 else None
+        cost = Cost()
 
         # The user's side.
-        dial = Dial(networks, clock, kl, resampling)
+        dial = Dial(len(anchors), cost, clock, kl, resampling, MODES[mode].branches)
         dial.lam = lams  # type: ignore[assignment]
 
-        # The pipeline's side: the mode evaluates in place of the reference's own forward, and the
-        # scheduler shows its steps.
+        # The scheduler's side: it shows its steps.
+        traits = _Traits.of(pipe)
         steps = GuidedSteps(clock, kl, dial, resampling, trust_region, traits.patch_size)
         tap = SchedulerTap(steps)
         stack.callback(tap.release)
         steps.follow(pipe, tap)
-        parts = ModeParts(network, networks, clock, traits.patch_size, path_kl, every)
-        evaluator: Mode = MODES[mode].load()(parts)
-        hook = _Hook(pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments)
-        stack.enter_context(_installed(denoiser, hook))
+
+        # The networks' side: the mode evaluates in place of a reference's own forward.
+        for name in names:
+            attached = _attach_all(pipe, name, anchors, stack)
+            networks = Networks(
+                unwrapped(getattr(pipe, name)),
+                attached,
+                cost,
+                batched=batched,
+                checks_batches=not traits.is_known,
+                shared_start=shared_start,
+            )
+            network = unwrapped(getattr(pipe, name))
+            parts = ModeParts(network, networks, clock, traits.patch_size, path_kl, every)
+            evaluator: Mode = MODES[mode].load()(parts)
+            hook = _Hook(pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments)
+            stack.enter_context(_installed(getattr(pipe, name), hook))
         yield dial
 
 
@@ -189,9 +199,8 @@ class _Traits(NamedTuple):
     @classmethod
     def of(cls, pipe: Any) -> _Traits:
         """The traits of a pipeline."""
-        try:
-            family = family_of(pipe)
-        except ValueError:
+        family = known_family(pipe)
+        if family is None:
             return cls()
         return cls(True, family.patch_size, family.shared_arguments)
 
@@ -228,12 +237,33 @@ def _check_mode(
         raise ValueError(f"trust_region is for one anchor, and there are {anchors}")
 
 
-def _check_pipeline(pipe: Any, name: str) -> None:
+def _realigned_denoisers(pipe: Any) -> list[str]:
+    """The attributes of a pipeline whose networks are realigned. Raises ValueError.
+
+    Two that share one chain of steps, as those of Wan 2.2 for early and late steps, are realigned
+    both. Of a network for the unconditional branch alone there is no anchor.
+    """
+    first = denoiser_name(pipe)
+    if type(unwrapped(getattr(pipe, first))).__name__ == PRIOR_CLASS:
+        raise ValueError(
+            f"{type(pipe).__name__} uses weights of its {first} outside of the network's forward, "
+            "where an anchor's cannot take their place: realign the pipeline that decodes"
+        )
+    names = denoiser_names(pipe)
+    if any(name not in (first, *SHARED_CHAIN) for name in names):
+        raise ValueError(
+            f"{type(pipe).__name__} runs several models one after the other ({', '.join(names)}): "
+            "realign the pipeline of one of them"
+        )
+    return [name for name in names if name != UNCONDITIONAL]
+
+
+def _check_pipeline(pipe: Any, names: Sequence[str]) -> None:
     """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline.
 
     Args:
         pipe: the pipeline.
-        name: of its denoiser.
+        names: of its denoisers.
     """
     scheduler = getattr(pipe, "scheduler", None)
     config = getattr(scheduler, "config", {})
@@ -242,22 +272,45 @@ def _check_pipeline(pipe: Any, name: str) -> None:
             f"{type(scheduler).__name__} has a learned variance, whose mixture is not one of "
             "outputs: use a scheduler with a fixed variance"
         )
-    registry = getattr(getattr(pipe, name), "_diffusers_hook", None)
-    if registry and HOOK in registry.hooks:
-        raise ValueError(
-            "this pipeline is being realigned already: leave that context first, or give several "
-            "anchors to one"
-        )
+    for name in names:
+        registry = getattr(getattr(pipe, name), "_diffusers_hook", None)
+        if registry and HOOK in registry.hooks:
+            raise ValueError(
+                "this pipeline is being realigned already: leave that context first, or give "
+                "several anchors to one"
+            )
 
 
-def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter | FullAnchor:
-    """Load an anchor's weights: a LoRA onto the reference's network, or weights for it."""
-    if anchor.method == "full":
-        denoiser = unwrapped(getattr(pipe, denoiser_name(pipe)))
-        return FullAnchor(denoiser, anchor, pipeline_label(pipe))
-    adapter = Adapter(pipe, anchor, number)
-    stack.callback(adapter.remove)
-    return adapter
+def _attach_all(
+    pipe: Any, name: str, anchors: Sequence[Anchor], stack: ExitStack
+) -> list[Adapter | FullAnchor]:
+    """Load the anchors' weights for one denoiser.
+
+    LoRAs are attached to the reference's network, and full anchors are weights for it.
+
+    Args:
+        pipe: the pipeline.
+        name: of the denoiser.
+        anchors: the anchors.
+        stack: undoes it.
+    """
+    network = unwrapped(getattr(pipe, name))
+    check_unfused(network, lora_layers(network))
+    is_first = name == denoiser_name(pipe)
+    has_others = len(_realigned_denoisers(pipe)) > 1
+    attached: list[Adapter | FullAnchor] = []
+    for number, anchor in enumerate(anchors):
+        if anchor.method == "full":
+            own = anchor.part(name) if has_others or not is_first else anchor
+            attached.append(FullAnchor(network, own, pipeline_label(pipe)))
+            continue
+        adapter = Adapter(pipe, anchor, number, name)
+        stack.callback(adapter.remove)
+        attached.append(adapter)
+    for adapter in attached:
+        if isinstance(adapter, Adapter):
+            stack.enter_context(adapter.detached())
+    return attached
 
 
 class _Hook(ModelHook):
@@ -281,6 +334,8 @@ class _Hook(ModelHook):
         self.steps = steps
         self.tap = tap
         self.shared_arguments = shared_arguments
+        # The chain that the networks have been made ready for.
+        self._chain = 0
         # The network's forward, compiled, where the network was compiled in place.
         self.compiled_forward: Any = None
 
@@ -295,8 +350,9 @@ class _Hook(ModelHook):
         self.steps.follow(calling_pipeline(self.pipe), self.tap)
         clock = self.steps.clock
         clock.tick(call.timestep)
-        if clock.is_new_call or clock.index is None:
+        if clock.chain != self._chain or clock.index is None:
             self.networks.begin_chain()
+            self._chain = clock.chain
         lams = self.dial.begin_evaluation(call.rows)
 
         mixed = self.mode.evaluate(call, lams)

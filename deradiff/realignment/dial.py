@@ -12,7 +12,7 @@ from torch import Tensor
 from deradiff.method.branches import BranchStrengths, ByBranch
 from deradiff.method.lambdas import Lambda, Strength, validated, value_at
 from deradiff.realignment.clock import Clock
-from deradiff.realignment.networks import Networks
+from deradiff.realignment.networks import Cost
 from deradiff.realignment.path_kl import PathKL
 from deradiff.realignment.resampling import Resampling
 
@@ -44,10 +44,12 @@ class Dial:
     `realign` makes it; users set `lam` and read the other attributes.
 
     Args:
-        networks: the reference and its anchors.
+        anchors: the number of anchors.
+        cost: what was evaluated.
         clock: the step that the pipeline is at.
         kl: the path KL of the chain.
         resampling: the particles; None: there are none.
+        takes_branches: whether the mode takes a lambda for each branch of guidance.
 
     Attributes:
         lams: lambda of each anchor.
@@ -56,16 +58,19 @@ class Dial:
 
     def __init__(
         self,
-        networks: Networks,
+        anchors: int,
+        cost: Cost,
         clock: Clock,
         kl: PathKL,
         resampling: Resampling | None,
+        takes_branches: bool,
     ) -> None:
-        self._networks = networks
+        self._anchors = anchors
+        self._cost = cost
         self._clock = clock
         self._kl = kl
         self._resampling = resampling
-        self._rows_requested = 0
+        self._takes_branches = takes_branches
         self._has_warned = False
         self._has_warned_negative = False
         self.lams: list[Lambda] = []
@@ -82,11 +87,13 @@ class Dial:
         Raises:
             ValueError: for a value that is none of these, or another number of them than anchors.
         """
-        return self.lams[0] if len(self._networks.anchors) == 1 else list(self.lams)
+        return self.lams[0] if self._anchors == 1 else list(self.lams)
 
     @lam.setter
     def lam(self, lam: Lambda | Sequence[Lambda]) -> None:
-        lams = validated_lams(lam, len(self._networks.anchors))
+        lams = validated_lams(lam, self._anchors)
+        if any(isinstance(value, ByBranch) for value in lams) and not self._takes_branches:
+            raise ValueError("a lam for each branch of guidance needs mode='exact'")
         known = [value for value in lams if isinstance(value, float | Tensor)]
         self._warn_beyond(known, stacklevel=3)
         self.lams = lams
@@ -121,7 +128,7 @@ class Dial:
 
         Of the last call of the pipeline, or of the one that is running.
         """
-        return self._networks.rows_evaluated / max(self._rows_requested, 1)
+        return self._cost.rows_evaluated / max(self._cost.rows_requested, 1)
 
     def begin_evaluation(self, rows: int) -> list[Strength]:
         """Begin an evaluation of the denoiser.
@@ -133,9 +140,9 @@ class Dial:
             The strength of each anchor at this step.
         """
         if self._clock.is_new_call:
-            self._rows_requested = 0
-            self._networks.rows_evaluated = 0
-        self._rows_requested += rows
+            self._cost.rows_requested = 0
+            self._cost.rows_evaluated = 0
+        self._cost.rows_requested += rows
         self.strengths = [_strength_at(lam, self._clock.fraction) for lam in self.lams]
         self._warn_beyond(self.strengths, stacklevel=2)
         return self.strengths

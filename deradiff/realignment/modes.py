@@ -235,8 +235,9 @@ class Reuse(Mode):
         self.every = parts.every
         # The last two that were evaluated, for each of the evaluations that a step makes.
         self._history: dict[int, list[_Evaluated]] = {}
-        # The rows of each of these evaluations.
+        # The rows of each of these evaluations, and the chain that they are of.
         self._rows: dict[int, int] = {}
+        self._chain = 0
 
     def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         """Evaluate one network, or both where the difference is due.
@@ -305,7 +306,8 @@ class Reuse(Mode):
 
         It is also empty where guidance was switched on or off in the middle of a call.
         """
-        if self.clock.is_new_call or self.clock.index is None:
+        if self.clock.chain != self._chain or self.clock.index is None:
+            self._chain = self.clock.chain
             self._history = {}
             self._rows = {}
         evaluation = self.clock.evaluation
@@ -337,6 +339,7 @@ class Weights(Mode):
         self._lams: list[float] = []
         self._slots: list[Slot] = []
         self._sums: list[Tensor] = []
+        self._chain = 0
 
     def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         """Evaluate one network, and the reference too where the path KL needs it.
@@ -382,6 +385,7 @@ class Weights(Mode):
             anchor.follow()
         if summed and not self._is_current(lams):
             self._compute_sums(summed)
+            self._chain = self.clock.chain
             self._lams = list(lams)
         with ExitStack() as stack:
             if summed:
@@ -392,7 +396,7 @@ class Weights(Mode):
 
     def _is_current(self, lams: Sequence[float]) -> bool:
         """Whether the sums are those of these lams and of the network as it is."""
-        is_new_chain = self.clock.is_new_call
+        is_new_chain = self.clock.chain != self._chain
         if is_new_chain or self._lams != list(lams) or not self._slots:
             return False
         for slot, total in zip(self._slots, self._sums):

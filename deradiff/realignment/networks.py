@@ -132,21 +132,32 @@ class Output:
         return tree_unflatten(self.leaves, self.structure)
 
 
+@dataclass
+class Cost:
+    """How many rows were evaluated in a call of the pipeline, by whatever network.
+
+    Attributes:
+        rows_requested: by the pipeline.
+        rows_evaluated: by the reference and the anchors.
+    """
+
+    rows_requested: int = 0
+    rows_evaluated: int = 0
+
+
 class Networks:
     """The reference and its anchors on one input.
 
     Args:
         denoiser: the reference network.
         anchors: LoRA anchors on the reference's network, or full anchors for it.
+        cost: counts the rows that are evaluated.
         batched: run the rows of a LoRA anchor and of the reference as one batch.
         checks_batches: compare the first joint evaluation of a chain with separate ones, for a
             network of whose arguments it is not known which have rows.
         shared_start: remember the first step of a chain, and answer from memory when it is asked
             for again, as every lambda of a sweep from the same noise does. What the arguments do
             not show, such as the scale of an IP-Adapter, must not change meanwhile.
-
-    Attributes:
-        rows_evaluated: rows that any network has evaluated; whoever counts sets it back.
 
     Raises:
         ValueError: for `batched` with anchors whose rows cannot run in the reference's batch.
@@ -156,6 +167,7 @@ class Networks:
         self,
         denoiser: nn.Module,
         anchors: Sequence[Adapter | FullAnchor],
+        cost: Cost,
         *,
         batched: bool,
         checks_batches: bool,
@@ -165,8 +177,8 @@ class Networks:
         self.batched = batched
         self.checks_batches = checks_batches
         self.shared_start = shared_start
+        self.cost = cost
         self.caches = CacheStates(denoiser)
-        self.rows_evaluated = 0
         self._memories = Memories()
         self._first: tuple[Call, dict[int, Output]] | None = None
         self._is_batch_checked = not checks_batches
@@ -227,7 +239,7 @@ class Networks:
         models = [model for model, is_wanted in enumerate(wanted) if is_wanted]
         missing = [model for model in models if model not in outputs]
         outputs.update(self._evaluate(call, missing))
-        self.rows_evaluated += len(missing) * call.rows
+        self.cost.rows_evaluated += len(missing) * call.rows
         return [outputs[i] if is_wanted else None for i, is_wanted in enumerate(wanted)]
 
     def _remembered(self, call: Call) -> dict[int, Output]:

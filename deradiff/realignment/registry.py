@@ -48,6 +48,7 @@ class ModeSpec:
         batched: it goes together with `batched=True`.
         trust_region: it goes together with a trust region.
         several_anchors: it can mix more than one anchor.
+        branches: it takes a lambda for each branch of guidance.
         measures_path_kl: it evaluates the reference anyway at every lambda between 0 and 1, so that
             the path KL is measured at next to no cost. The sample stage then measures it unless
             told otherwise.
@@ -60,6 +61,7 @@ class ModeSpec:
     batched: bool = False
     trust_region: bool = False
     several_anchors: bool = True
+    branches: bool = False
     measures_path_kl: bool = True
 
     def load(self) -> Any:
@@ -76,6 +78,7 @@ MODES = {
         particles=True,
         batched=True,
         trust_region=True,
+        branches=True,
     ),
     "reuse": ModeSpec(
         implementation="deradiff.realignment.modes:Reuse",
