@@ -90,7 +90,7 @@ def test_folders_of_another_kind(refused, folder: Path, tmp_path: Path) -> None:
     refused("is no CLIPModel folder", "clip", TOKENIZER)
     tiny_clip.write_config(tmp_path / "config.json", {"model_type": "siglip"})
     refused("config.json of model_type clip", "clip", str(tmp_path))
-    refused("leave it out", "clip", Path("hf"), None, CONFIG)
+    refused("remove model_config", "clip", Path("hf"), None, CONFIG)
     tiny_clip.huggingface_model().config.save_pretrained(tmp_path)
     refused("holds no model.safetensors or pytorch_model.bin", "clip", str(tmp_path), TOKENIZER)
     refused("could not be read from the hub", "clip", Path("bare"))
