@@ -1,4 +1,4 @@
-"""The shipped shapes world loads in stock diffusers, is small, and is as good as its figures say."""
+"""The shipped shapes world: it loads in stock diffusers, is small, and is as good as its figures."""
 
 import json
 
