@@ -1,4 +1,4 @@
-"""The shipped shapes world: it loads in stock diffusers, is small, and is as good as its figures."""
+"""The shipped shapes world: it loads in stock diffusers, is small, and keeps its figures."""
 
 import json
 
