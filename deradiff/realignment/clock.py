@@ -112,15 +112,17 @@ class Clock:
         self.is_new_call = self._is_running
         self.chain += 1
 
-        # An image to start from skips steps. The scheduler counts them, or the time tells.
+        # An image to start from skips steps. The scheduler counts them, or the time tells. No chain
+        # starts at a time of 1 in 1000: a network that is told it is told t / 1000.
         matches = _matches(self._times, timestep)
+        matches = [index for index in matches if self._times[index] > 1 or max(self._times) <= 1]
         start = getattr(scheduler, "step_index", None)
         if start is None:
             start = getattr(scheduler, "begin_index", None)
         if start is None:
             start = matches[0] if matches else 0
         self.start_index = start
-        self._is_told_time = start in matches
+        self._is_told_time = start in matches and _is_precise(timestep)
 
     def _current_index(self, timestep: Tensor | float | None) -> int | None:
         """The scheduler's own count where it keeps one, and ours of the steps taken elsewhere.
@@ -158,6 +160,11 @@ class Clock:
         if min(self._times) < 0 or max(self._times) > scale or max(self._times) <= 0.01 * scale:
             return self.index / len(self._times)
         return 1 - self._times[self.index] / scale
+
+
+def _is_precise(timestep: Tensor | float | None) -> bool:
+    """Whether a time that the network is told tells neighbouring steps apart."""
+    return not isinstance(timestep, Tensor) or timestep.dtype not in (torch.bfloat16, torch.half)
 
 
 def _matches(times: list[float], timestep: Tensor | float | None) -> list[int]:

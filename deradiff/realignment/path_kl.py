@@ -18,6 +18,13 @@ NONLINEAR_SETTINGS = ("clip_sample", "thresholding")
 """Settings of schedulers whose steps are not linear in the network's output."""
 
 
+class NonlinearStepWarning(UserWarning):
+    """The scheduler clips its predictions, so that mixing outputs is not the closed form.
+
+    Given once for each `realign`.
+    """
+
+
 class UnknownPathKLWarning(UserWarning):
     """The path KL is nan, for a reason that the message says. Given once for each `realign`."""
 
@@ -57,16 +64,27 @@ class PathKL:
         scheduler = self.clock.scheduler
         for setting in NONLINEAR_SETTINGS:
             if scheduler.config.get(setting):
-                self.unknown = (
-                    f"{type(scheduler).__name__} clips its predictions ({setting}=True), so that "
-                    "its step is not that of a Gaussian mixture"
-                )
+                self.unknown = f"{type(scheduler).__name__} clips its predictions ({setting}=True)"
+                self._warn_nonlinear(setting)
                 return
         try:
             self._factors = kl_factors(scheduler).tolist()
         except Exception as error:
             # Schedulers are many, and nobody may have asked for the path KL.
             self.unknown = f"{type(scheduler).__name__} does not tell its noise levels ({error})"
+
+    def _warn_nonlinear(self, setting: str) -> None:
+        """Say once that the scheduler's step is not linear in the network's output."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{self.unknown}, so that its step is not linear: the outputs are mixed before it as "
+            "always, but this is not the mixture of the steps' distributions, and the path KL is "
+            f"nan; give a scheduler with {setting}=False",
+            NonlinearStepWarning,
+            stacklevel=2,
+        )
 
     @property
     def factor(self) -> float:
