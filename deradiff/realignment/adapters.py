@@ -240,11 +240,13 @@ class Adapter:
         for layer in self.layers.values():
             base = layer.get_base_layer().weight
             ours = layer.lora_A[self.name].weight
+            # Weights that are stored in float8 are cast when their layer runs.
+            dtype = ours.dtype if base.dtype.itemsize == 1 else base.dtype
             is_offloaded = base.device.type == "meta"
-            if is_offloaded or (base.device, base.dtype) == (ours.device, ours.dtype):
+            if is_offloaded or (base.device, dtype) == (ours.device, ours.dtype):
                 return  # All layers are alike.
-            layer.lora_A[self.name].to(base.device, base.dtype)
-            layer.lora_B[self.name].to(base.device, base.dtype)
+            layer.lora_A[self.name].to(base.device, dtype)
+            layer.lora_B[self.name].to(base.device, dtype)
 
     @contextmanager
     def _scaled_by_row(self, scales: Tensor) -> Iterator[None]:

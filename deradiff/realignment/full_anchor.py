@@ -186,7 +186,8 @@ def _check_offloading(denoiser: nn.Module) -> None:
         if hook is None:
             continue
         group: Any = hook.group  # type: ignore[attr-defined]
-        if group.stream is not None or group.offload_to_disk_path or group.parameters:
+        moves_one_by_one = group.parameters and group.onload_device.type != "cpu"
+        if group.stream is not None or group.offload_to_disk_path or moves_one_by_one:
             raise ValueError(
                 "group offloading keeps copies of the pipeline's own weights, which a full anchor "
                 "cannot take the place of: use pipe.enable_model_cpu_offload(), or a LoRA anchor"

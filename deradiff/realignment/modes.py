@@ -589,7 +589,10 @@ def _companions(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) -
             known.append((tensor, weight))
     mixture = linear_combination([tensor for tensor, _ in known], [w for _, w in known])
     # An anchor of weight 0 is as good as the reference: its difference counts for nothing.
-    own_anchors = [wide[0] if anchor is None else anchor for anchor in wide[1:]]
+    own_anchors = []
+    for anchor in wide[1:]:
+        is_known = anchor is not None or wide[0] is None
+        own_anchors.append(anchor if is_known else wide[0].clone())
     return Companions(wide[0], mixture.clone(), tuple(own_anchors))
 
 

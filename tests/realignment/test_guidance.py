@@ -1,0 +1,239 @@
+"""Whatever guidance a pipeline has, what realignment measures and mixes is what guidance makes.
+
+Each is compared with a second run by hand, which evaluates both networks at the chain's latents and
+guides the reference and the mixture apart.
+"""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+
+from deradiff.method.branches import ByBranch
+from deradiff.method.particles import log_weight
+from deradiff.method.transitions import kl_factors
+from deradiff.realignment.context import realign
+from deradiff.realignment.path_kl import NonlinearStepWarning, UnknownPathKLWarning
+from tests.support.toy_pipeline import GUIDANCES, ToyPipeline, toy_inputs
+
+LAM = 0.6
+every_guidance = pytest.mark.parametrize("guidance", GUIDANCES)
+LINEAR = [name for name in GUIDANCES if name != "rescaled"]
+
+
+@pytest.fixture
+def toy(sd15):
+    """The pipeline, and the network and folder of its anchor."""
+    scheduler = EulerDiscreteScheduler.from_config(sd15.pipe.scheduler.config)
+    return ToyPipeline(sd15.pipe.unet, scheduler), sd15.stock("full1").unet, sd15.anchors["full1"]
+
+
+def mixture_of(reference, anchor, lam):
+    """A network that is the mixture of two."""
+
+    def mixed(*args, **kwargs):
+        own = reference(*args, **kwargs)[0]
+        theirs = anchor(*args, **kwargs)[0]
+        return (own + lam * (theirs - own),)
+
+    return mixed
+
+
+@torch.no_grad()
+def by_hand(pipe, anchor, guidance, lam=LAM, images=2, steps=4):
+    """The latents and the path KL of the mixed chain."""
+    x, text, empty = toy_inputs(images)
+    pipe.scheduler.set_timesteps(steps)
+    factors = kl_factors(pipe.scheduler)
+    x = x * pipe.scheduler.init_noise_sigma
+    path_kl = torch.zeros(images, dtype=torch.float64)
+    for index, t in enumerate(pipe.scheduler.timesteps):
+        scaled = pipe.scheduler.scale_model_input(x, t)
+        guide = GUIDANCES[guidance]
+        mixed = guide(mixture_of(pipe.unet, anchor, lam), scaled, t, text, empty)
+        reference = guide(pipe.unet, scaled, t, text, empty)
+        shift = (mixed - reference).double()
+        path_kl += factors[index] * shift.square().sum((1, 2, 3))
+        x = pipe.scheduler.step(mixed, t, x, return_dict=False)[0]
+    return x, path_kl
+
+
+@every_guidance
+def test_the_chain_and_its_path_kl_are_those_of_a_second_run(toy, guidance):
+    pipe, anchor, folder = toy
+    with realign(pipe, folder, LAM) as dial:
+        x = pipe(guidance)
+        path_kl = dial.path_kl
+    assert type(x) is torch.Tensor
+    expected, expected_kl = by_hand(pipe, anchor, guidance)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(path_kl.double(), expected_kl, rtol=1e-5, atol=1e-5)
+
+
+@every_guidance
+def test_the_ends_are_the_stock_pipelines_bit_for_bit(toy, guidance):
+    pipe, _, folder = toy
+    reference = pipe(guidance)
+    own = pipe.unet
+    pipe.unet = type(own).from_pretrained(folder, subfolder="unet")
+    anchored = pipe(guidance)
+    pipe.unet = own
+    with realign(pipe, folder, 0) as dial:
+        assert torch.equal(pipe(guidance), reference)
+        assert dial.path_kl.tolist() == [0, 0]
+        dial.lam = 1
+        assert torch.equal(pipe(guidance), anchored)
+
+
+@every_guidance
+def test_each_image_has_its_own_lambda(toy, guidance):
+    pipe, anchor, folder = toy
+    lams = torch.tensor([0.2, 0.9])
+    with realign(pipe, folder, lams) as dial:
+        x = pipe(guidance)
+        path_kl = dial.path_kl
+    for image, lam in enumerate(lams.tolist()):
+        expected, expected_kl = by_hand(pipe, anchor, guidance, lam)
+        torch.testing.assert_close(x[image], expected[image], rtol=0, atol=1e-4)
+        torch.testing.assert_close(path_kl[image].double(), expected_kl[image], rtol=1e-4, atol=0)
+
+
+def test_a_lambda_for_another_number_of_images_is_refused(toy):
+    pipe, _, folder = toy
+    with (
+        realign(pipe, folder, torch.tensor([0.1, 0.2, 0.3, 0.4])),
+        pytest.raises(ValueError, match="lam is of 4 images and the pipeline samples 2"),
+    ):
+        pipe("one_batch")
+
+
+@every_guidance
+def test_a_mask_mixes_each_region_by_its_own_lambda(toy, guidance):
+    pipe, _, folder = toy
+    with realign(pipe, folder, LAM):
+        number = pipe(guidance)
+    with realign(pipe, folder, torch.full((8, 8), LAM)):
+        mask = pipe(guidance)
+    torch.testing.assert_close(mask, number, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", LINEAR)
+def test_a_branch_alone_is_the_anchor_in_that_branch_alone(toy, guidance):
+    pipe, anchor, folder = toy
+
+    def conditional_anchor(x, t, rows, **_):
+        """The anchor for rows of prompts, the reference for others."""
+        _, text, _ = toy_inputs(2)
+        own = pipe.unet(x, t, rows)[0]
+        theirs = anchor(x, t, rows)[0]
+        is_prompt = torch.stack([(row == text).flatten(1).all(1).any() for row in rows])
+        return (torch.where(is_prompt.view(-1, 1, 1, 1), theirs, own),)
+
+    with realign(pipe, folder, ByBranch(conditional=1.0, unconditional=0.0)) as dial:
+        x = pipe(guidance)
+        dial.lam = ByBranch(LAM, LAM)
+        both = pipe(guidance)
+    expected = _chain(pipe, conditional_anchor, guidance)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+    expected, _ = by_hand(pipe, anchor, guidance)
+    torch.testing.assert_close(both, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def _chain(pipe, network, guidance):
+    x, text, empty = toy_inputs(2)
+    pipe.scheduler.set_timesteps(4)
+    x = x * pipe.scheduler.init_noise_sigma
+    for t in pipe.scheduler.timesteps:
+        scaled = pipe.scheduler.scale_model_input(x, t)
+        guided = GUIDANCES[guidance](network, scaled, t, text, empty)
+        x = pipe.scheduler.step(guided, t, x, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.filterwarnings("ignore::deradiff.realignment.resampling.GuidedParticlesWarning")
+@every_guidance
+def test_particles_are_weighed_by_guided_differences(toy, guidance, monkeypatch):
+    pipe, _, folder = toy
+    seen = []
+
+    def note(factor, lams, differences):
+        weights = log_weight(factor, lams, differences)
+        seen.append((lams[0] * differences[0], len(weights)))
+        return weights
+
+    monkeypatch.setattr("deradiff.realignment.resampling.log_weight", note)
+    with realign(pipe, folder, LAM, particles=2) as dial:
+        pipe(guidance)
+        assert dial.ess.shape == (1,)
+    assert [rows for _, rows in seen] == [2] * 4
+
+
+@pytest.mark.parametrize("guidance", LINEAR)
+def test_the_trust_region_bounds_the_guided_step(toy, guidance):
+    pipe, anchor, folder = toy
+    with realign(pipe, folder, 1.0):
+        at_anchor = pipe(guidance)
+    with pytest.warns(UserWarning, match="beyond"), realign(pipe, folder, 3.0, trust_region=1e-9):
+        bounded = pipe(guidance)
+    torch.testing.assert_close(bounded, at_anchor, rtol=0, atol=1e-3)
+    with pytest.warns(UserWarning, match="beyond"), realign(pipe, folder, 3.0, trust_region=1e9):
+        unbounded = pipe(guidance)
+    expected, _ = by_hand(pipe, anchor, guidance, lam=3.0)
+    torch.testing.assert_close(unbounded, expected, rtol=0, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_it_is_known_in_inference_mode_too(toy):
+    pipe, anchor, folder = toy
+    with realign(pipe, folder, LAM) as dial:
+        pipe("two_calls")
+        path_kl = dial.path_kl
+    _, expected = by_hand(pipe, anchor, "two_calls")
+    torch.testing.assert_close(path_kl.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scheduler_of_unknown_noise_is_mixed_all_the_same_and_nan_is_said_once(toy):
+    pipe, _, folder = toy
+    pipe.scheduler = EDMEulerScheduler()
+    with realign(pipe, folder, LAM) as dial:
+        assert pipe("one_batch").isfinite().all()
+        with pytest.warns(UnknownPathKLWarning, match="EDMEulerScheduler does not tell") as caught:
+            assert dial.path_kl.isnan().all()
+            assert dial.path_kl.isnan().all()
+    assert len(caught) == 1
+
+
+def test_a_step_that_clips_is_said_once_and_its_path_kl_is_nan(toy):
+    pipe, _, folder = toy
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+    with (
+        pytest.warns(NonlinearStepWarning, match="clip_sample=False") as caught,
+        realign(pipe, folder, LAM) as dial,
+    ):
+        pipe("one_batch")
+        pipe("one_batch")
+        assert dial.path_kl.isnan().all()
+    assert [w.category for w in caught] == [NonlinearStepWarning]
+    with (
+        pytest.warns(NonlinearStepWarning),
+        pytest.raises(ValueError, match="particles needs the KL divergence of each step"),
+        realign(pipe, folder, LAM, particles=2),
+    ):
+        pipe("one_batch")
+
+
+def test_an_output_that_is_written_elsewhere_makes_the_path_kl_nan_and_not_wrong(toy, monkeypatch):
+    pipe, anchor, folder = toy
+
+    def elsewhere(network, x, t, text, empty):
+        buffer = torch.empty_like(x)
+        buffer[:] = GUIDANCES["one_batch"](network, x, t, text, empty)
+        return buffer
+
+    monkeypatch.setitem(GUIDANCES, "elsewhere", elsewhere)
+    with realign(pipe, folder, LAM) as dial:
+        x = pipe("elsewhere")
+        with pytest.warns(UnknownPathKLWarning, match="could not be followed"):
+            assert dial.path_kl.isnan().all()
+    expected, _ = by_hand(pipe, anchor, "one_batch")
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)

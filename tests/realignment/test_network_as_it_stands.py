@@ -1,0 +1,279 @@
+"""The anchor's network is the reference's module as it stands at the call, with other weights.
+
+So whatever is put on the network after it was loaded acts on reference and anchor alike: at lam = 1
+the pipeline is the stock one with the anchor's weights and the same change, bit for bit.
+"""
+
+import copy
+import threading
+
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import apply_group_offloading
+
+from deradiff.realignment.context import realign
+from tests.support.realign_world import fingerprint, sample
+
+ANCHORS = ["full1", "lora1"]
+every_anchor = pytest.mark.parametrize("anchor", ANCHORS)
+
+
+def assert_dialled(pipe, stock, folder, change, **options):
+    """Assert that the dial's ends are stock pipelines with a change, and its middle is neither."""
+    for changed in (pipe, stock):
+        change(changed)
+    reference = sample(pipe, **options)
+    anchored = sample(stock, **options)
+    assert not torch.equal(reference, anchored)
+    with realign(pipe, folder, 0) as dial:
+        assert torch.equal(sample(pipe, **options), reference)
+        dial.lam = 1
+        assert torch.equal(sample(pipe, **options), anchored)
+        dial.lam = 0.5
+        middle = sample(pipe, **options)
+    distance = (anchored - reference).norm()
+    assert (middle - reference).norm() > 0.05 * distance
+    assert (middle - anchored).norm() > 0.05 * distance
+    assert torch.equal(sample(pipe, **options), reference)
+
+
+@every_anchor
+def test_freeu_acts_on_both(sd15, anchor):
+    def change(pipe):
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+
+    assert_dialled(sd15.pipe, sd15.stock(anchor), sd15.anchors[anchor], change)
+
+
+def test_what_is_switched_on_inside_the_context_acts_on_both(sd15):
+    stock = sd15.stock("full1")
+    stock.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    anchored = sample(stock)
+    with realign(sd15.pipe, sd15.anchors["full1"], 1):
+        sd15.pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+        assert torch.equal(sample(sd15.pipe), anchored)
+
+
+def test_fused_projections_are_those_of_the_anchor(sd15):
+    def change(pipe):
+        pipe.fuse_qkv_projections()
+
+    assert_dialled(sd15.pipe, sd15.stock("full1"), sd15.anchors["full1"], change)
+
+
+def test_a_lora_on_fused_projections_is_refused(sd15):
+    sd15.pipe.fuse_qkv_projections()
+    with (
+        pytest.raises(ValueError, match="call pipe.unfuse_qkv_projections"),
+        realign(sd15.pipe, sd15.anchors["lora1"], 0.5),
+    ):
+        pass
+
+
+@every_anchor
+def test_layers_cast_to_float8_at_rest_are_cast_in_the_anchor_too(sd15, anchor):
+    def change(pipe):
+        pipe.unet.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+        )
+
+    stock = sd15.stock(anchor)
+    if anchor == "lora1":
+        # The stock pipeline's LoRA is attached after the casting, as the dial's is.
+        stock = copy.deepcopy(sd15.pipe)
+        change(stock)
+        stock.load_lora_weights(sd15.anchors[anchor])
+        change(sd15.pipe)
+        assert_dialled(sd15.pipe, stock, sd15.anchors[anchor], lambda pipe: None)
+    else:
+        assert_dialled(sd15.pipe, stock, sd15.anchors[anchor], change)
+
+
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=0.5),
+    "taylorseer": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+    "pyramid": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: 500,
+    ),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@every_anchor
+def test_each_model_has_a_cache_of_its_own(worlds, anchor, cache):
+    flux = worlds["flux"].copy()
+
+    def change(pipe):
+        pipe.transformer.enable_cache(CACHES[cache])
+
+    options = {"num_inference_steps": 5}
+    assert_dialled(flux.pipe, flux.stock(anchor), flux.anchors[anchor], change, **options)
+
+
+def test_a_cache_and_modes_that_leave_evaluations_out_are_refused(worlds):
+    flux = worlds["flux"].copy()
+    flux.pipe.transformer.enable_cache(CACHES["first block"])
+    with (
+        pytest.raises(ValueError, match="which a cache of diffusers on the network counts"),
+        realign(flux.pipe, flux.anchors["full1"], 0.5, mode="reuse"),
+    ):
+        sample(flux.pipe)
+    with (
+        pytest.raises(ValueError, match="do not go together: switch off one of them"),
+        realign(flux.pipe, flux.anchors["full1"], 0.5, shared_start=True),
+    ):
+        sample(flux.pipe)
+
+
+def test_a_full_anchor_does_not_mix_with_copies_that_group_offloading_keeps(sd15, tmp_path):
+    apply_group_offloading(
+        sd15.pipe.unet,
+        onload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        offload_to_disk_path=str(tmp_path),
+    )
+    with (
+        pytest.raises(ValueError, match="group offloading keeps copies"),
+        realign(sd15.pipe, sd15.anchors["full1"], 0.5),
+    ):
+        pass
+
+
+@every_anchor
+def test_group_offloading_without_copies_is_exact(sd15, anchor):
+    def change(pipe):
+        apply_group_offloading(
+            pipe.unet, onload_device=torch.device("cpu"), offload_type="leaf_level"
+        )
+
+    assert_dialled(sd15.pipe, sd15.stock(anchor), sd15.anchors[anchor], change)
+
+
+@pytest.mark.parametrize("steps", [28, 50])
+def test_flux_in_bfloat16_loses_no_step(worlds, steps):
+    flux = worlds["flux"].copy()
+    flux.pipe.to(torch.bfloat16)
+    seen = []
+
+    def lam(fraction):
+        seen.append(fraction)
+        return 0.5
+
+    options = {"num_inference_steps": steps, "guidance_scale": 1.0}
+    with realign(flux.pipe, flux.anchors["full1"], lam) as dial:
+        sample(flux.pipe, **options)
+        assert dial.path_kl.isfinite().all()
+        assert dial.path_kl.gt(0).all()
+    assert len(set(seen)) == steps
+    assert seen == sorted(seen)
+    with realign(flux.pipe, flux.anchors["full1"], 0.5, mode="reuse", every=4) as dial:
+        sample(flux.pipe, **options)
+        assert dial.evaluations == pytest.approx(1 + -(-steps // 4) / steps)
+
+
+def test_lists_that_a_network_empties_are_fresh_for_each_model(sd15):
+    """As a T2I-Adapter's `down_intrablock_additional_residuals`, from which the UNet pops."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    channels = sd15.pipe.unet.config.block_out_channels
+    generator = torch.Generator().manual_seed(2)
+    residuals = [torch.randn(2, width, 1, 1, generator=generator) for width in channels]
+
+    def ask(unet):
+        with torch.no_grad():
+            given = [residual.clone() for residual in residuals]
+            return unet(x, 401, text, down_intrablock_additional_residuals=given)[0]
+
+    reference = ask(sd15.pipe.unet)
+    anchored = ask(sd15.stock("full1").unet)
+    plain = sd15.pipe.unet(x, 401, text)[0]
+    assert not torch.equal(reference, plain)
+    with realign(sd15.pipe, sd15.anchors["full1"], 0.5):
+        middle = ask(sd15.pipe.unet)
+    torch.testing.assert_close(middle, 0.5 * (reference + anchored), rtol=0, atol=1e-5)
+
+
+def test_networks_that_take_and_return_lists_are_mixed_row_by_row(sd15, tmp_path, monkeypatch):
+    """As Z-Image's."""
+    from tests.support.toy_pipeline import ToyPipeline
+
+    pipe = ToyPipeline(sd15.pipe.unet, sd15.pipe.scheduler)
+    plain = pipe("one_batch")
+    with realign(pipe, sd15.anchors["full1"], torch.tensor([0.25, 0.75])):
+        expected = pipe("one_batch")
+
+    own_forward = type(pipe.unet).forward
+
+    def forward(self, x, t, text, return_dict=False):
+        output = own_forward(self, torch.stack(x), t, text, return_dict=False)[0]
+        return (list(output.unbind()),)
+
+    def listed(network, x, t, text, empty):
+        rows = [*x.unbind(), *x.unbind()]
+        out = torch.stack(network(rows, t, torch.cat([empty, text]), return_dict=False)[0])
+        unconditional, conditional = out.chunk(2)
+        return unconditional + 3.0 * (conditional - unconditional)
+
+    monkeypatch.setattr(type(pipe.unet), "forward", forward)
+    monkeypatch.setitem(
+        __import__("tests.support.toy_pipeline").support.toy_pipeline.GUIDANCES, "listed", listed
+    )
+    assert torch.equal(pipe("listed"), plain)
+    with realign(pipe, sd15.anchors["full1"], torch.tensor([0.25, 0.75])) as dial:
+        torch.testing.assert_close(pipe("listed"), expected, rtol=0, atol=1e-5)
+        assert dial.path_kl.gt(0).all()
+
+
+def test_adapters_that_go_inside_the_context_are_answered_in_one_sentence(sd15):
+    sd15.pipe.load_lora_weights(sd15.anchors["lora2"], adapter_name="style")
+    before = fingerprint(sd15.pipe.unet)
+    with realign(sd15.pipe, sd15.anchors["lora1"], 0.5):
+        sample(sd15.pipe)
+        sd15.pipe.unload_lora_weights()
+        with pytest.raises(ValueError, match="was removed from the network while"):
+            sample(sd15.pipe)
+    assert "peft_config" not in vars(sd15.pipe.unet)
+    assert before["adapters"] == ["style"]
+
+
+def test_the_users_lora_may_be_deleted_inside(sd15):
+    sd15.pipe.load_lora_weights(sd15.anchors["lora2"], adapter_name="style")
+    with realign(sd15.pipe, sd15.anchors["lora1"], 0) as dial:
+        sd15.pipe.delete_adapters("style")
+        at_zero = sample(sd15.pipe)
+        dial.lam = 1
+        at_one = sample(sd15.pipe)
+    torch.testing.assert_close(at_zero, sample(sd15.pipe), rtol=0, atol=1e-5)
+    torch.testing.assert_close(at_one, sample(sd15.stock("lora1")), rtol=0, atol=1e-5)
+
+
+def test_several_threads_have_a_pipeline_each(sd15, worlds):
+    pipes = [worlds["sd15"].copy().pipe for _ in range(3)]
+    lams = (0.2, 0.5, 0.8)
+    alone = []
+    for pipe, lam in zip(pipes, lams):
+        with realign(pipe, sd15.anchors["full1"], lam) as dial:
+            alone.append((sample(pipe), dial.path_kl))
+
+    results = [None] * 3
+
+    def work(number):
+        anchor = sd15.anchors["full1"]
+        with realign(pipes[number], anchor, lams[number]) as dial:
+            results[number] = (sample(pipes[number]), dial.path_kl)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (image, path_kl), (expected, expected_kl) in zip(results, alone):
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(path_kl, expected_kl, rtol=1e-4, atol=0)
