@@ -90,7 +90,20 @@ class Adapter:
         self._collect_layers()
         for layer in self.layers.values():
             layer.lora_dropout[self.name].eval()
+        self._restore_precision(weights, prefix)
         self.follow()
+
+    def _restore_precision(self, weights: LoraWeights, prefix: str) -> None:
+        """Keep the adapter in the precision that the network computes in.
+
+        peft casts it to that of the layer, which may be stored in float8 and cast when it runs.
+        """
+        for path, layer in self.layers.items():
+            for part, module in (("A", layer.lora_A[self.name]), ("B", layer.lora_B[self.name])):
+                if module.weight.dtype.itemsize > 1:
+                    continue
+                own = weights.state[f"{prefix}.{path}.lora_{part}.weight"]
+                module.weight.data = own.to(module.weight.device, self.denoiser.dtype)
 
     def _collect_layers(self) -> None:
         """Note the layers of the network that hold this adapter."""

@@ -4,7 +4,6 @@ So whatever is put on the network after it was loaded acts on reference and anch
 the pipeline is the stock one with the anchor's weights and the same change, bit for bit.
 """
 
-import copy
 import threading
 
 import pytest
@@ -18,6 +17,7 @@ from diffusers.hooks import apply_group_offloading
 
 from deradiff.realignment.context import realign
 from tests.support.realign_world import fingerprint, sample
+from tests.support.toy_pipeline import GUIDANCES, ToyPipeline
 
 ANCHORS = ["full1", "lora1"]
 every_anchor = pytest.mark.parametrize("anchor", ANCHORS)
@@ -69,29 +69,30 @@ def test_fused_projections_are_those_of_the_anchor(sd15):
 def test_a_lora_on_fused_projections_is_refused(sd15):
     sd15.pipe.fuse_qkv_projections()
     with (
-        pytest.raises(ValueError, match="call pipe.unfuse_qkv_projections"),
+        pytest.raises(ValueError, match=r"call pipe\.unfuse_qkv_projections"),
         realign(sd15.pipe, sd15.anchors["lora1"], 0.5),
     ):
         pass
 
 
-@every_anchor
-def test_layers_cast_to_float8_at_rest_are_cast_in_the_anchor_too(sd15, anchor):
-    def change(pipe):
-        pipe.unet.enable_layerwise_casting(
-            storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
-        )
+def float8_at_rest(pipe):
+    pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
 
-    stock = sd15.stock(anchor)
-    if anchor == "lora1":
-        # The stock pipeline's LoRA is attached after the casting, as the dial's is.
-        stock = copy.deepcopy(sd15.pipe)
-        change(stock)
-        stock.load_lora_weights(sd15.anchors[anchor])
-        change(sd15.pipe)
-        assert_dialled(sd15.pipe, stock, sd15.anchors[anchor], lambda pipe: None)
-    else:
-        assert_dialled(sd15.pipe, stock, sd15.anchors[anchor], change)
+
+def test_layers_stored_in_float8_are_so_in_a_full_anchor_too(sd15):
+    assert_dialled(sd15.pipe, sd15.stock("full1"), sd15.anchors["full1"], float8_at_rest)
+
+
+def test_a_lora_on_layers_stored_in_float8_keeps_its_precision(sd15):
+    exact = sample(sd15.stock("lora1")) - sample(sd15.pipe)
+    float8_at_rest(sd15.pipe)
+    with realign(sd15.pipe, sd15.anchors["lora1"], 0) as dial:
+        reference = sample(sd15.pipe)
+        dial.lam = 1
+        difference = sample(sd15.pipe) - reference
+    assert (difference - exact).norm() < 0.5 * exact.norm()
 
 
 CACHES = {
@@ -202,8 +203,6 @@ def test_lists_that_a_network_empties_are_fresh_for_each_model(sd15):
 
 def test_networks_that_take_and_return_lists_are_mixed_row_by_row(sd15, tmp_path, monkeypatch):
     """As Z-Image's."""
-    from tests.support.toy_pipeline import ToyPipeline
-
     pipe = ToyPipeline(sd15.pipe.unet, sd15.pipe.scheduler)
     plain = pipe("one_batch")
     with realign(pipe, sd15.anchors["full1"], torch.tensor([0.25, 0.75])):
@@ -222,9 +221,7 @@ def test_networks_that_take_and_return_lists_are_mixed_row_by_row(sd15, tmp_path
         return unconditional + 3.0 * (conditional - unconditional)
 
     monkeypatch.setattr(type(pipe.unet), "forward", forward)
-    monkeypatch.setitem(
-        __import__("tests.support.toy_pipeline").support.toy_pipeline.GUIDANCES, "listed", listed
-    )
+    monkeypatch.setitem(GUIDANCES, "listed", listed)
     assert torch.equal(pipe("listed"), plain)
     with realign(pipe, sd15.anchors["full1"], torch.tensor([0.25, 0.75])) as dial:
         torch.testing.assert_close(pipe("listed"), expected, rtol=0, atol=1e-5)
