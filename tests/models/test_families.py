@@ -107,7 +107,7 @@ def given_to_the_scheduler(pipe, latents, family):
     pipe.scheduler.step = step
     try:
         pipe(
-            PROMPTS,
+            list(PROMPTS),  # Z-Image's pipeline writes its template into the list
             height=PIXELS,
             width=PIXELS,
             num_inference_steps=1,
@@ -156,7 +156,15 @@ def test_gradient_checkpointing_changes_no_output(family):
 
 @pytest.mark.parametrize(
     ("family", "channels"),
-    [("sd15", 4), ("sdxl", 4), ("sd3", 16), ("flux", 16), ("qwen_image", 4)],
+    [
+        ("sd15", 4),
+        ("sdxl", 4),
+        ("sd3", 16),
+        ("flux", 16),
+        ("qwen_image", 4),
+        ("z_image", 16),
+        ("chroma", 16),
+    ],
 )
 def test_latents_have_the_familys_shape(pipes, family, channels):
     assert FAMILIES[family].latent_shape(pipes[family], PIXELS) == (channels, SIDE, SIDE)

@@ -1,4 +1,4 @@
-"""Whole pipelines of every family, with random weights: under a megabyte, and made in a second.
+"""Whole pipelines of every family, with random weights: under two megabytes, and made in a second.
 
 `TINY` has a row for each family. A new family adds one, and the tests for every family run for it.
 """
@@ -33,6 +33,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -54,6 +56,12 @@ than in the base model: by a factor of 4 at most over 3 steps of DDIM. At a scal
 10^4 to 10^7, and two processors that round differently make different images
 (`tests/test_tiny_pipelines.py`).
 """
+
+QWEN_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The part of Qwen's chat template that a prompt goes through."""
 
 KINDS = {
     "text2img": "",
@@ -126,7 +134,9 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
     symbols = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     marks = ["<|im_start|>", "<|im_end|>"]
-    return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=marks)
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], extra_special_tokens=marks, chat_template=QWEN_CHAT
+    )
 
 
 def tiny_qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
@@ -153,6 +163,22 @@ def tiny_qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
         },
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def tiny_qwen3(layers: int = 2) -> Qwen3Model:
+    """A Qwen3 without its head, of which Z-Image reads the last layer but one."""
+    config = Qwen3Config(
+        vocab_size=259,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    return Qwen3Model(config).eval()
 
 
 def _sd15_encoders() -> dict[str, Any]:
@@ -190,6 +216,14 @@ def _flux_encoders() -> dict[str, Any]:
 
 def _qwen_image_encoders() -> dict[str, Any]:
     return {"text_encoder": tiny_qwen_vl(), "tokenizer": tiny_qwen_tokenizer()}
+
+
+def _z_image_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_qwen3(), "tokenizer": tiny_qwen_tokenizer()}
+
+
+def _chroma_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_t5(), "tokenizer": tiny_t5_tokenizer()}
 
 
 def _noise_schedule() -> DDIMScheduler:
@@ -378,6 +412,39 @@ TINY = {
         encoders=_qwen_image_encoders,
         scheduler=lambda: _flow_schedule(by_size=True),
         latents=(SIDE // 2 * SIDE // 2, 16),
+    ),
+    "z_image": TinyFamily(
+        denoiser={
+            "in_channels": 16,
+            "dim": 32,
+            "n_layers": 1,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": WIDTH,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [1024, 64, 64],
+        },
+        autoencoder=FLOW_AUTOENCODER,
+        encoders=_z_image_encoders,
+        scheduler=lambda: _flow_schedule(by_size=False),
+        latents=(16, SIDE, SIDE),
+    ),
+    "chroma": TinyFamily(
+        denoiser=TRANSFORMER
+        | {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "in_channels": 64,
+            "axes_dims_rope": (4, 6, 6),
+            "approximator_num_channels": 16,
+            "approximator_hidden_dim": 32,
+            "approximator_layers": 1,
+        },
+        autoencoder=FLOW_AUTOENCODER,
+        encoders=_chroma_encoders,
+        scheduler=lambda: _flow_schedule(by_size=True),
+        latents=(SIDE // 2 * SIDE // 2, 64),
     ),
 }
 
