@@ -12,6 +12,8 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from deradiff.method.schedulers import flow_shift
+
 
 class Noising(Protocol):
     """A forward process, as training draws from it."""
@@ -128,7 +130,10 @@ class Flow:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        self.schedule = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        published = scheduler.config
+        self.schedule = FlowMatchEulerDiscreteScheduler.from_config(
+            published, **flow_shift(published)
+        )
         self.timesteps = self.schedule.timesteps  # descending; sigma times their number
 
     @property

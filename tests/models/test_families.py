@@ -27,7 +27,6 @@ FOREIGN = [  # each begins as a family's name does, or has a family's denoiser
     "StableDiffusionXLPAGInpaintPipeline",
     "StableDiffusionLatentUpscalePipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
-    "Flux2Pipeline",
     "FluxKontextPipeline",
     "FluxFillPipeline",
     "FluxControlPipeline",
@@ -81,6 +80,8 @@ def packed(pipe, latents, family):
     """Latents as the pipeline's call takes them."""
     if FAMILIES[family].patch_size == 1:
         return latents
+    if hasattr(pipe, "_patchify_latents"):
+        return pipe._patchify_latents(latents)
     return type(pipe)._pack_latents(latents, *latents.shape)
 
 
@@ -88,6 +89,9 @@ def unpacked(pipe, output, family):
     """What the scheduler is given, in the shape of the latents (B, C, H, W)."""
     if FAMILIES[family].patch_size == 1:
         return output
+    if hasattr(pipe, "_patchify_latents"):
+        ids = pipe._prepare_latent_ids(torch.zeros(len(output), 16, SIDE // 2, SIDE // 2))
+        return pipe._unpatchify_latents(pipe._unpack_latents_with_ids(output, ids))
     latents = type(pipe)._unpack_latents(output, PIXELS, PIXELS, 8)
     return latents.squeeze(2) if latents.ndim == 5 else latents  # an image is a video of one frame
 
@@ -107,13 +111,14 @@ def given_to_the_scheduler(pipe, latents, family):
     pipe.scheduler.step = step
     try:
         pipe(
-            list(PROMPTS),  # Z-Image's pipeline writes its template into the list
+            prompt=list(PROMPTS),  # Z-Image's pipeline writes its template into the list
             height=PIXELS,
             width=PIXELS,
             num_inference_steps=1,
             latents=packed(pipe, latents, family),
             output_type="latent",
             **{kind.guidance_argument: guidance},
+            **dict(kind.call_options),
         )
     finally:
         del pipe.scheduler.step
@@ -154,20 +159,25 @@ def test_gradient_checkpointing_changes_no_output(family):
     torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "channels"),
-    [
-        ("sd15", 4),
-        ("sdxl", 4),
-        ("sd3", 16),
-        ("flux", 16),
-        ("qwen_image", 4),
-        ("z_image", 16),
-        ("chroma", 16),
-    ],
-)
-def test_latents_have_the_familys_shape(pipes, family, channels):
-    assert FAMILIES[family].latent_shape(pipes[family], PIXELS) == (channels, SIDE, SIDE)
+CHANNELS = {
+    "sd15": 4,
+    "sdxl": 4,
+    "sd3": 16,
+    "flux": 16,
+    "qwen_image": 4,
+    "z_image": 16,
+    "chroma": 16,
+    "flux2_klein": 4,
+    "flux2": 4,
+    "sana": 4,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_latents_have_the_familys_shape(pipes, family):
+    pipe = pipes[family]
+    side = PIXELS // pipe.vae_scale_factor
+    assert FAMILIES[family].latent_shape(pipe, PIXELS) == (CHANNELS[family], side, side)
     message = f"multiples of {FAMILIES[family].multiple} pixels, and 63 is not one"
     with pytest.raises(ValueError, match=message):
         FAMILIES[family].latent_shape(pipes[family], 63)

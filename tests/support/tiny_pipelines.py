@@ -17,23 +17,34 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     ControlNetModel,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     SD3ControlNetModel,
 )
 from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -165,20 +176,104 @@ def tiny_qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def tiny_qwen3(layers: int = 2) -> Qwen3Model:
-    """A Qwen3 without its head, of which Z-Image reads the last layer but one."""
+def tiny_qwen3(layers: int, head: bool = False) -> Qwen3Model | Qwen3ForCausalLM:
+    """A Qwen3. Z-Image reads the last layer but one, FLUX.2-klein layers 9, 18 and 27."""
     config = Qwen3Config(
         vocab_size=259,
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
+        hidden_size=16,
+        intermediate_size=16,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
+        head_dim=8,
         bos_token_id=256,
         eos_token_id=256,
     )
-    return Qwen3Model(config).eval()
+    kind = Qwen3ForCausalLM if head else Qwen3Model
+    return kind(config).eval()
+
+
+MISTRAL_MARKS = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
+MISTRAL_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{% set text = message.content[0].text %}"
+    "{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
+)
+"""The part of Mistral's chat template that a prompt goes through."""
+
+
+def tiny_mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """Mistral's tokenizer over single bytes, without merges.
+
+    FLUX.2-dev has it inside a processor of texts and images, which needs torchvision. A prompt goes
+    through the tokenizer alone.
+    """
+    symbols = ["<unk>", "<s>", "</s>", "<pad>", *MISTRAL_MARKS, *sorted(ByteLevel.alphabet())]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=MISTRAL_MARKS,
+        chat_template=MISTRAL_CHAT,
+    )
+
+
+def tiny_mistral() -> Mistral3ForConditionalGeneration:
+    """A Mistral 3 of 30 narrow layers, of which FLUX.2-dev reads the layers 10, 20 and 30."""
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": 265,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        image_token_index=8,
+    )
+    return Mistral3ForConditionalGeneration(config).eval()
+
+
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """Gemma's own tokenizer over the printable characters of ASCII."""
+    marks = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", "\n"]
+    letters = [character for character in string.printable if not character.isspace()]
+    vocabulary = {symbol: i for i, symbol in enumerate([*marks, *letters])}
+    return GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
+
+
+def tiny_gemma() -> Gemma2Model:
+    """A Gemma 2 of one layer."""
+    config = Gemma2Config(
+        vocab_size=128,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    return Gemma2Model(config).eval()
 
 
 def _sd15_encoders() -> dict[str, Any]:
@@ -219,11 +314,26 @@ def _qwen_image_encoders() -> dict[str, Any]:
 
 
 def _z_image_encoders() -> dict[str, Any]:
-    return {"text_encoder": tiny_qwen3(), "tokenizer": tiny_qwen_tokenizer()}
+    return {"text_encoder": tiny_qwen3(layers=2), "tokenizer": tiny_qwen_tokenizer()}
 
 
 def _chroma_encoders() -> dict[str, Any]:
     return {"text_encoder": tiny_t5(), "tokenizer": tiny_t5_tokenizer()}
+
+
+def _flux2_klein_encoders() -> dict[str, Any]:
+    return {
+        "text_encoder": tiny_qwen3(layers=27, head=True),
+        "tokenizer": tiny_qwen_tokenizer(),
+    }
+
+
+def _flux2_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_mistral(), "tokenizer": tiny_mistral_tokenizer()}
+
+
+def _sana_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_gemma(), "tokenizer": tiny_gemma_tokenizer()}
 
 
 def _noise_schedule() -> DDIMScheduler:
@@ -241,6 +351,13 @@ def _noise_schedule() -> DDIMScheduler:
 def _flow_schedule(by_size: bool) -> FlowMatchEulerDiscreteScheduler:
     """A flow, shifted by a constant or by the image's size."""
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=by_size)
+
+
+def _solver_schedule() -> DPMSolverMultistepScheduler:
+    """A flow for DPM-Solver++, as Sana has it."""
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
 
 
 def _unet_controlnet(denoiser: Any, inpaint: bool) -> ControlNetModel:
@@ -297,14 +414,41 @@ FLOW_AUTOENCODER = {  # more channels, shifted, and no 1x1 convolutions around t
 }
 
 
+FLUX2_TRANSFORMER = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "in_channels": 16,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 3 * 16,
+    "timestep_guidance_channels": 32,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+DEEP_AUTOENCODER = {
+    "latent_channels": 4,
+    "attention_head_dim": 4,
+    "scaling_factor": 0.41407,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": (8,) * 6,
+    "decoder_block_out_channels": (8,) * 6,
+    "encoder_layers_per_block": (1,) * 6,
+    "decoder_layers_per_block": (1,) * 6,
+    "encoder_qkv_multiscales": ((),) * 6,
+    "decoder_qkv_multiscales": ((),) * 6,
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+}
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """How the tests make a family with few random weights.
 
     Attributes:
         denoiser: config of its denoiser class, for latents with sides of SIDE.
-        autoencoder: config of its autoencoder; of an AutoencoderKL, as far as it is not the same
-            for all.
+        autoencoder: config of its autoencoder; of an AutoencoderKL, or FLUX.2's, as far as it is
+            not the same for all.
         encoders: makes the text encoders and tokenizers, by component of the pipeline.
         scheduler: makes its scheduler.
         latents: shape of one image's latents in a call of its pipeline.
@@ -421,7 +565,7 @@ TINY = {
             "n_refiner_layers": 1,
             "n_heads": 2,
             "n_kv_heads": 2,
-            "cap_feat_dim": WIDTH,
+            "cap_feat_dim": 16,
             "axes_dims": [4, 6, 6],
             "axes_lens": [1024, 64, 64],
         },
@@ -446,6 +590,38 @@ TINY = {
         scheduler=lambda: _flow_schedule(by_size=True),
         latents=(SIDE // 2 * SIDE // 2, 64),
     ),
+    "flux2_klein": TinyFamily(
+        denoiser=FLUX2_TRANSFORMER | {"guidance_embeds": False},
+        autoencoder=AUTOENCODER,
+        encoders=_flux2_klein_encoders,
+        scheduler=lambda: _flow_schedule(by_size=True),
+        latents=(16, SIDE // 2, SIDE // 2),
+    ),
+    "flux2": TinyFamily(
+        denoiser=FLUX2_TRANSFORMER,
+        autoencoder=AUTOENCODER,
+        encoders=_flux2_encoders,
+        scheduler=lambda: _flow_schedule(by_size=True),
+        latents=(16, SIDE // 2, SIDE // 2),
+    ),
+    "sana": TinyFamily(
+        denoiser={
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": WIDTH,
+            "sample_size": 32,
+        },
+        autoencoder=DEEP_AUTOENCODER,
+        encoders=_sana_encoders,
+        scheduler=_solver_schedule,
+        latents=(4, 2, 2),
+    ),
 }
 
 EVERY_KIND = tuple(name for name, tiny in TINY.items() if tiny.controlnet)
@@ -466,8 +642,14 @@ def tiny_denoiser(family: str, **overrides: Any) -> Any:
 def tiny_autoencoder(family: str) -> Any:
     """The autoencoder alone."""
     kind = getattr(diffusers, FAMILIES[family].autoencoder_class)
-    shared = KL_AUTOENCODER if kind is AutoencoderKL else {}
-    return kind(**shared, **TINY[family].autoencoder).eval()
+    has_kl_config = kind in (AutoencoderKL, AutoencoderKLFlux2)
+    shared = KL_AUTOENCODER if has_kl_config else {}
+    vae = kind(**shared, **TINY[family].autoencoder).eval()
+    if kind is AutoencoderKLFlux2:
+        # Its statistics are learned, and a new network's would change nothing
+        vae.bn.running_mean.uniform_(-0.5, 0.5)
+        vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
 
 
 def tiny_pipeline(family: str, seed: int = 0) -> Any:
