@@ -192,8 +192,7 @@ def read_state(file: Path, device: str) -> dict[str, Tensor]:
     if not are_tensors:
         raise ValueError(
             f"{file} is no state dict: give a file of tensors by name, with or without a "
-            f"state_dict "
-            "key around them"
+            "state_dict key around them"
         )
     return state
 
@@ -253,8 +252,7 @@ def locate_checkpoint(checkpoint: str) -> CheckpointLocation:
     if not is_hub_id(repo):
         raise ValueError(
             f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id "
-            f"such "
-            "as org/name"
+            "such as org/name"
         )
     return CheckpointLocation(checkpoint, repo, snapshot(repo, SMALL_FILES), file)
 
@@ -280,8 +278,7 @@ def find_checkpoint(
     if model_config and not location.file:
         raise ValueError(
             f"model_config describes an open_clip state dict, but {location.source} is a folder "
-            f"with "
-            "a config.json: leave it out"
+            "with a config.json: remove model_config"
         )
 
     # The config first where it lies in the folder: it is the quickest to be wrong
@@ -298,8 +295,8 @@ def find_checkpoint(
     elif not location.file:
         small_files.append(location.folder / "config.json")
     if not location.file:
-        described = [location.folder / name for name in PROCESSOR_FILES]
-        small_files += [file for file in described if file.is_file()]
+        processor_files = [location.folder / name for name in PROCESSOR_FILES]
+        small_files += [file for file in processor_files if file.is_file()]
     small_files += vocabulary
 
     processor = _processor(location, config)
