@@ -1,4 +1,4 @@
-"""The forward processes of training: a noise schedule (SD1.5, SDXL) or a flow (SD3, FLUX).
+"""The forward processes of training: a noise schedule (SD1.5, SDXL) or a flow (the others).
 
 Shapes: B examples, P images of an example, latents of C channels, H rows and W columns.
 """

@@ -32,6 +32,9 @@ FOREIGN = [  # each begins as a family's name does, or has a family's denoiser
     "FluxControlPipeline",
     "FluxControlInpaintPipeline",
     "KolorsPipeline",
+    "Flux2KleinKVPipeline",
+    "QwenImageEditPipeline",
+    "SanaSprintPipeline",
 ]
 
 
@@ -183,16 +186,58 @@ def test_latents_have_the_familys_shape(pipes, family):
         FAMILIES[family].latent_shape(pipes[family], 63)
 
 
-def test_oblong_latents_keep_their_rows_and_columns(pipes):
-    """FLUX tells a patch from its place; a transposed image is another question."""
-    flux = FAMILIES["flux"]
-    transformer = pipes["flux"].transformer
+@pytest.mark.parametrize("family", FAMILIES)
+def test_oblong_latents_keep_their_rows_and_columns(pipes, family):
+    """A network that tells a patch by its place gives another answer to a transposed image."""
+    kind = FAMILIES[family]
+    pipe = pipes[family]
+    channels = kind.latent_channels(pipe.vae.config)
     timesteps = torch.tensor([500.0])
-    wide = torch.randn(1, 16, 4, 8, generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(1, channels, 4, 8, generator=torch.Generator().manual_seed(0))
     high = wide.transpose(2, 3).contiguous()
-    prompt = flux.encode_prompts(pipes["flux"], ["x"])
     with torch.no_grad():
-        wide_output = flux.denoise(transformer, wide, timesteps, prompt, PIXELS)
-        high_output = flux.denoise(transformer, high, timesteps, prompt, PIXELS)
+        prompt = kind.encode_prompts(pipe, ["x"])
+        denoiser = getattr(pipe, kind.denoiser)
+        wide_output = kind.denoise(denoiser, wide, timesteps, prompt, PIXELS)
+        high_output = kind.denoise(denoiser, high, timesteps, prompt, PIXELS)
     assert wide_output.shape == wide.shape
     assert not torch.allclose(wide_output, high_output.transpose(2, 3), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_caption_is_the_same_in_every_batch(pipes, family):
+    """Longer captions beside it, and the padding of a cache, change it by rounding at most."""
+    kind = FAMILIES[family]
+    pipe = pipes[family]
+    denoiser = getattr(pipe, kind.denoiser)
+    noisy = torch.randn(1, *kind.latent_shape(pipe, PIXELS))
+    captions = ["a cat", "a much longer caption, of two red dogs on a green bench"]
+    outputs = []
+    with torch.no_grad():
+        for batch in (captions[:1], captions):
+            rows = kind.encode_prompts(pipe, batch)
+            latents = noisy.expand(len(batch), -1, -1, -1)
+            timesteps = torch.full((len(batch),), 500.0)
+            outputs.append(kind.denoise(denoiser, latents, timesteps, rows, PIXELS)[0])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-5)
+
+
+def test_chromas_single_blocks_get_the_mask_where_memory_is_saved(pipes):
+    """diffusers alone gives it to the double blocks only."""
+    chroma = FAMILIES["chroma"]
+    network = tiny_pipeline("chroma").transformer.train()
+    network.enable_gradient_checkpointing()
+    inputs = []
+    checkpoint = network._gradient_checkpointing_func
+
+    def listen(block, *arguments):
+        inputs.append(len(arguments))
+        return checkpoint(block, *arguments)
+
+    network._gradient_checkpointing_func = listen
+    with torch.no_grad():
+        rows = chroma.encode_prompts(pipes["chroma"], ["a cat"])
+    noisy = torch.randn(1, *chroma.latent_shape(pipes["chroma"], PIXELS))
+    chroma.denoise(network, noisy, torch.tensor([500.0]), rows, PIXELS)
+    assert inputs == [5, 4], "a double block, and a single one with the mask"
+    assert network._gradient_checkpointing_func is listen
