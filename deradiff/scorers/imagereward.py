@@ -248,11 +248,11 @@ def find_imagereward(checkpoint: str | None, tokenizer: str | None) -> ImageRewa
             "vocab.txt"
         )
 
-    found = ImageRewardCheckpoint(location, BertTokenizer.from_pretrained(folder), vocabulary)
+    result = ImageRewardCheckpoint(location, BertTokenizer.from_pretrained(folder), vocabulary)
     is_on_this_machine = location.repo is None
     if is_on_this_machine:
-        found.read("meta")
-    return found
+        result.read("meta")
+    return result
 
 
 class ImageRewardScorer(BatchedScorer):

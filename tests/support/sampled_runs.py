@@ -18,9 +18,10 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from configs.tracking import TrackingConfig
-from deradiff.anchors.anchor import AnchorCard
+from deradiff.anchors.anchor import LORA_FILE, AnchorCard
 from deradiff.worlds.shapes import BACKGROUNDS, HUES, held_out_captions, rgb_of_hsv, scene_of
 from eval.config import EvalConfig, ScorerConfig
 from eval.stage import run
@@ -72,7 +73,7 @@ def write_run(
     )
     anchor.mkdir(parents=True, exist_ok=True)
     (anchor / "anchor.json").write_text(json.dumps(asdict(card)))
-    (anchor / "pytorch_lora_weights.safetensors").touch()
+    save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, anchor / LORA_FILE)
     lines = []
     for index, caption in enumerate(held_out_captions()[:prompts]):
         for seed, lam in itertools.product(range(seeds), lambdas):
