@@ -6,30 +6,36 @@ RUN := $(VENV)/bin/python
 .PHONY: help install demo test test-all check docs reproduce base
 
 help:
-	@echo "make demo       install, then train, realign and report on the shapes world (minutes, two cores)"
+	@echo "make install    deradiff and what its tests need, into .venv"
+	@echo "make demo       install, then train, realign and report on the shapes world (minutes)"
 	@echo "make test       install, then the default tests"
 	@echo "make test-all   the slow tests too"
 	@echo "make check      lint, format and types"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make reproduce  the paper's experiment on the shapes world: six betas from scratch"
-	@echo "make base       train the shapes world's base model and scorers, and compare them with the shipped ones"
+	@echo "make base       train the shapes world's base model and scorers, compared with the shipped"
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("deradiff needs Python 3.11 or newer: type make PYTHON=<path of one>" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "deradiff needs Python 3.11 or newer: type make PYTHON=<path of one>"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# What demo's sample runs are called
-LORA := runs/sample/shapes-dpo-lora
+# What demo's anchors and sample runs are called
+ANCHOR_500 := runs/train/shapes-dpo-lora-beta500-seed0/anchor
+ANCHOR_2000 := runs/train/shapes-dpo-lora-beta2000-seed0/anchor
+SAMPLES_500 := runs/sample/shapes-dpo-lora-beta500-seed0-exact-euler_ancestral
+SAMPLES_2000 := runs/sample/shapes-dpo-lora-beta2000-seed0-exact-euler_ancestral
 
 demo: install
 	$(RUN) -m train --multirun dpo.beta=500,2000
-	$(RUN) -m sample anchor=runs/train/shapes-dpo-lora-beta500-seed0/anchor lambdas=[0,0.25,0.5,1,2]
-	$(RUN) -m sample anchor=runs/train/shapes-dpo-lora-beta2000-seed0/anchor lambdas=[0,1]
-	$(RUN) -m eval name=demo select.score=vivid samples=[$(LORA)-beta500-seed0-exact-euler_ancestral,$(LORA)-beta2000-seed0-exact-euler_ancestral]
+	$(RUN) -m sample anchor=$(ANCHOR_500) lambdas=[0,0.25,0.5,1,2]
+	$(RUN) -m sample anchor=$(ANCHOR_2000) lambdas=[0,1]
+	$(RUN) -m eval name=demo select.score=vivid samples=[$(SAMPLES_500),$(SAMPLES_2000)]
 
 test: install
 	$(RUN) -m pytest
@@ -43,7 +49,7 @@ check: install
 	$(VENV)/bin/mypy
 
 docs: install
-	$(RUN) -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(RUN) -m mkdocs build
 
 reproduce: install
 	PYTHON=$(RUN) bash examples/reproduce.sh

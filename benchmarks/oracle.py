@@ -223,7 +223,9 @@ def modes(images: int) -> None:
         x = realigned_chain(
             reference, models, scheduler, start, weights, 1.0, generator, particles=particles
         )
-        cells.append(f"{0.5 * (bed.modes(x) - bed.exact_modes(lams)).abs().sum().item():.3f}")
+        cells.append(
+            f"{0.5 * (bed.mode_shares(x) - bed.exact_mode_shares(lams)).abs().sum().item():.3f}"
+        )
     row(*cells)
 
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from configs.functions import function_at
-from configs.keys import help_text, is_list, suggestion
+from configs.keys import groups_of, help_text, is_list, suggestion
 from deradiff.training.preemption import REQUEUE, Preempted
 
 CONFIGS = str(Path(__file__).parent)
@@ -71,7 +71,7 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
 
     def main() -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
-            print(help_text(stage, schema, Path(configs)))
+            _print_help(help_text(stage, schema, Path(configs)))
             return
         # transformers advises torchvision, which we do without
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
@@ -93,6 +93,15 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
             sys.exit(INTERRUPTED_STATUS)
 
     return main
+
+
+def _print_help(text: str) -> None:
+    """Print a help text, also into a pipe that is closed early, as by `--help | head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit: there it must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run_in_cluster_job(task: Callable[[], None]) -> None:
@@ -135,12 +144,24 @@ def _sentence(error: BaseException, schema: type, configs: Path) -> str:
             f"{first_line}: for a sweep put --multirun before the overrides, for a list write "
             "key=[1,2]"
         )
-    options = re.search(
+    options = _options(text, configs)
+    if options:
+        return f"{first_line.removesuffix('.')}; there are {', '.join(options)}"
+    return first_line
+
+
+def _options(text: str, configs: Path) -> list[str]:
+    """The choices of the group that an error is about, or none where it is about no group."""
+    listed = re.search(
         r"Available options in '.*?':\s+(.*?)\n\s*Config search path", text, re.DOTALL
     )
-    if options:
-        return f"{first_line}; there are {', '.join(options[1].split())}"
-    return first_line
+    if listed:
+        return listed[1].split()
+    # A choice among several of one group, scorers=[...]: Hydra does not say what there is
+    group = re.search(r"Could not load '(.+?)/", text)
+    if group:
+        return groups_of(configs).get(group[1], [])
+    return []
 
 
 def _sentence_about_key(

@@ -13,6 +13,20 @@ import griffe
 import mkdocs_gen_files
 
 ROOT = Path(__file__).parents[1]
+PUBLIC_NAMES = (
+    "realign",
+    "Dial",
+    "ramp",
+    "piecewise",
+    "load_anchor",
+    "Anchor",
+    "AnchorCard",
+    "save_anchor",
+    "bake",
+    "load_scorer",
+)
+"""The names of `deradiff`, in the order in which its page explains them."""
+
 ROOMS = {
     "deradiff": "The public names",
     "deradiff.method": "The mathematics of the paper",
@@ -24,7 +38,11 @@ ROOMS = {
     "deradiff.scorers": "Scorers",
     "deradiff.evaluation": "Evaluation",
     "deradiff.worlds": "Small worlds",
+    "other": "Files, the hub, the commands",
 }
+"""The parts of the library, in the order of the site's list. A room is a folder; `other` is what
+lies in none."""
+
 NOT_LISTED = {"deradiff.__main__"}
 REPOSITORY_PAGES = {"RESULTS.md": "results.md", "CONTRIBUTING.md": "contributing.md"}
 
@@ -67,7 +85,22 @@ def overrides(item: griffe.Object, name: str) -> bool:
 def room_of(path: str) -> str:
     """The entry of `ROOMS` that a module is listed under."""
     room = ".".join(path.split(".")[:2])
-    return room if room in ROOMS else "deradiff"
+    return room if room in ROOMS else "other"
+
+
+def page_of(module: griffe.Module) -> str:
+    """The text of a module's page: mkdocstrings fills it in.
+
+    Raises:
+        SystemExit: where the package has a public name that `PUBLIC_NAMES` lacks, or the reverse.
+    """
+    text = f"# {module.path}\n\n::: {module.path}\n"
+    if module.path != "deradiff":
+        return text
+    if set(PUBLIC_NAMES) != set(module.exports or []):
+        raise SystemExit("docs/generate_pages.py: PUBLIC_NAMES is not deradiff.__all__")
+    members = ", ".join(PUBLIC_NAMES)
+    return f"{text}    options:\n      group_by_category: false\n      members: [{members}]\n"
 
 
 def write_reference() -> None:
@@ -86,7 +119,7 @@ def write_reference() -> None:
     for module in modules:
         page = f"{module.path.replace('.', '/')}.md"
         with mkdocs_gen_files.open(f"api/{page}", "w") as file:
-            file.write(f"# {module.path}\n\n::: {module.path}\n")
+            file.write(page_of(module))
         lines[room_of(module.path)].append(f"    * [{module.path}]({page})\n")
 
     with mkdocs_gen_files.open("api/SUMMARY.md", "w") as summary:

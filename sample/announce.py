@@ -58,10 +58,12 @@ def _mode(config: SampleConfig) -> str:
 def _cautions(config: SampleConfig, base: BaseModel) -> list[str]:
     """What `realign` would warn of, said once before the progress bar."""
     lines = []
-    is_guided = config.guidance_scale is not None and config.guidance_scale > 1
+    scale = config.guidance_scale
+    is_guided = scale is not None and scale > base.family.no_guidance
     two_rows = is_guided and not base.family.guidance_distilled
     if config.particles > 1 and two_rows:
-        lines.append(f"sample: {GUIDED_PARTICLES}; guidance_scale=1 has none")
+        unguided = f"guidance_scale={base.family.no_guidance:g} has none"
+        lines.append(f"sample: {GUIDED_PARTICLES}; {unguided}")
     largest = max(config.lambdas)
     if largest > 1:
         can_bound = MODES[config.mode].trust_region and not config.trust_region
@@ -102,7 +104,7 @@ def kl_unit(config: SampleConfig, base: BaseModel) -> float | None:
         sides = []
         for pixels in (config.height, config.width):
             sides.append(math.ceil(pixels / shrinking) if pixels else side)
-        numbers = vae["latent_channels"] * math.prod(sides)
+        numbers = family.latent_channels(vae) * math.prod(sides)
         return kl_strength(1.0, numbers, noising_of(published))
     except (KeyError, ValueError):
         return None

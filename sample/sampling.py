@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from deradiff import realign
 from deradiff.anchors.anchor import Anchor
@@ -73,6 +72,13 @@ def mode_options(config: SampleConfig) -> dict[str, Any]:
     return options | {"trust_region": config.trust_region}
 
 
+def select(rows: Any, numbers: Sequence[int]) -> Any:
+    """Rows of a tensor, or of a list of tensors, by their numbers."""
+    if isinstance(rows, list):
+        return [rows[number] for number in numbers]
+    return rows[list(numbers)]
+
+
 class Images:
     """The images of one process, sampled batch by batch.
 
@@ -124,7 +130,7 @@ class Images:
             dial.lam = lam
             started = time.monotonic()
             missing = [batch[i] for i in rows]
-            of_rows = {name: tensor[rows] for name, tensor in embeddings.items()}
+            of_rows = {name: select(value, rows) for name, value in embeddings.items()}
             images = self._call(of_rows, self._generators(missing))
             seconds = (time.monotonic() - started) / len(rows)
 
@@ -142,10 +148,10 @@ class Images:
                 }
                 yield encode_png(image), self._record(one, lam, image) | measured
 
-    def _encode(self, batch: Sequence[PromptSeed]) -> dict[str, Tensor]:
+    def _encode(self, batch: Sequence[PromptSeed]) -> dict[str, Any]:
         """The encoded prompts as keyword arguments of the pipeline's call, a row each."""
         guidance = self.config.guidance_scale
-        guided = guidance is not None and guidance > 1  # as pipelines decide it
+        guided = guidance is not None and guidance > self.family.no_guidance
         prompts = [image.prompt.text for image in batch]
         return self.family.call_arguments(self.pipe, prompts, guided)
 
@@ -162,19 +168,19 @@ class Images:
             self.pipe.scheduler.generators = generators
         return generators
 
-    def _call(self, embeddings: dict[str, Tensor], generators: list[torch.Generator]) -> list[Any]:
+    def _call(self, embeddings: dict[str, Any], generators: list[torch.Generator]) -> list[Any]:
         """One call of the stock pipeline, with a row for each particle; an image is its first."""
         config = self.config
         particles = config.particles
-        rows = {}
-        for name, tensor in embeddings.items():
-            rows[name] = tensor.repeat_interleave(particles, dim=0)
+        numbers = [number // particles for number in range(len(generators))]
+        rows = {name: select(value, numbers) for name, value in embeddings.items()}
+        guidance = {self.family.guidance_argument: config.guidance_scale}
         eta = {} if self.family.flow else {"eta": config.eta}
         output = self.pipe(
             **rows,
             **eta,
+            **guidance,
             num_inference_steps=config.steps,
-            guidance_scale=config.guidance_scale,
             height=config.height,
             width=config.width,
             generator=generators,

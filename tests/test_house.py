@@ -355,3 +355,9 @@ def test_nothing_names_a_path_of_one_machine():
             files = (ROOT / folder).rglob(ending)
             wrong += [relative_name(file) for file in files if pattern.search(file.read_text())]
     assert not wrong
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest cannot collect both: the folders of tests/ are no packages."""
+    names = [file.name for file in sorted((ROOT / "tests").rglob("test_*.py"))]
+    assert sorted(set(names)) == sorted(names)

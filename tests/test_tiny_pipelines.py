@@ -37,14 +37,13 @@ def sampled(family, network_of, latents):
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(torch.float64)
-    options = {"height": 64, "width": 64}
+    options = {"height": 64, "width": 64, FAMILIES[family].guidance_argument: 3.0}
     if FAMILIES[family].flow:
         options["max_sequence_length"] = 16
     with torch.no_grad():
         return pipe(
             ["a red fox", "a blue bird"],
             num_inference_steps=3,
-            guidance_scale=3.0,
             output_type="latent",
             latents=latents.clone(),
             **options,

@@ -1,14 +1,15 @@
 """Aligned models as files: where an anchor lies, what its card says of it, and how it is saved.
 
 Besides our own anchors, those of other trainers are read: a LoRA of diffusers, peft, kohya or TRL;
-a `unet/` or `transformer/` folder, alone, at the root or in a whole pipeline; one file with a whole
-network; each in a folder or on the hub.
+a network of any pipeline of diffusers in its folder, alone, at the root or in a whole pipeline; one
+file with a whole network; each in a folder or on the hub.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,56 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from deradiff import hub
+from deradiff.anchors.locations import CARD, PEFT_CONFIG, AnchorFiles, find_files, places_of
 from deradiff.anchors.lora_files import (
-    PEFT_CONFIG,
     PEFT_FILE,
+    PEFT_PREFIX,
     LoraWeights,
     check_config,
-    keys_of,
     read_lora,
 )
+from deradiff.anchors.predictions import prediction_of, prediction_of_file
 from deradiff.anchors.single_files import original_family, read_network
+from deradiff.anchors.weight_files import (
+    SAFETENSORS,
+    check_pickle_allowed,
+    check_readable,
+    is_pickle,
+    is_weights,
+    read_metadata,
+    read_names,
+)
 from deradiff.files import write_atomic
-from deradiff.models.base_model import INDEX, BaseModel
-from deradiff.models.families import DENOISERS, FAMILIES, family_of_config
+from deradiff.models.base_model import INDEX, SCHEDULER_CONFIG
+from deradiff.models.families import (
+    FAMILIES,
+    class_names,
+    family_of_config,
+    family_of_index,
+)
+from deradiff.models.family import unwrapped
+from deradiff.models.pipelines import (
+    DENOISER_NAMES,
+    SECOND_DENOISER_NAMES,
+    denoiser_name,
+    known_family,
+    pipeline_label,
+)
 
-CARD = "anchor.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILES = (LORA_FILE, PEFT_FILE)
+PICKLED_PEFT_FILE = "adapter_model.bin"
+PICKLED_LORA_FILES = ("pytorch_lora_weights.bin", PICKLED_PEFT_FILE)
+
+NETWORK_FOLDERS = (*DENOISER_NAMES, *SECOND_DENOISER_NAMES)
+"""The folders of a pipeline that may hold a denoiser; the first one that does counts."""
+
+NETWORK_MODULES = ("diffusers.models.unets", "diffusers.models.transformers")
+"""Where diffusers keeps its denoisers, so that an autoencoder's folder is told apart."""
+
+SHARDS_INDEX = ".safetensors.index.json"
+NETWORK_PICKLE = "diffusion_pytorch_model.bin"
+
 ADAPTER_SIGNS = ("lora", "hada_", "lokr_")
 """Parts of the names of an adapter's tensors that no network's tensors have."""
 
@@ -111,6 +147,10 @@ class Anchor:
         revision: the branch, tag or commit of the hub.
         variant: of diffusers' files, such as `fp16`.
         peft: the content of peft's `adapter_config.json`.
+        network_class: diffusers' class of a full anchor's network; None where no config names it.
+        parts: the folders of all denoisers that lie there, such as `transformer_2`.
+        prediction: what a full anchor's network predicts, by the scheduler beside it: `epsilon`,
+            `v_prediction`, `flow_prediction` or `sample`; None: nothing says it.
     """
 
     source: str
@@ -122,6 +162,9 @@ class Anchor:
     revision: str | None = None
     variant: str | None = None
     peft: dict[str, Any] | None = None
+    network_class: str | None = None
+    parts: tuple[str, ...] = ()
+    prediction: str | None = None
     _network: Any = field(default=None, repr=False)
 
     def network(self, like: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -138,7 +181,7 @@ class Anchor:
             ValueError: for files that do not hold all of such a network.
         """
         if self._network is None or self._network.dtype != dtype:
-            if self.weights.endswith(".safetensors"):
+            if is_weights(self.weights):
                 file = self.file(self.weights)
                 self._network = read_network(file, like, dtype, f"the anchor {self.source}")
             else:
@@ -161,26 +204,57 @@ class Anchor:
                 output_loading_info=True,
             )
         except OSError as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
                 f"the anchor {self.source} holds no safetensors weights that diffusers can read: "
-                f"{error}"
+                f"{reason}"
             ) from error
-        # diffusers leaves missing weights at random values.
+        # diffusers leaves missing weights at random values, and drops what it does not know.
         missing = report["missing_keys"]
+        unexpected = report["unexpected_keys"]
         if missing:
             raise ValueError(
                 f"the anchor {self.source} holds no whole {type(like).__name__}: {min(missing)} is "
                 "missing"
             )
+        if unexpected:
+            raise ValueError(
+                f"the anchor {self.source} holds {min(unexpected)}, which no layer of a "
+                f"{type(like).__name__} has: give an anchor of the pipeline's architecture, "
+                "without quantisation"
+            )
         return network
 
-    def lora(self, pipe: Any) -> LoraWeights:
+    def lora(self, pipe: Any, denoiser: str | None = None) -> LoraWeights:
         """The weights of a LoRA anchor for the pipeline's denoiser, in peft's names.
+
+        Args:
+            pipe: any diffusers pipeline.
+            denoiser: the attribute of one of several denoisers; None: the first.
 
         Raises:
             ValueError: for a file that is not a LoRA on that denoiser alone.
         """
-        return read_lora(self.file(self.weights), self.peft, pipe, f"the LoRA anchor {self.source}")
+        file = self.file(self.weights)
+        return read_lora(file, self.peft, pipe, f"the LoRA anchor {self.source}", denoiser)
+
+    def part(self, denoiser: str) -> Anchor:
+        """The full anchor of another denoiser, from the same place.
+
+        Args:
+            denoiser: one of `parts`.
+
+        Raises:
+            ValueError: for another one.
+        """
+        if denoiser not in self.parts:
+            raise ValueError(
+                f"the anchor {self.source} has no {denoiser}/, and the pipeline has that denoiser: "
+                "give a folder with both"
+            )
+        parent = self.weights.rpartition("/")[0]
+        weights = f"{parent}/{denoiser}".removeprefix("/")
+        return replace(self, weights=weights, _network=None)
 
     def file(self, name: str) -> Path:
         """The path of one of its files, which is fetched if it lies on the hub."""
@@ -222,20 +296,28 @@ def _save_lora(path: Path, denoiser: Any, card: AnchorCard) -> None:
     getattr(diffusers, family.pipeline).save_lora_weights(path, **options)
 
 
-def load_anchor(source: str | Path | Anchor, revision: str | None = None) -> Anchor:
+def load_anchor(
+    source: str | Path | Anchor,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    read_pickled_tensors: bool = False,
+) -> Anchor:
     """Find an anchor, and read its card. Its weights load later.
 
     Args:
         source: one of
 
             - a folder of `save_anchor`, or the directory of the train run that wrote it;
-            - a folder or hub id (`org/name`) with a `unet/` or `transformer/` of diffusers, or with
-              that network at its root;
+            - a folder or hub id (`org/name`) with a network of diffusers in `unet/`,
+              `transformer/`, `transformer_2/`, `prior/` or `decoder/`, or at its root;
             - a folder or hub id with a LoRA of diffusers, TRL or peft;
-            - a `.safetensors` file of a LoRA or of a whole network; on the hub
-              `org/name/file.safetensors`;
+            - a file of a LoRA or of a whole network;
+            - a folder or file in a hub repository: `org/name/folder/file.safetensors`;
             - an `Anchor`, which is returned as it is.
         revision: a branch, tag or commit of the hub.
+        subfolder: a folder in the source; `org/name/folder` says the same.
+        read_pickled_tensors: also read `.pth`, `.pt`, `.bin` and `.ckpt`, by torch's
+            `weights_only` reader, which builds tensors and runs no code of the file.
 
     Raises:
         ValueError: where there is no anchor, or its kind cannot be told.
@@ -243,31 +325,41 @@ def load_anchor(source: str | Path | Anchor, revision: str | None = None) -> Anc
     if isinstance(source, Anchor):
         return source
     source = str(source)
-    files = _find(source, revision)
+    files = find_files(source, revision, subfolder)
+    if subfolder:
+        source = f"{source.rstrip('/')}/{subfolder.strip('/')}"
     card = _read_card(files, source)
 
     # TRL saves its LoRA beside the whole pipeline, whose UNet then has its layers wrapped: there
     # the LoRA is the anchor.
-    has_lora_file = LORA_FILE in files.names or PEFT_FILE in files.names
+    lora_files = (*LORA_FILES, *PICKLED_LORA_FILES) if read_pickled_tensors else LORA_FILES
+    has_lora_file = any(name in files.names for name in lora_files)
     if files.requested is None and not has_lora_file:
-        anchor = _full_anchor(files, source, card)
+        anchor = _full_anchor(files, source, card, read_pickled_tensors)
         if anchor:
             return anchor
 
+    weights = files.requested or _only_weights(files.names, source)
+    check_pickle_allowed(weights, f"the anchor {source}", read_pickled_tensors)
     anchor = Anchor(
         source=source,
         root=files.root,
-        weights=files.requested or _only_weights(files.names, source),
+        weights=files.path_of(weights),
         method="lora",
         card=card,
         family=card.family if card else None,
         revision=revision,
     )
-    if anchor.weights == PEFT_FILE and PEFT_CONFIG in files.names:
+    if files.is_local:
+        check_readable(anchor.file(anchor.weights), f"the anchor {source}")
+    is_pefts = weights in (PEFT_FILE, PICKLED_PEFT_FILE)
+    if weights not in (*LORA_FILES, *PICKLED_LORA_FILES):
+        names, texts = _header(anchor)
+        _recognise_network(anchor, names, texts)
+        is_pefts = any(name.startswith(PEFT_PREFIX) for name in names)
+    if is_pefts and PEFT_CONFIG in files.names:
         anchor.peft = files.read_json(PEFT_CONFIG)
         check_config(anchor.peft, f"the LoRA anchor {source}")
-    elif anchor.weights not in (LORA_FILE, PEFT_FILE):
-        _recognise_network(anchor)
     return anchor
 
 
@@ -300,74 +392,61 @@ def check_anchor_family(source: str | Path | Anchor, family: str) -> Anchor:
             f"the anchor {anchor.source} is of family {anchor.family} and the pipeline of "
             f"{family}: give both of one family"
         )
+    denoiser = f"the {family} pipeline's denoiser"
+    _check_network_class(anchor, [FAMILIES[family].denoiser_class], denoiser)
     return anchor
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files among which an anchor is looked for.
+def check_anchor(source: str | Path | Anchor, pipe: Any) -> Anchor:
+    """Find an anchor, and check it against a pipeline as far as its files tell. No weight is read.
 
-    Attributes:
-        root: a folder or hub id.
-        names: of the files below the root that may say something about an anchor.
-        requested: the one file that the user asked for; None: the whole folder.
-        revision: the branch, tag or commit of the hub.
+    Args:
+        source: as `load_anchor` takes it.
+        pipe: any diffusers pipeline with a denoiser.
+
+    Raises:
+        ValueError: where there is no anchor, or one of another family, class of network or
+            prediction than the pipeline's.
     """
+    anchor = load_anchor(source)
+    family = known_family(pipe)
+    if family:
+        check_anchor_family(anchor, family.name)
+    denoiser = denoiser_name(pipe)
+    network = unwrapped(getattr(pipe, denoiser))
+    _check_network_class(
+        anchor, class_names(network), f"the {pipeline_label(pipe)} pipeline's {denoiser}"
+    )
 
-    root: str
-    names: list[str]
-    requested: str | None
-    revision: str | None
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The content of a small JSON file."""
-        if Path(self.root).is_dir():
-            return json.loads((Path(self.root) / name).read_text())
-        return hub.fetch_json(self.root, name, self.revision)
-
-
-def _find(source: str, revision: str | None) -> _Files:
-    """The files of a source: a file, a folder or a hub id. Raises ValueError."""
-    path = Path(source)
-    if path.is_file():
-        names = [name for name in (path.name, PEFT_CONFIG) if (path.parent / name).is_file()]
-        return _Files(str(path.parent), names, path.name, revision)
-    if path.is_dir():
-        # A train run's directory holds its anchor in a folder.
-        if (path / "anchor" / CARD).is_file():
-            path = path / "anchor"
-        names = []
-        for pattern in ("*", "*/config.json", "*/*.safetensors*"):
-            files = [file for file in path.glob(pattern) if file.is_file()]
-            names += [file.relative_to(path).as_posix() for file in files]
-        return _Files(str(path), names, None, revision)
-    return _find_on_hub(source, revision)
+    _check_prediction(anchor, getattr(pipe, "scheduler", None))
+    return anchor
 
 
-def _find_on_hub(source: str, revision: str | None) -> _Files:
-    """The files of `org/name`, or of `org/name/file.safetensors`. Raises ValueError."""
-    parts = source.split("/")
-    repo = "/".join(parts[:2])
-    requested = None
-    if len(parts) == 3 and source.endswith(".safetensors"):
-        requested = parts[2]
-    expected_parts = 3 if requested else 2
-    if not hub.is_hub_id(repo) or len(parts) != expected_parts:
+def _check_prediction(anchor: Anchor, scheduler: Any) -> None:
+    """Raise ValueError where an anchor's network predicts something else than the pipeline's."""
+    if anchor.prediction is None or scheduler is None:
+        return
+    config = {"_class_name": type(scheduler).__name__, **scheduler.config}
+    prediction = prediction_of(config)
+    if prediction not in (None, anchor.prediction):
         raise ValueError(
-            f"there is no anchor {source}: give a folder or LoRA file that exists, or a hub id "
-            "such as org/name"
+            f"the anchor {anchor.source} predicts {anchor.prediction} and the pipeline "
+            f"{prediction}, whose outputs cannot be mixed: give an anchor and a pipeline of one "
+            "prediction type"
         )
-    try:
-        root, names = hub.listing(repo, revision)
-    except OSError as error:
-        raise ValueError(
-            f"there is no anchor {repo}: no local folder, and the hub did not list it ({error}); "
-            "give a folder that exists or a hub id such as org/name"
-        ) from error
-    return _Files(root, names, requested, revision)
 
 
-def _read_card(files: _Files, source: str) -> AnchorCard | None:
+def _check_network_class(anchor: Anchor, classes: Sequence[str], denoiser: str) -> None:
+    """Raise ValueError for a full anchor of another class than the pipeline's network."""
+    if anchor.network_class is None or anchor.network_class in classes:
+        return
+    raise ValueError(
+        f"the anchor {anchor.source} is a {anchor.network_class} and {denoiser} a "
+        f"{classes[0]}: give an anchor of its architecture"
+    )
+
+
+def _read_card(files: AnchorFiles, source: str) -> AnchorCard | None:
     """The card, without keys that a later version may have added. Raises ValueError."""
     if CARD not in files.names:
         return None
@@ -380,32 +459,112 @@ def _read_card(files: _Files, source: str) -> AnchorCard | None:
         raise ValueError(f"the card {source}/{CARD} is incomplete: {reason}") from error
 
 
-def _full_anchor(files: _Files, source: str, card: AnchorCard | None) -> Anchor | None:
+def _full_anchor(
+    files: AnchorFiles, source: str, card: AnchorCard | None, pickles_allowed: bool
+) -> Anchor | None:
     """The anchor of a folder that holds a denoiser in diffusers' layout; None for other folders."""
-    for folder in (*DENOISERS, ""):
-        config_name = f"{folder}/config.json".removeprefix("/")
-        if config_name not in files.names:
-            continue
-        family = family_of_config(files.read_json(config_name))
-        if family is None:
-            continue
-        # The pipeline's index tells families apart whose denoisers have one class.
-        if INDEX in files.names:
-            family = BaseModel(files.root, files.revision).family
-        return Anchor(
-            source=source,
-            root=files.root,
-            weights=folder,
-            method="full",
-            card=card,
-            family=card.family if card else family.name,
-            revision=files.revision,
-            variant=_variant(files.names, folder),
+    parts = [folder for folder in (*NETWORK_FOLDERS, "") if _holds_network(files, folder)]
+    if not parts:
+        return None
+    folder = parts[0]
+    config = files.read_json(_in_folder(folder, "config.json"))
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "an unknown method")
+        raise ValueError(
+            f"the anchor {source} is quantised ({method}), and mixing needs its own weights: give "
+            "the anchor in bfloat16 or float16"
         )
+    _check_network_files(files, folder, source)
+    return Anchor(
+        source=source,
+        root=files.root,
+        weights=files.path_of(_network_weights(files, folder, source, pickles_allowed)),
+        method="full",
+        card=card,
+        family=card.family if card else _family_name(files, config, source),
+        revision=files.revision,
+        variant=_variant(files.names, folder),
+        network_class=config["_class_name"],
+        parts=tuple(part for part in parts if part),
+        prediction=_prediction(files),
+    )
+
+
+def _in_folder(folder: str, name: str) -> str:
+    """The path of a file in a folder; an empty folder is the one that all paths are in."""
+    return f"{folder}/{name}".removeprefix("/")
+
+
+def _holds_network(files: AnchorFiles, folder: str) -> bool:
+    """Whether a folder has the config of a denoiser.
+
+    At the root it may be any model's. There, of diffusers' classes only denoisers count.
+    """
+    config_name = _in_folder(folder, "config.json")
+    if config_name not in files.names:
+        return False
+    class_name = files.read_json(config_name).get("_class_name")
+    if not isinstance(class_name, str):
+        return False
+    known_class = getattr(diffusers, class_name, None)
+    return bool(folder) or known_class is None or known_class.__module__.startswith(NETWORK_MODULES)
+
+
+def _family_name(files: AnchorFiles, config: dict[str, Any], source: str) -> str | None:
+    """The family of a network in diffusers' layout; None for one of no known family.
+
+    The pipeline's index tells families apart whose denoisers have one class.
+    """
+    family = family_of_config(config)
+    if family is None or INDEX not in files.names:
+        return family.name if family else None
+    try:
+        return family_of_index(files.read_json(INDEX), source).name
+    except ValueError:
+        return None
+
+
+def _prediction(files: AnchorFiles) -> str | None:
+    """What the networks of a pipeline predict, by its scheduler; None: there is none."""
+    if SCHEDULER_CONFIG in files.names:
+        return prediction_of(files.read_json(SCHEDULER_CONFIG))
+    if INDEX in files.parents_names and SCHEDULER_CONFIG in files.parents_names:
+        return prediction_of(files.read_parents_json(SCHEDULER_CONFIG))
     return None
 
 
-def _variant(names: list[str], folder: str) -> str | None:
+def _check_network_files(files: AnchorFiles, folder: str, source: str) -> None:
+    """Raise ValueError for a torn file among the local weights of a network."""
+    if not files.is_local:
+        return
+    for name in files.names:
+        if name.rpartition("/")[0] != folder:
+            continue
+        if name.endswith(SAFETENSORS):
+            check_readable(Path(files.root) / files.path_of(name), f"the anchor {source}")
+        elif name.endswith(SHARDS_INDEX):
+            files.read_json(name)
+
+
+def _network_weights(files: AnchorFiles, folder: str, source: str, pickles_allowed: bool) -> str:
+    """The folder of a network, or the pickle in it where it holds no safetensors."""
+    ours = [name for name in files.names if name.rpartition("/")[0] == folder]
+    pickles = [name for name in ours if is_pickle(name)]
+    if not pickles or any(SAFETENSORS in name for name in ours):
+        return folder
+    usual = _in_folder(folder, NETWORK_PICKLE)
+    weights = usual if usual in pickles else pickles[0]
+    check_pickle_allowed(weights, f"the anchor {source}", pickles_allowed)
+    if usual not in pickles and len(pickles) > 1:
+        raise ValueError(
+            f"the anchor {source} is a network in several pickles ({', '.join(sorted(pickles))}): "
+            "save it as safetensors"
+        )
+    return weights
+
+
+def _variant(names: Sequence[str], folder: str) -> str | None:
     """`fp16` where a denoiser's weights are there in that variant alone."""
     endings = []
     for name in names:
@@ -420,13 +579,14 @@ def _variant(names: list[str], folder: str) -> str | None:
     return None
 
 
-def _only_weights(names: list[str], source: str) -> str:
+def _only_weights(names: Sequence[str], source: str) -> str:
     """The LoRA file of a folder by its usual name, or the only file of weights. Raises ValueError.
 
     The folder is not one of diffusers' denoisers.
     """
-    files = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    for name in (LORA_FILE, PEFT_FILE):
+    weights = [name for name in names if is_weights(name) and "/" not in name]
+    files = [name for name in weights if name.endswith(SAFETENSORS)] or weights
+    for name in (*LORA_FILES, *PICKLED_LORA_FILES):
         if name in files:
             return name
     if len(files) == 1:
@@ -434,36 +594,43 @@ def _only_weights(names: list[str], source: str) -> str:
     if files:
         content = f"several files ({', '.join(sorted(files))}): add the file's name to the anchor"
     else:
-        folders = "/ nor a ".join(DENOISERS)
-        content = f"neither a {folders}/ nor a LoRA file"
+        folders = "/, ".join(DENOISER_NAMES)
+        content = f"neither a network ({folders}/) nor a LoRA file{places_of(names)}"
     raise ValueError(f"{source} is no anchor that deradiff can read: it holds {content}")
 
 
-def _recognise_network(anchor: Anchor) -> None:
-    """Note that an anchor's file is a whole network, where the names of its tensors say so."""
-    names = _tensor_names(anchor)
+def _recognise_network(anchor: Anchor, names: Sequence[str], texts: dict[str, str]) -> None:
+    """Note that an anchor's file is a whole network, where the names of its tensors say so.
+
+    Args:
+        anchor: the anchor.
+        names: of the tensors in its file.
+        texts: in the file's header.
+    """
     for name in names:
         if any(sign in name for sign in ADAPTER_SIGNS):
             return
     family = original_family(names)
     anchor.method = "full"
     anchor.family = family.name if family else None
+    anchor.prediction = prediction_of_file(names, texts)
 
 
-def _tensor_names(anchor: Anchor) -> list[str]:
-    """The names of the tensors in an anchor's file. Raises ValueError.
+def _header(anchor: Anchor) -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors in an anchor's file, and the texts in its header.
 
-    Of a file on the hub only the header is read.
+    Of a safetensors file on the hub only the header is read. Raises ValueError.
     """
+    if Path(anchor.root).is_dir() or is_pickle(anchor.weights):
+        file = anchor.file(anchor.weights)
+        return read_names(file, f"the anchor {anchor.source}"), read_metadata(file)
     try:
-        if Path(anchor.root).is_dir():
-            return keys_of(anchor.file(anchor.weights))
         header = parse_safetensors_file_metadata(
             anchor.root, anchor.weights, revision=anchor.revision
         )
-        return list(header.tensors)
     # No such file, no network, or a file of something else: each has an error of its own.
     except Exception as error:
         raise ValueError(
             f"{anchor.source} is no safetensors file that can be read ({type(error).__name__})"
         ) from error
+    return list(header.tensors), dict(header.metadata)

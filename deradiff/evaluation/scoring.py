@@ -20,7 +20,7 @@ from tqdm import tqdm
 from deradiff.files import write_atomic
 from deradiff.scorers import load_spec
 from deradiff.scorers.base import Scorer
-from deradiff.scorers.cache import Key, ScoreCache, key
+from deradiff.scorers.cache import ScoreCache, ScoreKey, score_key
 from deradiff.scorers.spec import ScorerSpec
 
 
@@ -80,8 +80,9 @@ def write_scores(scores: pd.DataFrame, file: Path) -> None:
     write_atomic(file, buffer.getvalue())
 
 
-def _keys(samples: pd.DataFrame) -> list[Key]:
-    return [key(sha256, prompt) for sha256, prompt in zip(samples["sha256"], samples["prompt"])]
+def _keys(samples: pd.DataFrame) -> list[ScoreKey]:
+    rows = zip(samples["sha256"], samples["prompt"])
+    return [score_key(sha256, prompt) for sha256, prompt in rows]
 
 
 class _ScoringRun:
@@ -96,7 +97,7 @@ class _ScoringRun:
         self.cache = cache
         self.progress = progress
 
-    def complete(self, samples: pd.DataFrame) -> dict[Key, float]:
+    def complete(self, samples: pd.DataFrame) -> dict[ScoreKey, float]:
         """Score what the cache lacks; the processes share it.
 
         The main process returns with every score, the others perhaps without some.

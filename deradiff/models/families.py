@@ -11,11 +11,13 @@ from typing import Any
 
 from deradiff.models.family import Family, unwrapped
 from deradiff.models.flux import FLUX
+from deradiff.models.qwen_image import QWEN_IMAGE
 from deradiff.models.sd3 import SD3
 from deradiff.models.unet import SD15, SDXL
 
 # A family whose single files also hold another one's names comes after that one.
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD15, SDXL, SD3, FLUX)}
+_ALL = (SD15, SDXL, SD3, FLUX, QWEN_IMAGE)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 DENOISERS = tuple(dict.fromkeys(family.denoiser for family in FAMILIES.values()))
 """The attributes of a pipeline, and folders of a checkpoint, that may hold a denoiser."""

@@ -48,7 +48,22 @@ CALL_ARGUMENTS = (
 """What `encode_prompt` of most pipelines returns, in its order, by arguments of their call."""
 
 Shapes = dict[str, Any]
-"""Shapes of tensors by name; a mapping where an argument is itself a mapping of tensors."""
+"""Shapes of tensors by name, each a tuple.
+
+A mapping, or a list, where an argument is itself a mapping or a list of tensors; a `Plain` where an
+argument is no tensor.
+"""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An argument of a network that is no tensor, as it is passed.
+
+    Attributes:
+        value: the argument.
+    """
+
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,9 @@ class Family(ABC):
         shared_arguments: arguments of the network that belong to all rows of a batch alike.
         guidance_distilled: guidance is an input of the network, and a guided call evaluates one row
             an image.
+        guidance_argument: the argument of the pipeline's call that takes the guidance scale.
+        no_guidance: the largest guidance scale with which the pipeline does not guide.
+        call_options: what a call with a plain prompt needs beside it to be guided, by argument.
         sliced_decoding: decode images one by one, because a batch needs too much memory.
         nested_original: diffusers reads the original layout only with the prefix of a whole
             checkpoint.
@@ -123,6 +141,9 @@ class Family(ABC):
 
     # Sampling
     guidance_distilled: bool = False
+    guidance_argument: str = "guidance_scale"
+    no_guidance: float = 1.0
+    call_options: tuple[tuple[str, Any], ...] = ()
     sliced_decoding: bool = True
 
     # Files
@@ -150,8 +171,10 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def call_arguments(self, pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, Tensor]:
+    def call_arguments(self, pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, Any]:
         """The encoded prompts as keyword arguments of the pipeline's call, a row a prompt.
+
+        An argument is a tensor, or a list of tensors where the pipeline takes one.
 
         Args:
             pipe: the family's pipeline with its text encoders.
@@ -228,6 +251,14 @@ class Family(ABC):
         """
         return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
+    def latent_channels(self, vae_config: Mapping[str, Any]) -> int:
+        """Channels of the latents that the denoiser is trained on.
+
+        Args:
+            vae_config: the autoencoder's config.
+        """
+        return vae_config["latent_channels"]
+
     def latent_shape(self, pipe: Any, resolution: int) -> tuple[int, int, int]:
         """Shape (C, H, W) of a square image's latents.
 
@@ -243,14 +274,50 @@ class Family(ABC):
                 f"an image of {self.name} has sides that are multiples of {self.multiple} pixels, "
                 f"and {resolution} is not one"
             )
-        side = resolution // pipe.vae_scale_factor
-        return pipe.vae.config.latent_channels, side, side
+        side = resolution // self.pixels_per_latent(pipe.vae.config)
+        return self.latent_channels(pipe.vae.config), side, side
 
 
 def call_arguments_of(encoded: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """What a pipeline's `encode_prompt` returned, by CALL_ARGUMENTS; what is None is left out."""
     named = zip(CALL_ARGUMENTS, encoded, strict=False)
     return {name: tensor for name, tensor in named if tensor is not None}
+
+
+def pad(text: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    """Embeddings and mask of prompts with zeros behind them, so that all prompts are equally long.
+
+    Args:
+        text: (N, L, channels).
+        mask: (N, L), 1 for the tokens of a prompt; None: all are.
+        tokens: the length to fill up to.
+
+    Returns:
+        The embeddings (N, tokens, channels), and the mask (N, tokens) of booleans.
+    """
+    count, length, channels = text.shape
+    longer = text.new_zeros(count, tokens, channels)
+    longer[:, :length] = text
+    kept = text.new_zeros(count, tokens).bool()
+    kept[:, :length] = True if mask is None else mask.bool()
+    return longer, kept
+
+
+def without_padding(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings and mask of a batch, as short as its longest prompt.
+
+    Args:
+        text: (B, L, channels).
+        mask: (B, L), true for the tokens of a prompt, which stand before the padding.
+
+    Returns:
+        The embeddings, and the mask; None where all prompts are equally long.
+    """
+    lengths = mask.sum(1)
+    longest = int(lengths.max())
+    if bool((lengths == longest).all()):
+        return text[:, :longest], None
+    return text[:, :longest], mask[:, :longest]
 
 
 def unwrapped(network: Any) -> Any:

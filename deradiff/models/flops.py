@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from deradiff.models.families import family_of_config
-from deradiff.models.family import Family
+from deradiff.models.family import Family, Plain
 
 DEFAULT_CLASS = "UNet2DConditionModel"
 """The denoiser's class where a config does not name one."""
@@ -67,17 +67,18 @@ def denoiser_inputs(
         ValueError: for a network of no known family.
     """
     shapes = denoiser_family(config).input_shapes(config, height, width, tokens)
-    return _meta_tensors(shapes)
+    return {name: _meta_argument(shape) for name, shape in shapes.items()}
 
 
-def _meta_tensors(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for name, shape in shapes.items():
-        if isinstance(shape, Mapping):
-            tensors[name] = _meta_tensors(shape)
-        else:
-            tensors[name] = torch.zeros(shape, device="meta")
-    return tensors
+def _meta_argument(shape: Any) -> Any:
+    """An argument of a network, from what `deradiff.models.family.Shapes` says of it."""
+    if isinstance(shape, Plain):
+        return shape.value
+    if isinstance(shape, Mapping):
+        return {name: _meta_argument(part) for name, part in shape.items()}
+    if isinstance(shape, list):
+        return [_meta_argument(part) for part in shape]
+    return torch.zeros(shape, device="meta")
 
 
 def denoiser_flops(config: Mapping[str, Any], height: int, width: int, tokens: int = 77) -> float:

@@ -16,15 +16,13 @@ from deradiff.models.family import (
     Shapes,
     unwrapped,
 )
+from deradiff.models.patches import PATCH, pack, patch_coordinates, unpack
 
 if TYPE_CHECKING:  # not imported when a command starts
     from torch import Tensor, nn
 
 TRAINING_GUIDANCE = 3.5
 """The guidance that the network is given in training: its pipeline's default."""
-
-PATCH = 2
-"""Side of a patch of latents."""
 
 COORDINATES = 3
 """Numbers that say where a patch lies: an unused one, its row and its column."""
@@ -101,29 +99,6 @@ class FluxFamily(Family):
         if config["guidance_embeds"]:
             shapes["guidance"] = (1,)
         return shapes
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as patches (B, H/2 * W/2, 4 C), channels first within a patch."""
-    columns = latents.unflatten(3, (-1, PATCH))
-    squares = columns.unflatten(2, (-1, PATCH))  # (B, C, H/2, 2, W/2, 2)
-    channels = squares.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)  # (B, 4 C, H/2, W/2)
-    return channels.flatten(2).transpose(1, 2)
-
-
-def unpack(patches: Tensor, rows: int, columns: int) -> Tensor:
-    """Patches (B, rows * columns, 4 C) as latents (B, C, 2 rows, 2 columns)."""
-    channels = patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, 4 C, rows, columns)
-    squares = channels.unflatten(1, (-1, PATCH, PATCH))  # (B, C, 2, 2, rows, columns)
-    return squares.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
-
-
-def patch_coordinates(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Where each patch lies: (rows * columns, 3), of `like`'s device and precision."""
-    ids = like.new_zeros(rows, columns, COORDINATES)
-    ids[..., 1] = like.new_tensor(list(range(rows)))[:, None]
-    ids[..., 2] = like.new_tensor(list(range(columns)))
-    return ids.flatten(0, 1)
 
 
 FLUX = FluxFamily(

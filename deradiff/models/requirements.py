@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deradiff.models.flops import (
     denoiser_family,
@@ -214,13 +215,8 @@ def activation_bytes(network: Any, inputs: dict[str, Any], checkpointing: bool) 
 
 
 def _in_half_precision(inputs: dict[str, Any]) -> dict[str, Any]:
-    halved: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if isinstance(value, dict):
-            halved[name] = _in_half_precision(value)
-        else:
-            halved[name] = value.to(torch.bfloat16)
-    return halved
+    """Arguments of a network, with their tensors in half precision."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(torch.bfloat16), inputs)
 
 
 def cache_bytes(
@@ -244,7 +240,7 @@ def cache_bytes(
     # A config holds what differs from the class's defaults; a network of it holds everything
     config = meta_denoiser(config).config
     family = denoiser_family(config)
-    inputs = family.input_shapes(config, height, width, tokens)
-    image = math.prod(inputs[family.latents_argument])
+    inputs = denoiser_inputs(config, height, width, tokens)
+    image = sum(tensor.numel() for tensor in tree_leaves(inputs[family.latents_argument]))
     prompt = sum(math.prod(shape) for shape in family.prompt_shapes(config, tokens).values())
     return HALF * (float(images) * image + float(captions) * prompt)

@@ -17,11 +17,17 @@ from torch import Tensor, nn
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.anchors.lora_files import LoraWeights
-from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
+from deradiff.models.pipelines import pipeline_label
 
 PREFIX = "deradiff_"
 """How the names of the anchors' adapters begin."""
+
+FUSED_PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""The layers that attention does not use where its projections are fused."""
+
+HOTSWAP = "_prepare_lora_hotswap_kwargs"
+"""Where diffusers keeps what `enable_lora_hotswap` was told."""
 
 
 class Adapter:
@@ -35,6 +41,7 @@ class Adapter:
         pipe: the pipeline.
         anchor: the LoRA anchor.
         number: of the anchor, for the adapter's name.
+        denoiser: the attribute of the pipeline that holds the network.
 
     Attributes:
         denoiser: the network.
@@ -45,56 +52,107 @@ class Adapter:
         ValueError: for a LoRA that does not fit the network, which is then unchanged.
     """
 
-    def __init__(self, pipe: Any, anchor: Anchor, number: int) -> None:
-        family = family_of(pipe)
-        self.denoiser: Any = unwrapped(getattr(pipe, family.denoiser))
+    def __init__(self, pipe: Any, anchor: Anchor, number: int, denoiser: str) -> None:
+        prefix = denoiser
+        self.denoiser: Any = unwrapped(getattr(pipe, denoiser))
         self.name = f"{PREFIX}{number}"
-        weights = anchor.lora(pipe)
-        _check_fits(
-            self.denoiser,
-            family.denoiser,
-            weights,
-            f"the LoRA anchor {anchor.source}",
-            f"the {family.name} pipeline",
-        )
+        self.source = anchor.source
+        self.layers: dict[str, Any] = {}
+        # (parent, name in it, layer) of each layer that `detached` has taken off the network.
+        self._detached: list[tuple[nn.Module, str, Any]] = []
+        self._is_active = False
+
+        weights = anchor.lora(pipe, denoiser)
+        name = f"the LoRA anchor {anchor.source}"
+        pipeline = f"the {pipeline_label(pipe)} pipeline"
+        _check_fits(self.denoiser, prefix, weights, name, pipeline)
 
         # peft freezes what it wraps, and makes the new adapter the active one: both are undone.
         requires_grad = [(p, p.requires_grad) for p in self.denoiser.parameters()]
         active = []
         for layer in lora_layers(self.denoiser).values():
             active.append((layer, layer.active_adapters[:]))
-        self._load(pipe, weights, prefix=family.denoiser)
-        self.layers: dict[str, Any] = {}
-        for path, layer in lora_layers(self.denoiser).items():
-            if self.name in layer.scaling:
-                self.layers[path] = layer
+        try:
+            self._load(pipe, weights, prefix)
+        except Exception as error:
+            self._collect_layers()
+            self.remove()
+            raise ValueError(
+                f"{name} does not load onto {pipeline}: {_first_line(error)}"
+            ) from error
+        finally:
+            # The stock pipeline's network with a LoRA on it wants no gradients of these.
+            self._frozen = [p for p, required in requires_grad if required and not p.requires_grad]
+            for parameter, required in requires_grad:
+                parameter.requires_grad_(required)
+            for layer, names in active:
+                layer._active_adapter = names
+        self._collect_layers()
         for layer in self.layers.values():
-            layer._active_adapter = []
             layer.lora_dropout[self.name].eval()
-        for layer, names in active:
-            layer._active_adapter = names
-        for parameter, required in requires_grad:
-            parameter.requires_grad_(required)
+        self.follow()
 
-        # (parent, name in it, layer) of each layer that `detached` has taken off the network.
-        self._detached: list[tuple[nn.Module, str, Any]] = []
+    def _collect_layers(self) -> None:
+        """Note the layers of the network that hold this adapter."""
+        for path, layer in lora_layers(self.denoiser).items():
+            if self.name in getattr(layer, "scaling", {}):
+                self.layers[path] = layer
 
     def _load(self, pipe: Any, weights: LoraWeights, prefix: str) -> None:
         """Load the weights in the way of the pipelines' own `load_lora_weights`.
 
         So the network at lam = 1 is that of the stock pipeline, bit for bit.
         """
-        with warnings.catch_warnings():
-            # Several LoRAs on one network are meant.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            self.denoiser.load_lora_adapter(
-                dict(weights.state),
-                prefix=prefix,
-                adapter_name=self.name,
-                metadata=weights.metadata,
-                low_cpu_mem_usage=True,
-                _pipeline=pipe,
-            )
+        # What the user prepared for LoRAs of theirs is used up by the first one that is loaded.
+        prepared = vars(self.denoiser).get(HOTSWAP)
+        if prepared is not None:
+            setattr(self.denoiser, HOTSWAP, None)
+        try:
+            with warnings.catch_warnings():
+                # Several LoRAs on one network are meant.
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                self.denoiser.load_lora_adapter(
+                    dict(weights.state),
+                    prefix=prefix,
+                    adapter_name=self.name,
+                    metadata=weights.metadata,
+                    low_cpu_mem_usage=True,
+                    _pipeline=pipe,
+                )
+        finally:
+            if prepared is not None:
+                setattr(self.denoiser, HOTSWAP, prepared)
+
+    def follow(self) -> None:
+        """Check that the adapter is still where it was attached, and switch it off.
+
+        Whoever deletes an adapter of their own switches on what else the layer holds.
+
+        Raises:
+            ValueError: where somebody has removed it, or fused it into the weights.
+        """
+        detached = {id(layer) for _, _, layer in self._detached}
+        for path, layer in self.layers.items():
+            is_attached = id(layer) in detached or self._module_at(path) is layer
+            if self.name in layer.active_adapters and not self._is_active:
+                layer._active_adapter = [n for n in layer.active_adapters if n != self.name]
+            if not is_attached or self.name not in layer.scaling:
+                raise ValueError(
+                    f"the LoRA anchor {self.source} was removed from the network while the "
+                    "pipeline is realigned: unload or delete LoRAs before or after the context"
+                )
+            if layer.merged:
+                raise ValueError(
+                    "a LoRA was fused into the network while the pipeline is realigned: call "
+                    "pipe.unfuse_lora(), and fuse before or after the context"
+                )
+
+    def _module_at(self, path: str) -> nn.Module | None:
+        """The module at a path of the network; None where there is none any more."""
+        try:
+            return self.denoiser.get_submodule(path)
+        except AttributeError:
+            return None
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -141,6 +199,9 @@ class Adapter:
             users = [] if layer.disable_adapters else layer.active_adapters
             layer._active_adapter = [*users, self.name]
             layer._disable_adapters = False
+        for parameter in self._frozen:
+            parameter.requires_grad = False
+        self._is_active = True
         try:
             with ExitStack() as stack:
                 if isinstance(scale, Tensor):
@@ -150,6 +211,9 @@ class Adapter:
                         layer.scaling[self.name] *= scale
                 yield
         finally:
+            self._is_active = False
+            for parameter in self._frozen:
+                parameter.requires_grad = True
             for state in states:
                 state.restore()
             for parent, child, module in modules:
@@ -186,23 +250,39 @@ class Adapter:
     def _scaled_by_row(self, scales: Tensor) -> Iterator[None]:
         """Multiply each layer's scale by a column (rows, 1, ...).
 
-        peft multiplies the adapter's output by the scale, which may be a tensor.
+        peft multiplies the adapter's output by the scale, which may be a tensor. A call may change
+        the scale, too: the number is read when the layer runs, and put back afterwards.
         """
 
-        def set_scale(layer: Any, inputs: tuple[Any, ...], own_scale: float) -> None:
-            column = own_scale * scales.to(inputs[0].dtype)
+        def set_column(layer: Any, inputs: tuple[Any, ...], numbers: dict[str, float]) -> None:
+            numbers["scale"] = layer.scaling[self.name]
+            # A layer may see the rows in parts, such as the frames of each.
+            parts = max(len(inputs[0]) // len(scales), 1)
+            column = numbers["scale"] * scales.repeat_interleave(parts).to(inputs[0].dtype)
             layer.scaling[self.name] = column.view(-1, *[1] * (inputs[0].ndim - 1))
+
+        def set_number(layer: Any, *_: Any, numbers: dict[str, float]) -> None:
+            layer.scaling[self.name] = numbers["scale"]
 
         with ExitStack() as stack:
             for layer in self.layers.values():
-                hook = partial(set_scale, own_scale=layer.scaling[self.name])
-                stack.callback(layer.register_forward_pre_hook(hook).remove)
+                numbers: dict[str, float] = {}
+                before = layer.register_forward_pre_hook(partial(set_column, numbers=numbers))
+                after = layer.register_forward_hook(partial(set_number, numbers=numbers))
+                stack.callback(before.remove)
+                stack.callback(after.remove)
             yield
 
     @property
     def is_variant(self) -> bool:
         """Whether this is a DoRA or another LoRA that does more than add one matrix to a weight."""
         return any(self.name in layer.lora_variant for layer in self.layers.values())
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it adds one matrix to each weight, and nothing else."""
+        has_biases = any(layer.lora_bias.get(self.name) for layer in self.layers.values())
+        return not has_biases and not self.is_variant
 
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
         """What the adapter adds to each layer's weight.
@@ -240,14 +320,17 @@ class Adapter:
         """Remove the adapter, and unwrap the layers that hold no other one."""
         for path, layer in self.layers.items():
             # Somebody may have wrapped the layer anew.
-            if self.denoiser.get_submodule(path) is not layer:
+            if self._module_at(path) is not layer:
                 continue
             if list(layer.scaling) == [self.name]:
                 self.denoiser.set_submodule(path, layer.base_layer)
             else:
                 layer.delete_adapter(self.name)
-        self.denoiser.peft_config.pop(self.name, None)
-        if not self.denoiser.peft_config:
+        configs = getattr(self.denoiser, "peft_config", None)
+        if configs is None:
+            return
+        configs.pop(self.name, None)
+        if not configs:
             del self.denoiser.peft_config
             # The class says False.
             vars(self.denoiser).pop("_hf_peft_config_loaded", None)
@@ -285,6 +368,34 @@ def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
 
 
+def _check_projections(
+    modules: dict[str, nn.Module], weights: LoraWeights, prefix: str, anchor: str
+) -> None:
+    """Raise ValueError where attention does not use the layers that a LoRA changes.
+
+    Args:
+        modules: of the network, by path.
+        weights: the LoRA.
+        prefix: of the layers' names in it.
+        anchor: how an error names the LoRA.
+    """
+    for key in weights.state:
+        path = key.removeprefix(f"{prefix}.").partition(".lora_")[0]
+        parent, _, layer = path.rpartition(".")
+        is_fused = getattr(modules.get(parent), "fused_projections", False)
+        if is_fused and layer in FUSED_PARTS:
+            raise ValueError(
+                f"{anchor} changes {path}, which the pipeline's fused projections do not use: call "
+                "pipe.unfuse_qkv_projections() first"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's text, without its end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .:")
+
+
 def _check_fits(
     denoiser: nn.Module, prefix: str, weights: LoraWeights, anchor: str, pipeline: str
 ) -> None:
@@ -303,6 +414,7 @@ def _check_fits(
             "pipe.unfuse_lora() first"
         )
     modules = dict(denoiser.named_modules())
+    _check_projections(modules, weights, prefix, anchor)
     for key, matrix in weights.state.items():
         path, _, part = key.removeprefix(f"{prefix}.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):

@@ -33,7 +33,7 @@ from deradiff.models.base_model import BaseModel
 from deradiff.models.families import FAMILIES, family_of
 from deradiff.models.family import Family
 from deradiff.realignment.adapters import Adapter
-from deradiff.realignment.networks import FullAnchor, base_parameters
+from deradiff.realignment.full_anchor import FullAnchor
 
 NOTE = "bake.json"
 
@@ -170,7 +170,7 @@ def _load_denoiser_alone(model: BaseModel) -> Any:
 def _bake_lora(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
     """Write a LoRA with lam and its own scale multiplied into its B."""
     family = family_of(pipe)
-    adapter = Adapter(pipe, anchor, 0)
+    adapter = Adapter(pipe, anchor, 0, family.denoiser)
     if adapter.is_variant:
         raise ValueError(
             f"{anchor.source} is a DoRA, and lam times one is no LoRA: sample it with "
@@ -217,11 +217,9 @@ def _bake_full(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
     """Write the weighted sum of the reference's and the anchor's weights."""
     family = family_of(pipe)
     denoiser = getattr(pipe, family.denoiser)
-    full = FullAnchor(denoiser, anchor, family.name)
-    network = full.network(denoiser.device, denoiser.dtype)
-    theirs = dict(network.named_parameters())
+    theirs = FullAnchor(denoiser, anchor, family.name).weights()
     with torch.no_grad():
-        for name, parameter in base_parameters(denoiser).items():
+        for name, parameter in denoiser.named_parameters():
             # In the order of mode weights, which rounds alike.
             parameter.copy_((1 - lam) * parameter + lam * theirs[name])
     denoiser.save_pretrained(folder / family.denoiser)

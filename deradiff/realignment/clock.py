@@ -1,5 +1,9 @@
-"""Which step a pipeline is at. Pipelines do not say it: it follows from the times that they pass to
-their denoiser."""
+"""Which step a pipeline is at.
+
+The scheduler knows it: where the chain begins, and how many steps it has taken since. What time the
+network is told has no part in it, because each family tells it in another way (t, t / 1000,
+1 - t / 1000, one number for each token, rounded to bfloat16).
+"""
 
 from __future__ import annotations
 
@@ -8,38 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERANCE = 0.005
-"""Relative error of a time that a pipeline rounded to bfloat16 on its way to the network."""
-
 
 class Clock:
     """The step of the scheduler that the pipeline is at.
 
-    Args:
-        pipe: a diffusers pipeline.
-        scale: the scheduler's time divided by the time that the network gets.
-
     Attributes:
-        index: of the step in `scheduler.timesteps`; None while somebody calls the network at a time
-            of their own, which is no step of a chain.
-        start_index: the index at which this call of the pipeline began.
-        is_new_call: whether this evaluation is the first one of a call of the pipeline.
-        evaluation: 0 at the first evaluation of a step. Some pipelines make more, such as FLUX with
-            true guidance.
+        scheduler: the scheduler; None: the pipeline has none.
+        index: of the step in `scheduler.timesteps`; None while somebody calls the network outside
+            a chain.
+        start_index: the index at which this chain began.
+        chain: the number of the chain.
+        is_new_call: whether this evaluation is the first one of a chain.
+        evaluation: 0 at the first evaluation of a step. Pipelines with true guidance make more.
         fraction: of training time, 0 at pure noise and 1 at the image.
     """
 
-    def __init__(self, pipe: Any, scale: float = 1.0) -> None:
-        self.pipe = pipe
-        self.scale = scale
+    def __init__(self) -> None:
+        self.scheduler: Any = None
         self.index: int | None = None
         self.start_index = 0
+        self.chain = 0
         self.is_new_call = False
         self.evaluation = 0
         self.fraction = 0.0
-        self._timesteps: Any = None
         self._times: list[float] = []
-        self._previous_index = -1
+        # A chain is announced, has begun, and ends with the last of its times.
+        self._is_announced = False
+        self._is_running = False
+        self._steps_taken = 0
+        self._evaluations_of_step = 0
+        # Whether the network is told the scheduler's own time.
+        self._is_told_time = False
 
     @property
     def is_first_evaluation(self) -> bool:
@@ -50,51 +53,122 @@ class Clock:
     @property
     def is_last_step(self) -> bool:
         """Whether this is the last step of a chain."""
-        return self.index == len(self._times) - 1
+        return self.index is not None and self.index == len(self._times) - 1
 
-    def tick(self, timestep: Tensor | float) -> None:
+    @property
+    def steps(self) -> int:
+        """The number of steps of the whole schedule."""
+        return len(self._times)
+
+    def follow(self, scheduler: Any) -> None:
+        """Go by another scheduler, which may have its timesteps already.
+
+        Args:
+            scheduler: the scheduler; None: the pipeline has none.
+        """
+        self.scheduler = scheduler
+        self.announce_chain()
+        self._is_announced = getattr(scheduler, "num_inference_steps", None) is not None
+
+    def announce_chain(self) -> None:
+        """Note that the scheduler gets new timesteps."""
+        self._is_announced = True
+        self._is_running = False
+        self.index = None
+
+    def finish_step(self) -> None:
+        """Note that the scheduler has taken a step."""
+        if not self._is_running:
+            return
+        self._steps_taken += 1
+        self._evaluations_of_step = 0
+        if self.start_index + self._steps_taken >= len(self._times):
+            self._is_running = False
+
+    def tick(self, timestep: Tensor | float | None) -> None:
         """Note one evaluation of the denoiser.
 
         Args:
-            timestep: as the network gets it: a number, or one for each row.
+            timestep: the time that the network is told; None: it is told none.
         """
-        scheduler = self.pipe.scheduler
-        time = self.scale * float(torch.as_tensor(timestep).flatten()[0])
-
-        # A pipeline sets the scheduler's timesteps when it is called.
-        if scheduler.timesteps is not self._timesteps:
-            self._timesteps = scheduler.timesteps
-            self._times = scheduler.timesteps.tolist()
-            self._previous_index = -1
-
-        # An index that goes back, or the first one of new timesteps, begins a call.
-        self.index = self._find_index(time)
         self.is_new_call = False
-        if self.index is not None:
-            self.is_new_call = self.index < self._previous_index or self._previous_index < 0
-            if self.is_new_call:
-                self.start_index = self.index
-            is_same_step = self.index == self._previous_index
-            self.evaluation = self.evaluation + 1 if is_same_step else 0
-            self._previous_index = self.index
-            time = self._times[self.index]
-        self.fraction = 1 - time / scheduler.config.num_train_timesteps
+        if self._is_announced:
+            self._begin(timestep)
+        self.index = self._current_index(timestep) if self._is_running else None
+        if self.index is None:
+            return
+        self.evaluation = self._evaluations_of_step
+        self._evaluations_of_step += 1
+        self.fraction = self._fraction_of_time()
 
-    def _find_index(self, time: float) -> int | None:
-        """The index of a time, by the scheduler's own count where it keeps one.
+    def _begin(self, timestep: Tensor | float | None) -> None:
+        """Begin a chain at its first evaluation."""
+        scheduler = self.scheduler
+        self._times = torch.as_tensor(scheduler.timesteps).flatten().tolist()
+        self._is_announced = False
+        self._is_running = bool(self._times)
+        self._steps_taken = 0
+        self._evaluations_of_step = 0
+        self.is_new_call = self._is_running
+        self.chain += 1
 
-        Without a count it is the next step of that time: some schedulers visit a time twice.
+        # An image to start from skips steps. The scheduler counts them, or the time tells.
+        matches = _matches(self._times, timestep)
+        start = getattr(scheduler, "step_index", None)
+        if start is None:
+            start = getattr(scheduler, "begin_index", None)
+        if start is None:
+            start = matches[0] if matches else 0
+        self.start_index = start
+        self._is_told_time = start in matches
+
+    def _current_index(self, timestep: Tensor | float | None) -> int | None:
+        """The scheduler's own count where it keeps one, and ours of the steps taken elsewhere.
+
+        Where the network is told the scheduler's own time, that has the last word: somebody may
+        take steps of their own, or evaluate the network at a time that is none of the chain's.
         """
-        index = getattr(self.pipe.scheduler, "step_index", None)
-        if index is not None:
-            return index if _is_close(self._times[index], time) else None
-
-        matches = [i for i, known in enumerate(self._times) if _is_close(known, time)]
+        counted = getattr(self.scheduler, "step_index", None)
+        if counted is None or not 0 <= counted < len(self._times):
+            counted = min(self.start_index + self._steps_taken, len(self._times) - 1)
+        if not self._is_told_time:
+            return counted
+        matches = _matches(self._times, timestep)
         if not matches:
             return None
-        ahead = [i for i in matches if i > self._previous_index]
-        return min(ahead or matches, key=lambda i: abs(self._times[i] - time))
+        ahead = [index for index in matches if index >= counted]
+        index = ahead[0] if ahead else matches[0]
+        if index != counted:
+            self._follow_time(index)
+        return index
+
+    def _follow_time(self, index: int) -> None:
+        """Go on at a step that the scheduler did not take; a step back begins a new chain."""
+        if index < self.start_index + self._steps_taken:
+            self.is_new_call = True
+            self.chain += 1
+            self.start_index = index
+        self._steps_taken = index - self.start_index
+        self._evaluations_of_step = 0
+
+    def _fraction_of_time(self) -> float:
+        """1 - t / T where the times run from T to 0, and the share of the steps elsewhere."""
+        assert self.index is not None
+        scale = self.scheduler.config.get("num_train_timesteps") or 1
+        if min(self._times) < 0 or max(self._times) > scale or max(self._times) <= 0.01 * scale:
+            return self.index / len(self._times)
+        return 1 - self._times[self.index] / scale
 
 
-def _is_close(known: float, time: float) -> bool:
-    return abs(known - time) <= TOLERANCE * max(time, 1)
+def _matches(times: list[float], timestep: Tensor | float | None) -> list[int]:
+    """The indices of a time that the network is told, in the precision in which it is told."""
+    if timestep is None:
+        return []
+    told = torch.as_tensor(timestep).flatten()
+    if not told.numel():
+        return []
+    known = torch.tensor(times, dtype=torch.float64)
+    if told.is_floating_point():
+        known = known.to(told.dtype)
+    is_equal = known.double() == told[0].cpu().double()
+    return is_equal.nonzero().flatten().tolist()

@@ -2,12 +2,12 @@
 
 How the parts work together, at every evaluation of the denoiser inside the context:
 
-    pipeline -> hook -> clock      which step is this?
-                     -> dial       lambda of each anchor at this step
-                     -> mode       evaluates the networks, and mixes their outputs
-                     -> path KL    adds the step's share
-                     -> resampling weighs the particles, if there are any
-             <- the mixed output, with which guidance and the scheduler go on
+    pipeline -> hook -> clock   which step is this?
+                     -> dial    lambda of each anchor at this step
+                     -> mode    evaluates the networks, and mixes their outputs
+             <- the mixed output, which carries what each model predicted through the guidance
+             -> scheduler.step -> guided steps   trust region, path KL and particles
+             <- the next latents
 """
 
 from __future__ import annotations
@@ -15,27 +15,47 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from deradiff.anchors.anchor import Anchor, check_anchor_family
+from deradiff.anchors.anchor import Anchor, check_anchor
+from deradiff.method.branches import ByBranch
 from deradiff.method.lambdas import Lambda
-from deradiff.models.families import family_of
 from deradiff.models.family import unwrapped
-from deradiff.realignment.adapters import Adapter
+from deradiff.models.pipelines import (
+    denoiser_name,
+    denoiser_names,
+    known_family,
+    pipeline_label,
+)
+from deradiff.realignment.adapters import Adapter, lora_layers
+from deradiff.realignment.caller import calling_pipeline
+from deradiff.realignment.carriers import all_plain
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.dial import Dial, validated_lams
-from deradiff.realignment.modes import Mode, ModeParts
-from deradiff.realignment.networks import Call, FullAnchor, Networks, check_own_loras
+from deradiff.realignment.full_anchor import FullAnchor, check_unfused
+from deradiff.realignment.guided_steps import GuidedSteps
+from deradiff.realignment.modes import Mode, ModeParts, carried
+from deradiff.realignment.networks import Call, Cost, Networks, parameters_of
 from deradiff.realignment.path_kl import PathKL
 from deradiff.realignment.registry import MODES, NEEDS, modes_with, unsupported_option
 from deradiff.realignment.resampling import Resampling
+from deradiff.realignment.scheduler_tap import SchedulerTap
 
 HOOK = "deradiff_realign"
 """The name of our hook in diffusers' registry of a network's hooks."""
+
+PRIOR_CLASS = "PriorTransformer"
+"""diffusers' network whose pipelines read its weights outside of its forward."""
+
+UNCONDITIONAL = "unconditional_transformer"
+"""The attribute of a network for the unconditional branch of guidance alone."""
+
+SHARED_CHAIN = ("transformer_2", UNCONDITIONAL)
+"""The attributes of networks that share the chain of steps with the first."""
 
 Source = str | Path | Anchor
 """What `load_anchor` takes."""
@@ -45,7 +65,7 @@ Source = str | Path | Anchor
 def realign(
     pipe: Any,
     anchor: Source | Sequence[Source],
-    lam: Lambda | Sequence[Lambda],
+    lam: Lambda | ByBranch | Sequence[Lambda | ByBranch],
     mode: str = "exact",
     path_kl: bool = False,
     *,
@@ -67,8 +87,7 @@ def realign(
     gives the pipeline back as it was, bit for bit.
 
     Args:
-        pipe: a pipeline of a known family (`deradiff.models.families`): text-to-image, img2img,
-            inpainting or ControlNet.
+        pipe: a diffusers pipeline that calls one denoiser step by step, of whatever family.
         anchor: a path, a hub id or a loaded `Anchor` (see `deradiff.load_anchor`), or a list of
             these.
         lam: lambda: 0 is the reference, 1 the anchor. A number, a tensor with a number for each
@@ -83,6 +102,8 @@ def realign(
               extrapolates it between. 1 + 1/k evaluations a step, with k = `every`.
             - `weights` evaluates one network, at theta_ref + lam (theta_anchor - theta_ref), which
               is the first order of mixing. One evaluation a step.
+            - `sampled` draws the reference or an anchor for each step, with lam as probability.
+              One evaluation a step; it works where weights cannot be summed.
         path_kl: evaluate the reference also where the mode does not need it (`exact` at lam = 1,
             `weights` always), so that `dial.path_kl` is known there.
         every: of mode `reuse`: steps from one evaluation of the difference to the next.
@@ -119,42 +140,69 @@ def realign(
     sources = _as_list(anchor)
     _check_numbers(every, particles, trust_region)
     _check_mode(mode, len(sources), particles, trust_region, batched)
-    _check_pipeline(pipe)
+    names = _realigned_denoisers(pipe)
+    _check_pipeline(pipe, names)
     lams = validated_lams(lam, len(sources))
-    family = family_of(pipe)
-    anchors = [check_anchor_family(source, family.name) for source in sources]
-    denoiser = getattr(pipe, family.denoiser)
+    anchors = [check_anchor(source, pipe) for source in sources]
 
     # What is put into the pipeline below is taken out in reverse order.
     with ExitStack() as stack:
-        # The networks: LoRA anchors are attached to the reference's own, full ones stand beside it.
-        attached = [_attach(pipe, anchor, i, stack) for i, anchor in enumerate(anchors)]
-        networks = Networks(attached, batched, shared_start)
-        has_full = any(isinstance(network, FullAnchor) for network in attached)
-        if has_full and MODES[mode].evaluates_anchors:
-            check_own_loras(denoiser)
-        for network in attached:
-            if isinstance(network, Adapter):
-                stack.enter_context(network.detached())
-
-        # The measures: the step that the pipeline is at, its path KL, and its particles.
-        clock = Clock(pipe, family.timestep_scale)
-        kl = PathKL(pipe, clock)
-        resampling = Resampling(particles, clock, kl) if particles > 1 else None
+        # The measures: the step that the pipeline is at, its path KL, its particles and its cost.
+        clock = Clock()
+        kl = PathKL(clock)
+        resampling = Resampling(particles, clock) if particles > 1 else None
+        cost = Cost()
 
         # The user's side.
-        dial = Dial(networks, clock, kl, resampling, trust_region, family.patch_size)
+        dial = Dial(len(anchors), cost, clock, kl, resampling, MODES[mode].branches)
         dial.lam = lams  # type: ignore[assignment]
 
-        # The pipeline's side: the mode evaluates in place of the reference's own forward.
-        parts = ModeParts(unwrapped(denoiser), networks, clock, dial.limit_lams, path_kl, every)
-        evaluator: Mode = MODES[mode].load()(parts)
-        evaluator.enter(stack)
-        if resampling:
-            stack.callback(resampling.release)
-        hook = _Hook(dial, clock, kl, resampling, evaluator, family.shared_arguments)
-        stack.enter_context(_installed(denoiser, hook))
+        # The scheduler's side: it shows its steps.
+        traits = _Traits.of(pipe)
+        steps = GuidedSteps(clock, kl, dial, resampling, trust_region, traits.patch_size)
+        tap = SchedulerTap(steps)
+        stack.callback(tap.release)
+        steps.follow(pipe, tap)
+
+        # The networks' side: the mode evaluates in place of a reference's own forward.
+        for name in names:
+            attached = _attach_all(pipe, name, anchors, stack)
+            networks = Networks(
+                unwrapped(getattr(pipe, name)),
+                attached,
+                cost,
+                batched=batched,
+                checks_batches=not traits.is_known,
+                shared_start=shared_start,
+            )
+            network = unwrapped(getattr(pipe, name))
+            parts = ModeParts(network, networks, clock, traits.patch_size, path_kl, every)
+            evaluator: Mode = MODES[mode].load()(parts)
+            hook = _Hook(pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments)
+            stack.enter_context(_installed(getattr(pipe, name), hook))
         yield dial
+
+
+class _Traits(NamedTuple):
+    """What realignment reads of a pipeline's family; of no known family, what most have.
+
+    Attributes:
+        is_known: whether it is of a known family.
+        patch_size: side of the patches of latents that the network returns.
+        shared_arguments: arguments of the network that belong to all rows of a batch alike.
+    """
+
+    is_known: bool = False
+    patch_size: int = 1
+    shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")
+
+    @classmethod
+    def of(cls, pipe: Any) -> _Traits:
+        """The traits of a pipeline."""
+        family = known_family(pipe)
+        if family is None:
+            return cls()
+        return cls(True, family.patch_size, family.shared_arguments)
 
 
 def _as_list(anchor: Source | Sequence[Source]) -> list[Source]:
@@ -189,30 +237,80 @@ def _check_mode(
         raise ValueError(f"trust_region is for one anchor, and there are {anchors}")
 
 
-def _check_pipeline(pipe: Any) -> None:
-    """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline."""
-    if str(pipe.scheduler.config.get("variance_type", "")).startswith("learned"):
+def _realigned_denoisers(pipe: Any) -> list[str]:
+    """The attributes of a pipeline whose networks are realigned. Raises ValueError.
+
+    Two that share one chain of steps, as those of Wan 2.2 for early and late steps, are realigned
+    both. Of a network for the unconditional branch alone there is no anchor.
+    """
+    first = denoiser_name(pipe)
+    if type(unwrapped(getattr(pipe, first))).__name__ == PRIOR_CLASS:
         raise ValueError(
-            f"{type(pipe.scheduler).__name__} has a learned variance, whose mixture is not one of "
+            f"{type(pipe).__name__} uses weights of its {first} outside of the network's forward, "
+            "where an anchor's cannot take their place: realign the pipeline that decodes"
+        )
+    names = denoiser_names(pipe)
+    if any(name not in (first, *SHARED_CHAIN) for name in names):
+        raise ValueError(
+            f"{type(pipe).__name__} runs several models one after the other ({', '.join(names)}): "
+            "realign the pipeline of one of them"
+        )
+    return [name for name in names if name != UNCONDITIONAL]
+
+
+def _check_pipeline(pipe: Any, names: Sequence[str]) -> None:
+    """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline.
+
+    Args:
+        pipe: the pipeline.
+        names: of its denoisers.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    config = getattr(scheduler, "config", {})
+    if str(config.get("variance_type", "")).startswith("learned"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has a learned variance, whose mixture is not one of "
             "outputs: use a scheduler with a fixed variance"
         )
-    denoiser = getattr(pipe, family_of(pipe).denoiser)
-    registry = getattr(denoiser, "_diffusers_hook", None)
-    if registry and HOOK in registry.hooks:
-        raise ValueError(
-            "this pipeline is being realigned already: leave that context first, or give several "
-            "anchors to one"
-        )
+    for name in names:
+        registry = getattr(getattr(pipe, name), "_diffusers_hook", None)
+        if registry and HOOK in registry.hooks:
+            raise ValueError(
+                "this pipeline is being realigned already: leave that context first, or give "
+                "several anchors to one"
+            )
 
 
-def _attach(pipe: Any, anchor: Anchor, number: int, stack: ExitStack) -> Adapter | FullAnchor:
-    """Load an anchor's weights: a LoRA onto the reference's network, or a second network."""
-    family = family_of(pipe)
-    if anchor.method == "full":
-        return FullAnchor(unwrapped(getattr(pipe, family.denoiser)), anchor, family.name)
-    adapter = Adapter(pipe, anchor, number)
-    stack.callback(adapter.remove)
-    return adapter
+def _attach_all(
+    pipe: Any, name: str, anchors: Sequence[Anchor], stack: ExitStack
+) -> list[Adapter | FullAnchor]:
+    """Load the anchors' weights for one denoiser.
+
+    LoRAs are attached to the reference's network, and full anchors are weights for it.
+
+    Args:
+        pipe: the pipeline.
+        name: of the denoiser.
+        anchors: the anchors.
+        stack: undoes it.
+    """
+    network = unwrapped(getattr(pipe, name))
+    check_unfused(network, lora_layers(network))
+    is_first = name == denoiser_name(pipe)
+    has_others = len(_realigned_denoisers(pipe)) > 1
+    attached: list[Adapter | FullAnchor] = []
+    for number, anchor in enumerate(anchors):
+        if anchor.method == "full":
+            own = anchor.part(name) if has_others or not is_first else anchor
+            attached.append(FullAnchor(network, own, pipeline_label(pipe)))
+            continue
+        adapter = Adapter(pipe, anchor, number, name)
+        stack.callback(adapter.remove)
+        attached.append(adapter)
+    for adapter in attached:
+        if isinstance(adapter, Adapter):
+            stack.enter_context(adapter.detached())
+    return attached
 
 
 class _Hook(ModelHook):
@@ -220,35 +318,49 @@ class _Hook(ModelHook):
 
     def __init__(
         self,
+        pipe: Any,
         dial: Dial,
-        clock: Clock,
-        kl: PathKL,
-        resampling: Resampling | None,
+        networks: Networks,
         mode: Mode,
+        steps: GuidedSteps,
+        tap: SchedulerTap,
         shared_arguments: tuple[str, ...],
     ) -> None:
         super().__init__()
+        self.pipe = pipe
         self.dial = dial
-        self.clock = clock
-        self.kl = kl
-        self.resampling = resampling
+        self.networks = networks
         self.mode = mode
+        self.steps = steps
+        self.tap = tap
         self.shared_arguments = shared_arguments
+        # The chain that the networks have been made ready for.
+        self._chain = 0
         # The network's forward, compiled, where the network was compiled in place.
         self.compiled_forward: Any = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """One evaluation that the pipeline asks for."""
         forward: Any = self.compiled_forward or self.fn_ref.original_forward
-        call = Call(forward, args, kwargs, self.shared_arguments)
+        args, kwargs = all_plain((args, kwargs))
+        parameters = parameters_of(type(unwrapped(module)))
+        call = Call(forward, args, kwargs, parameters, self.shared_arguments)
 
-        self.clock.tick(call.timestep)
-        lams = self.dial.next_lams(call.x)
+        # Which step is this, and what is lambda there?
+        self.steps.follow(calling_pipeline(self.pipe), self.tap)
+        clock = self.steps.clock
+        clock.tick(call.timestep)
+        if clock.chain != self._chain or clock.index is None:
+            self.networks.begin_chain()
+            self._chain = clock.chain
+        lams = self.dial.begin_evaluation(call.rows)
+
         mixed = self.mode.evaluate(call, lams)
-        self.kl.add(mixed.output[0], mixed.shift)
-        if self.resampling:
-            self.resampling.weigh(mixed.lams, mixed.differences)
-        return mixed.output
+        if clock.index is None or not self.tap.is_attached:
+            self.steps.note_outside_evaluation()
+            return mixed.output.whole()
+        self.steps.note_evaluation(call.rows)
+        return carried(mixed, self.steps.track)
 
 
 @contextmanager

@@ -1,26 +1,18 @@
-"""What `realign` gives to the user: lambda, which may be set at any time, and what sampling cost.
-
-Shapes: rows of the denoiser's batch; images = rows / rows_per_image.
-"""
+"""What `realign` gives to the user: lambda, to be set at any time, and what sampling cost."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deradiff.method.lambdas import (
-    Lambda,
-    Strength,
-    broadcast_to,
-    trust_region,
-    validated,
-    value_at,
-)
+from deradiff.method.branches import BranchStrengths, ByBranch
+from deradiff.method.lambdas import Lambda, Strength, validated, value_at
 from deradiff.realignment.clock import Clock
-from deradiff.realignment.networks import Networks
+from deradiff.realignment.networks import Cost
 from deradiff.realignment.path_kl import PathKL
 from deradiff.realignment.resampling import Resampling
 
@@ -31,8 +23,19 @@ BEYOND_ANCHOR = (
 """What there is to say of a lambda above 1, after its value."""
 
 
+NEGATIVE = (
+    "a negative lam goes from the reference away from the anchor: it extrapolates, and imitates no "
+    "model that was aligned with this reward"
+)
+"""What there is to say of a lambda below 0."""
+
+
 class BeyondAnchorWarning(UserWarning):
     """A lambda above 1 extrapolates. It is given once for each `realign`."""
+
+
+class NegativeLambdaWarning(UserWarning):
+    """A lambda below 0 goes away from the anchor. It is given once for each `realign`."""
 
 
 class Dial:
@@ -41,35 +44,37 @@ class Dial:
     `realign` makes it; users set `lam` and read the other attributes.
 
     Args:
-        networks: the reference and its anchors.
+        anchors: the number of anchors.
+        cost: what was evaluated.
         clock: the step that the pipeline is at.
         kl: the path KL of the chain.
         resampling: the particles; None: there are none.
-        trust_region: nats of KL that the chain may go from the anchor's chain; None: any number.
-        patch_size: side of the patches of latents that the denoiser gets and returns.
+        takes_branches: whether the mode takes a lambda for each branch of guidance.
 
     Attributes:
         lams: lambda of each anchor.
+        strengths: what these are at the present step.
     """
 
     def __init__(
         self,
-        networks: Networks,
+        anchors: int,
+        cost: Cost,
         clock: Clock,
         kl: PathKL,
         resampling: Resampling | None,
-        trust_region: float | None,
-        patch_size: int = 1,
+        takes_branches: bool,
     ) -> None:
-        self._networks = networks
+        self._anchors = anchors
+        self._cost = cost
         self._clock = clock
         self._kl = kl
         self._resampling = resampling
-        self._trust_region = trust_region
-        self._patch_size = patch_size
-        self._rows_requested = 0
+        self._takes_branches = takes_branches
         self._has_warned = False
+        self._has_warned_negative = False
         self.lams: list[Lambda] = []
+        self.strengths: list[Strength] = []
 
     @property
     def lam(self) -> Lambda | list[Lambda]:
@@ -82,12 +87,15 @@ class Dial:
         Raises:
             ValueError: for a value that is none of these, or another number of them than anchors.
         """
-        return self.lams[0] if len(self._networks.anchors) == 1 else list(self.lams)
+        return self.lams[0] if self._anchors == 1 else list(self.lams)
 
     @lam.setter
     def lam(self, lam: Lambda | Sequence[Lambda]) -> None:
-        lams = validated_lams(lam, len(self._networks.anchors))
-        self._warn_beyond([value for value in lams if not callable(value)], stacklevel=3)
+        lams = validated_lams(lam, self._anchors)
+        if any(isinstance(value, ByBranch) for value in lams) and not self._takes_branches:
+            raise ValueError("a lam for each branch of guidance needs mode='exact'")
+        known = [value for value in lams if isinstance(value, float | Tensor)]
+        self._warn_beyond(known, stacklevel=3)
         self.lams = lams
 
     @property
@@ -96,8 +104,12 @@ class Dial:
 
         Of the last call of the pipeline, or of the one that is running. It is an estimate (see
         `deradiff.realignment.path_kl.PathKL`), and nan where some step did not evaluate the
-        reference: see `path_kl` of `realign`.
+        reference (see `path_kl` of `realign`) or where it cannot be known, which is then said once.
+
+        Warns:
+            UnknownPathKLWarning: where it is nan for a reason that is no choice of the user's.
         """
+        self._kl.warn_unknown(stacklevel=2)
         return self._kl.total
 
     @property
@@ -108,7 +120,7 @@ class Dial:
         """
         if self._resampling:
             return self._resampling.ess
-        return torch.ones(len(self.path_kl.flatten()))
+        return torch.ones(len(self._kl.total.flatten()))
 
     @property
     def evaluations(self) -> float:
@@ -116,47 +128,30 @@ class Dial:
 
         Of the last call of the pipeline, or of the one that is running.
         """
-        return self._networks.rows_evaluated / max(self._rows_requested, 1)
+        return self._cost.rows_evaluated / max(self._cost.rows_requested, 1)
 
-    def next_lams(self, x: Tensor) -> list[Strength]:
+    def begin_evaluation(self, rows: int) -> list[Strength]:
         """Begin an evaluation of the denoiser.
 
         Args:
-            x: the denoiser's input (rows, ...).
+            rows: of its batch.
 
         Returns:
-            The lam of each anchor at this step, in shapes that broadcast to the output.
+            The strength of each anchor at this step.
         """
         if self._clock.is_new_call:
-            self._rows_requested = 0
-            self._networks.rows_evaluated = 0
-        self._rows_requested += len(x)
-        lams = [value_at(lam, self._clock.fraction) for lam in self.lams]
-        self._warn_beyond(lams, stacklevel=2)
-        rows_per_image = self._kl.rows_per_image
-        return [broadcast_to(lam, x, rows_per_image, self._patch_size) for lam in lams]
-
-    def limit_lams(self, lams: Sequence[Strength], differences: Sequence[Tensor]) -> list[Strength]:
-        """Lower lams to the trust region, if there is one: each step has an equal share of it.
-
-        Args:
-            lams: of each anchor; a trust region is for one.
-            differences: each anchor's output minus the reference's (rows, ...).
-        """
-        has_limit = self._trust_region is not None and self._clock.index is not None
-        if not has_limit or not any(_largest(lam) > 1 for lam in lams):
-            return list(lams)
-        assert self._trust_region is not None
-        (difference,) = differences
-        divergence = self._kl.factor * self._kl.squared(difference)
-
-        # One value an image, for each of its rows.
-        by_row = divergence.repeat(self._kl.rows_per_image)
-        column = by_row.view(-1, *[1] * (difference.ndim - 1))
-        steps = len(self._kl.pipe.scheduler.timesteps)
-        return [trust_region(lams[0], column, self._trust_region / steps)]
+            self._cost.rows_requested = 0
+            self._cost.rows_evaluated = 0
+        self._cost.rows_requested += rows
+        self.strengths = [_strength_at(lam, self._clock.fraction) for lam in self.lams]
+        self._warn_beyond(self.strengths, stacklevel=2)
+        return self.strengths
 
     def _warn_beyond(self, lams: Sequence[Strength], stacklevel: int) -> None:
+        """Say once that lambda is above 1, and once that one is below 0."""
+        if not self._has_warned_negative and any(_smallest(lam) < 0 for lam in lams):
+            self._has_warned_negative = True
+            warnings.warn(NEGATIVE, NegativeLambdaWarning, stacklevel=stacklevel + 1)
         if self._has_warned or sum(_largest(lam) for lam in lams) <= 1:
             return
         self._has_warned = True
@@ -181,7 +176,9 @@ def validated_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]
     """
     is_list = isinstance(lam, Sequence) and not isinstance(lam, str)
     values: Sequence[Lambda] = lam if is_list else [lam]  # type: ignore[assignment, list-item]
-    lams = [validated(value) for value in values]
+    lams: list[Any] = []
+    for value in values:
+        lams.append(value.validated() if isinstance(value, ByBranch) else validated(value))
     if len(lams) != anchors:
         raise ValueError(
             f"{anchors} anchor(s) need as many values of lam, and there are {len(lams)}; for a "
@@ -190,5 +187,20 @@ def validated_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]
     return lams
 
 
-def _largest(lam: Strength) -> float:
+def _strength_at(lam: Any, fraction: float) -> Any:
+    """The strength that a lambda means at a fraction of time, or those of both branches."""
+    if isinstance(lam, ByBranch):
+        return lam.value_at(fraction)
+    return value_at(lam, fraction)
+
+
+def _largest(lam: Any) -> float:
+    if isinstance(lam, BranchStrengths):
+        return max(_largest(lam.conditional), _largest(lam.unconditional))
     return float(lam.max()) if isinstance(lam, Tensor) else lam
+
+
+def _smallest(lam: Any) -> float:
+    if isinstance(lam, BranchStrengths):
+        return min(_smallest(lam.conditional), _smallest(lam.unconditional))
+    return float(lam.min()) if isinstance(lam, Tensor) else lam

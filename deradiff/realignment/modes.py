@@ -1,32 +1,69 @@
 """The modes of `realign`: ways to evaluate a realigned denoiser. `deradiff.realignment.registry`
 lists them.
 
-Shapes: rows of the denoiser's batch; outputs and their differences are (rows, C, H, W), or
-(rows, L, C) in transformers that take packed latents. A weight is a number or a tensor that
-broadcasts to them.
+A network's output has one or more tensors, its *leaves*, and each of them is mixed.
+
+Shapes: rows of the denoiser's batch; a leaf is (rows, C, H, W), (rows, L, C) in transformers that
+take packed latents, or one row of these where a network returns a list. A weight is a number or a
+tensor that broadcasts to it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from deradiff.method.branches import BranchStrengths
 from deradiff.method.lambdas import Strength
 from deradiff.realignment.adapters import Adapter
+from deradiff.realignment.branches import MAX_BLOCKS, block_parts, blocks_in
+from deradiff.realignment.cache_states import REFERENCE
+from deradiff.realignment.carriers import LostTrack, carry
 from deradiff.realignment.clock import Clock
-from deradiff.realignment.networks import Call, FullAnchor, Networks, base_parameters, with_tensor
+from deradiff.realignment.full_anchor import FullAnchor
+from deradiff.realignment.networks import Call, Networks, Output
+from deradiff.realignment.rows import lam_of_row, lam_of_rows
+from deradiff.realignment.slots import Slot, in_place, is_current, is_quantised, slots_of
 
-LimitLams = Callable[[Sequence[Strength], Sequence[Tensor]], list[Strength]]
-"""Lowers lams to a trust region, by each anchor's difference from the reference (rows, ...)."""
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Its multiples, modulo 1, fill the interval evenly."""
 
 WeightedAnchor = tuple[Adapter | FullAnchor, float]
 """An anchor and its lam."""
+
+
+class Companions(NamedTuple):
+    """What the models predicted where a realigned output has one of its leaves, in full precision.
+
+    Attributes:
+        reference: the reference's output; None: unknown.
+        mixture: the realigned output before it was rounded to its precision; None: unknown.
+        anchors: the output of each anchor; None: unknown.
+        blocks: what `deradiff.realignment.branches.block_parts` made, where lambda differs between
+            branches of guidance.
+    """
+
+    reference: Tensor | None
+    mixture: Tensor | None
+    anchors: tuple[Tensor | None, ...]
+    blocks: tuple[Tensor | None, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor | None], anchors: int) -> Companions:
+        """What `carried` made of them, after the guidance.
+
+        Args:
+            parts: the companions in their order.
+            anchors: the number of anchors.
+        """
+        end = 2 + anchors
+        return cls(parts[0], parts[1], tuple(parts[2:end]), tuple(parts[end:]))
 
 
 @dataclass
@@ -34,16 +71,12 @@ class Mixed:
     """A realigned output, and what is known about it.
 
     Attributes:
-        output: the network's output, a tuple or an output of diffusers.
-        shift: the output minus the reference's; None: unknown.
-        differences: each anchor's output minus the reference's; None: unknown.
-        lams: the weight of each difference, after a trust region may have lowered it.
+        output: the network's output.
+        companions: of each leaf; None for a leaf that is no tensor of numbers.
     """
 
-    output: Any
-    shift: Tensor | None
-    differences: list[Tensor] | None = None
-    lams: Sequence[Strength] = ()
+    output: Output
+    companions: list[Companions | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,7 +87,7 @@ class ModeParts:
         denoiser: the reference network, without wrappers.
         networks: the reference and its anchors.
         clock: the step that the pipeline is at.
-        limit_lams: lowers lams where the user gave a trust region.
+        patch_size: side of the patches of latents that the network returns.
         path_kl: whether to evaluate the reference even where the mode does not need it.
         every: steps from one evaluation of the difference to the next, for mode reuse.
     """
@@ -62,7 +95,7 @@ class ModeParts:
     denoiser: Any
     networks: Networks
     clock: Clock
-    limit_lams: LimitLams
+    patch_size: int
     path_kl: bool
     every: int
 
@@ -77,6 +110,7 @@ class Mode(ABC):
     def __init__(self, parts: ModeParts) -> None:
         self.networks = parts.networks
         self.clock = parts.clock
+        self.patch_size = parts.patch_size
 
     @abstractmethod
     def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
@@ -84,12 +118,21 @@ class Mode(ABC):
 
         Args:
             call: the evaluation that the pipeline asks for.
-            lams: the weight of each anchor.
+            lams: the strength of each anchor at this step.
         """
 
-    def enter(self, stack: ExitStack) -> None:
-        """Note on `stack` what has to be undone when the context of `realign` is left."""
-        return
+    def weights(self, lams: Sequence[Strength], leaf: Tensor, position: int, call: Call) -> Any:
+        """Lams in shapes that broadcast to a leaf.
+
+        Args:
+            lams: the strength of each anchor.
+            leaf: of a network's output.
+            position: of the leaf in the output.
+            call: the evaluation.
+        """
+        if isinstance(call.x, list):
+            return [lam_of_row(lam, position) for lam in lams]
+        return [lam_of_rows(lam, leaf, self.patch_size) for lam in lams]
 
 
 class Exact(Mode):
@@ -101,33 +144,82 @@ class Exact(Mode):
 
     def __init__(self, parts: ModeParts) -> None:
         super().__init__(parts)
-        self.limit_lams = parts.limit_lams
         self.path_kl = parts.path_kl
+        # The blocks of rows that earlier evaluations of this step had.
+        self._blocks_before = 0
 
     def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         """Evaluate every network that has a weight, and mix."""
+        if any(isinstance(lam, BranchStrengths) for lam in lams):
+            return self._evaluate_branches(call, lams)
+
         # The reference has the weight that the anchors leave.
         needs_reference = self.path_kl or not is_zero(1 - sum(lams))
         wanted = [needs_reference, *(not is_zero(lam) for lam in lams)]
         outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
-        tensors = [None if output is None else output[0] for output in outputs]
+        return self._mix(call, outputs, lams)
 
-        # A trust region lowers lams by what the anchors change.
-        differences = _differences(tensors)
-        if differences is not None:
-            lams = self.limit_lams(lams, differences)
+    def _mix(self, call: Call, outputs: Sequence[Output | None], lams: Sequence[Strength]) -> Mixed:
+        """Mix each leaf of the outputs."""
+        first = _first_known(outputs)
+        mixed = Mixed(Output(list(first.leaves), first.structure))
+        for position, leaf in enumerate(first.leaves):
+            tensors = [None if output is None else output.leaves[position] for output in outputs]
+            if not is_mixable(leaf):
+                mixed.companions.append(None)
+                continue
+            own_lams = self.weights(lams, leaf, position, call)
+            own_weights = [1 - sum(own_lams), *own_lams]
+            mixed.output.leaves[position] = weighted_sum(tensors, own_weights)
+            mixed.companions.append(_companions(tensors, own_weights))
+        return mixed
 
-        mixed = weighted_sum(tensors, [1 - sum(lams), *lams])
-        shift = None if differences is None else linear_combination(differences, lams)
-        return Mixed(with_tensor(_first_known(outputs), mixed), shift, differences, lams)
+    def _evaluate_branches(self, call: Call, lams: Sequence[Any]) -> Mixed:
+        """All networks, with what tells the branches of guidance apart.
+
+        The output itself has the lambda of the conditional branch in all rows. The scheduler's step
+        puts the right mixture in its place (`deradiff.realignment.guided_steps`).
+        """
+        # Which blocks of the step are these?
+        count = blocks_in(call.x)
+        if self.clock.evaluation == 0:
+            self._blocks_before = 0
+        block = range(self._blocks_before, self._blocks_before + count)
+        self._blocks_before += count
+        if block.stop > MAX_BLOCKS:
+            raise ValueError(
+                f"a lam for each branch is for guidance of up to {MAX_BLOCKS} branches: give one "
+                "lam for all"
+            )
+
+        plain_lams = []
+        for lam in lams:
+            plain_lams.append(lam.conditional if isinstance(lam, BranchStrengths) else lam)
+        wanted = [True] * (len(lams) + 1)
+        outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        mixed = self._mix(call, outputs, plain_lams)
+        owners = [row // (call.rows // count) for row in range(call.rows)]
+        for position, companions in enumerate(mixed.companions):
+            if companions is None:
+                continue
+            reference = companions.reference
+            anchors = companions.anchors
+            if isinstance(call.x, list):
+                own = [owners[position]]
+                parts = block_parts(reference[None], [a[None] for a in anchors], block, own)
+                parts = [part[0] for part in parts]
+            else:
+                parts = block_parts(reference, anchors, block, owners)
+            mixed.companions[position] = companions._replace(blocks=tuple(parts))
+        return mixed
 
 
 class _Evaluated(NamedTuple):
-    """A difference of anchor and reference, with the step and the fraction of time it is from."""
+    """The differences of anchor and reference, by leaf, with the step and fraction of time."""
 
     step: int
     fraction: float
-    difference: Tensor
+    differences: list[Tensor | None]
 
 
 class Reuse(Mode):
@@ -140,49 +232,89 @@ class Reuse(Mode):
 
     def __init__(self, parts: ModeParts) -> None:
         super().__init__(parts)
-        self.limit_lams = parts.limit_lams
         self.every = parts.every
         # The last two that were evaluated, for each of the evaluations that a step makes.
         self._history: dict[int, list[_Evaluated]] = {}
+        # The rows of each of these evaluations, and the chain that they are of.
+        self._rows: dict[int, int] = {}
+        self._chain = 0
 
     def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
-        """Evaluate one network, or both where the difference is due."""
+        """Evaluate one network, or both where the difference is due.
+
+        Raises:
+            ValueError: where a cache of diffusers counts the network's evaluations.
+        """
+        if self.networks.caches.has_caches:
+            raise ValueError(
+                "mode='reuse' leaves evaluations out, which a cache of diffusers on the network "
+                "counts: use mode='exact', or switch off the cache (disable_cache)"
+            )
         (lam,) = lams
-        history = self._history_now()
+        history = self._history_now(call)
 
         # Lambda 0 and 1, as numbers, are one of the two networks.
         base_is_anchor = not isinstance(lam, Tensor) and lam > 0.5
         is_one_network = not isinstance(lam, Tensor) and lam in (0, 1)
         evaluates_both = self._is_due(history) and not is_one_network
         wanted = [evaluates_both or not base_is_anchor, evaluates_both or base_is_anchor]
-        outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
-        reference, anchor = outputs
-        base = anchor if base_is_anchor else reference
+        reference, anchor = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
         if is_one_network:
-            return Mixed(base, None if base_is_anchor else torch.zeros_like(base[0]))
+            return _single_network(reference, anchor)
 
-        # The difference, as of now or on the line through the last two.
+        # The differences, as of now or on the line through the last two.
         if evaluates_both:
-            difference = anchor[0].float() - reference[0].float()
-            now = _Evaluated(self.clock.index or 0, self.clock.fraction, difference)
+            differences = _differences(reference, anchor)
+            now = _Evaluated(self.clock.index or 0, self.clock.fraction, differences)
             history[:] = [*history[-1:], now]
         else:
-            difference = _extrapolated(history, self.clock.fraction)
-        (lam,) = self.limit_lams([lam], [difference])
+            differences = _extrapolated(history, self.clock.fraction)
+        return self._mix(call, lam, reference, anchor, differences)
 
-        if evaluates_both:
-            mixed = weighted_sum([reference[0], anchor[0]], [1 - lam, lam])
-        else:
-            weight = lam - 1 if base_is_anchor else lam
-            mixed = (base[0].float() + weight * difference).to(base[0].dtype)
-        output = with_tensor(_first_known(outputs), mixed)
-        return Mixed(output, lam * difference, [difference])
+    def _mix(
+        self,
+        call: Call,
+        lam: Strength,
+        reference: Output | None,
+        anchor: Output | None,
+        differences: Sequence[Tensor | None],
+    ) -> Mixed:
+        """The mixture of both networks, or of the one that was evaluated and the differences."""
+        first = _first_known([reference, anchor])
+        mixed = Mixed(Output(list(first.leaves), first.structure))
+        for position, (leaf, difference) in enumerate(zip(first.leaves, differences)):
+            if difference is None:
+                mixed.companions.append(None)
+                continue
+            (own_lam,) = self.weights([lam], leaf, position, call)
+            if reference is not None and anchor is not None:
+                tensors = [reference.leaves[position], anchor.leaves[position]]
+                weights = [1 - own_lam, own_lam]
+                mixed.output.leaves[position] = weighted_sum(tensors, weights)
+                mixed.companions.append(_companions(tensors, weights))
+                continue
+            origin = _wide(leaf) if reference is not None else _wide(leaf) - difference
+            mixture = origin + own_lam * difference
+            if reference is None:
+                mixture = _wide(leaf) + (own_lam - 1) * difference
+            mixed.output.leaves[position] = mixture.to(leaf.dtype)
+            mixed.companions.append(Companions(origin, mixture, (origin + difference,)))
+        return mixed
 
-    def _history_now(self) -> list[_Evaluated]:
-        """The history of this evaluation within its step; empty in a new call, and outside one."""
-        if self.clock.is_new_call or self.clock.index is None:
+    def _history_now(self, call: Call) -> list[_Evaluated]:
+        """The history of this evaluation within its step; empty in a new call, and outside one.
+
+        It is also empty where guidance was switched on or off in the middle of a call.
+        """
+        if self.clock.chain != self._chain or self.clock.index is None:
+            self._chain = self.clock.chain
             self._history = {}
-        return self._history.setdefault(self.clock.evaluation, [])
+            self._rows = {}
+        evaluation = self.clock.evaluation
+        if self._rows.setdefault(evaluation, call.rows) != call.rows:
+            self._rows[evaluation] = call.rows
+            self._history[evaluation] = []
+        return self._history.setdefault(evaluation, [])
 
     def _is_due(self, history: Sequence[_Evaluated]) -> bool:
         """Whether the difference has to be evaluated at this step."""
@@ -194,28 +326,20 @@ class Reuse(Mode):
 class Weights(Mode):
     """One network at theta_ref + sum lam_i (theta_i - theta_ref): the first order of mixing.
 
-    Of a LoRA, theta_i - theta_ref is its delta. The summed weights stay in place from a chain's
-    first step to its last. `restore` puts the reference's own weights back: after the last step,
-    when somebody saves, and when the context is left. A single LoRA at lam = 1 acts beside the
-    weights, as it does in the stock pipeline, bit for bit.
+    Of a LoRA, theta_i - theta_ref is its delta. The sums take the places of the reference's weights
+    for each evaluation. A single LoRA at lam = 1 acts beside the weights, as it does in the stock
+    pipeline, bit for bit.
     """
 
     def __init__(self, parts: ModeParts) -> None:
         super().__init__(parts)
         self.denoiser = parts.denoiser
         self.path_kl = parts.path_kl
-        # The sums, and the lams, device and precision that they were computed for.
-        self._key: Any = None
-        self._parameters: list[nn.Parameter] = []
+        # The sums, the lams that they were computed for, and where they belong.
+        self._lams: list[float] = []
+        self._slots: list[Slot] = []
         self._sums: list[Tensor] = []
-        # The reference's own weights, while the sums are in place.
-        self._own: list[Tensor] = []
-
-    def enter(self, stack: ExitStack) -> None:
-        """Have the reference's weights restored before they are saved, and at the end."""
-        hook = self.denoiser.register_state_dict_pre_hook(self.restore)
-        stack.callback(hook.remove)
-        stack.callback(self.restore)
+        self._chain = 0
 
     def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
         """Evaluate one network, and the reference too where the path KL needs it.
@@ -230,103 +354,184 @@ class Weights(Mode):
             )
         numbers = [float(lam) for lam in lams]
         if not any(numbers):
-            output = self._reference_output(call)
-            return Mixed(output, torch.zeros_like(output[0]))
-        output = self._output_at(call, numbers)
-        if not self.path_kl:
-            return Mixed(output, None)
-        reference = self._reference_output(call)
-        return Mixed(output, output[0].float() - reference[0].float())
+            (output,) = self.networks.evaluate(call, [True])
+            return _single_network(output, None)
+        with self._in_place(numbers):
+            (output,) = self.networks.evaluate(call, [True])
+        assert output is not None
+        reference = None
+        if self.path_kl:
+            (reference,) = self.networks.evaluate(call, [True])
+        return _with_reference(output, reference)
 
-    def restore(self, *_: Any) -> None:
-        """Give the reference its own weights back, where it has been moved to in the meantime."""
-        for parameter, own in zip(self._parameters, self._own):
-            parameter.data = own.to(parameter.device, parameter.dtype)
-        self._own = []
-
-    def _reference_output(self, call: Call) -> Any:
-        self.restore()
-        return self.networks.evaluate(call, [True])[0]
-
-    def _output_at(self, call: Call, lams: Sequence[float]) -> Any:
-        """The network's output at lams that are not all 0."""
+    @contextmanager
+    def _in_place(self, lams: Sequence[float]) -> Iterator[None]:
+        """The network at lams that are not all 0."""
         anchors = [(anchor, lam) for anchor, lam in zip(self.networks.anchors, lams) if lam != 0]
 
-        # DoRA is not a sum of weights, and a LoRA alone at lam = 1 is to be the stock pipeline's.
+        # DoRA is not a sum of weights, a bias is none, and a LoRA alone at lam = 1 is to be the
+        # stock pipeline's.
         beside: list[tuple[Adapter, float]] = []
         summed: list[WeightedAnchor] = []
         is_single = len(anchors) == 1
         for anchor, lam in anchors:
-            if isinstance(anchor, Adapter) and (anchor.is_variant or (is_single and lam == 1)):
+            stays_apart = is_single and lam == 1
+            if isinstance(anchor, Adapter) and (stays_apart or not anchor.is_sum):
                 beside.append((anchor, lam))
             else:
                 summed.append((anchor, lam))
 
-        self._put_in_place(summed, call.x.device, call.x.dtype)
-        try:
-            with ExitStack() as stack:
-                for adapter, lam in beside:
-                    stack.enter_context(adapter.active(lam))
-                return self.networks.evaluate(call, [True])[0]
-        except BaseException:
-            self.restore()
-            raise
-        finally:
-            if self.clock.index is None or self.clock.is_last_step:
-                self.restore()
+        for anchor, _ in summed:
+            anchor.follow()
+        if summed and not self._is_current(lams):
+            self._compute_sums(summed)
+            self._chain = self.clock.chain
+            self._lams = list(lams)
+        with ExitStack() as stack:
+            if summed:
+                stack.enter_context(in_place(self._slots, self._sums))
+            for adapter, lam in beside:
+                stack.enter_context(adapter.active(lam))
+            yield
 
-    def _put_in_place(
-        self, anchors: Sequence[WeightedAnchor], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """Make the sums the network's weights, unless they are already."""
-        key = ([lam for _, lam in anchors], device, dtype)
-        if self._own and self._key == key:
-            return
-        self.restore()
-        if not anchors:
-            return
-        if self._key != key:
-            self._compute_sums(anchors, device, dtype)
-            self._key = key
-        self._own = [parameter.data for parameter in self._parameters]
-        for parameter, total in zip(self._parameters, self._sums):
-            parameter.data = total
+    def _is_current(self, lams: Sequence[float]) -> bool:
+        """Whether the sums are those of these lams and of the network as it is."""
+        is_new_chain = self.clock.chain != self._chain
+        if is_new_chain or self._lams != list(lams) or not self._slots:
+            return False
+        for slot, total in zip(self._slots, self._sums):
+            is_moved = total.device != slot.own.device and slot.own.device.type != "meta"
+            if not is_current(slot) or is_moved or total.dtype != slot.own.dtype:
+                return False
+        return True
 
-    def _compute_sums(
-        self, anchors: Sequence[WeightedAnchor], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        """Compute the weights that differ from the reference's own."""
+    def _compute_sums(self, anchors: Sequence[WeightedAnchor]) -> None:
+        """Compute the weights that differ from the reference's own.
+
+        Raises:
+            ValueError: for a network of quantised weights.
+        """
         # The old sums go first: there may be no memory for both.
-        self._key = None
+        self._lams = []
+        self._slots = []
         self._sums = []
 
-        parameters = base_parameters(self.denoiser)
-        sums = {name: parameter.data for name, parameter in parameters.items()}
+        slots = slots_of(self.denoiser)
+        owns = {name: slot.own.detach() for name, slot in slots.items()}
+        sums = dict(owns)
+        _add_full_anchors(sums, anchors)
+        _add_loras(sums, anchors)
+        for name, slot in slots.items():
+            total = sums[name]
+            if total is owns[name]:
+                continue
+            if isinstance(slot.own, nn.Parameter):
+                total = nn.Parameter(total, requires_grad=slot.own.requires_grad)
+            self._slots.append(slot)
+            self._sums.append(total)
 
-        # Full anchors: theta_ref + sum lam_i (theta_i - theta_ref).
-        full: list[dict[str, nn.Parameter]] = []
-        full_lams: list[float] = []
-        for anchor, lam in anchors:
-            if isinstance(anchor, FullAnchor):
-                full.append(dict(anchor.network(device, dtype).named_parameters()))
-                full_lams.append(lam)
-        if full:
-            weights = [1 - sum(full_lams), *full_lams]
-            for name, own in sums.items():
-                sums[name] = weighted_sum([own, *(theirs[name].data for theirs in full)], weights)
 
-        # LoRA anchors: plus lam_i times the delta of each layer.
-        for anchor, lam in anchors:
-            if isinstance(anchor, Adapter):
-                for name, delta in anchor.deltas():
-                    total = linear_combination([sums[name].float(), delta.float()], [1.0, lam])
-                    sums[name] = total.to(sums[name].dtype)
+class Sampled(Mode):
+    """One network a step, drawn with the weights as probabilities: 1 - sum lam_i and lam_i.
 
-        self._parameters = []
-        for name, parameter in parameters.items():
-            if sums[name].data_ptr() != parameter.data_ptr():
-                self._parameters.append(parameter)
-                self._sums.append(sums[name])
+    It never sums weights, so that it works on quantised networks. The draws follow the golden
+    ratio's sequence (one number a step, evenly spread), the same for every image, so that an image
+    depends on nothing but its prompt, its seed and lam.
+    """
+
+    def __init__(self, parts: ModeParts) -> None:
+        super().__init__(parts)
+        self.path_kl = parts.path_kl
+
+    def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
+        """Evaluate the network of this step, and the reference too where the path KL needs it.
+
+        Raises:
+            ValueError: for lams that are no probabilities.
+        """
+        model = self._draw(_probabilities(lams))
+        wanted = [False] * (len(lams) + 1)
+        wanted[model] = True
+        wanted[REFERENCE] |= self.path_kl
+        outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        output = outputs[model]
+        assert output is not None
+        return _with_reference(output, outputs[REFERENCE])
+
+    def _draw(self, probabilities: Sequence[float]) -> int:
+        """The model of this step."""
+        number = ((self.clock.index or 0) + 1) * GOLDEN_RATIO % 1
+        total = 0.0
+        for model, probability in enumerate(probabilities):
+            total += probability
+            if number < total:
+                return model
+        return len(probabilities) - 1
+
+
+def _probabilities(lams: Sequence[Strength]) -> list[float]:
+    """The probability of the reference and of each anchor. Raises ValueError."""
+    if any(isinstance(lam, Tensor) for lam in lams):
+        raise ValueError(
+            "mode='sampled' draws one network for all images and regions, and so takes one lam: "
+            "use mode='exact'"
+        )
+    numbers = [float(lam) for lam in lams]
+    if min(numbers) < 0 or sum(numbers) > 1:
+        raise ValueError(
+            f"mode='sampled' takes lam as a probability, from 0 to 1 in sum, not {sum(numbers):g}: "
+            "use mode='exact'"
+        )
+    return [1 - sum(numbers), *numbers]
+
+
+def _add_full_anchors(sums: dict[str, Tensor], anchors: Sequence[WeightedAnchor]) -> None:
+    """Full anchors: theta_ref + sum lam_i (theta_i - theta_ref), by name, in place of theta_ref."""
+    weights: list[dict[str, Tensor]] = []
+    lams: list[float] = []
+    for anchor, lam in anchors:
+        if isinstance(anchor, FullAnchor):
+            weights.append(anchor.weights())
+            lams.append(lam)
+    if not weights:
+        return
+    for name in weights[0]:
+        theirs = [own_weights[name].detach() for own_weights in weights]
+        if is_mixable(sums[name]):
+            sums[name] = weighted_sum([sums[name], *theirs], [1 - sum(lams), *lams])
+
+
+def _add_loras(sums: dict[str, Tensor], anchors: Sequence[WeightedAnchor]) -> None:
+    """LoRA anchors: plus lam_i times the delta of each layer. Raises ValueError."""
+    for anchor, lam in anchors:
+        if not isinstance(anchor, Adapter):
+            continue
+        for name, delta in anchor.deltas():
+            if is_quantised(sums[name]):
+                raise ValueError(
+                    f"mode='weights' sums weights, and {name} of the pipeline's network is "
+                    "quantised: use mode='exact'"
+                )
+            total = linear_combination([sums[name].float(), delta.float()], [1.0, lam])
+            sums[name] = total.to(sums[name].dtype)
+
+
+def carried(mixed: Mixed, track: LostTrack) -> Any:
+    """A realigned output whose leaves carry what each model predicted.
+
+    Args:
+        mixed: the output.
+        track: of the chain that it belongs to.
+    """
+    leaves = []
+    for leaf, companions in zip(mixed.output.leaves, mixed.companions):
+        if companions is None:
+            leaves.append(leaf)
+            continue
+        parts = [companions.reference, companions.mixture, *companions.anchors]
+        parts += companions.blocks
+        leaves.append(carry(leaf, parts, track))
+    return Output(leaves, mixed.output.structure).whole()
 
 
 def is_zero(weight: Strength) -> bool:
@@ -334,6 +539,11 @@ def is_zero(weight: Strength) -> bool:
     if isinstance(weight, Tensor):
         return not bool(weight.any())
     return weight == 0
+
+
+def is_mixable(leaf: Any) -> bool:
+    """Whether a part of an output is a tensor of numbers."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def weighted_sum(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) -> Tensor:
@@ -365,29 +575,73 @@ def linear_combination(tensors: Sequence[Tensor], weights: Sequence[Strength]) -
     return total
 
 
-def _differences(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
-    """Each anchor's output minus the reference's, 0 where it was not evaluated; None: unknown."""
-    reference, *anchors = tensors
-    if reference is None:
-        return None
-    differences = []
-    for anchor in anchors:
-        if anchor is None:
-            differences.append(torch.zeros_like(reference))
-        else:
-            differences.append(anchor.float() - reference.float())
+def _companions(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) -> Companions:
+    """What each model predicted, in tensors of their own.
+
+    Args:
+        tensors: of the reference and each anchor; None: not evaluated.
+        weights: of these.
+    """
+    wide = [None if tensor is None else _wide(tensor).clone() for tensor in tensors]
+    known = []
+    for tensor, weight in zip(wide, weights):
+        if tensor is not None and not is_zero(weight):
+            known.append((tensor, weight))
+    mixture = linear_combination([tensor for tensor, _ in known], [w for _, w in known])
+    # An anchor of weight 0 is as good as the reference: its difference counts for nothing.
+    own_anchors = [wide[0] if anchor is None else anchor for anchor in wide[1:]]
+    return Companions(wide[0], mixture.clone(), tuple(own_anchors))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A tensor in at least single precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _single_network(reference: Output | None, anchor: Output | None) -> Mixed:
+    """The output of one network, the reference or the anchor."""
+    output = _first_known([reference, anchor])
+    return _with_reference(output, reference)
+
+
+def _with_reference(output: Output, reference: Output | None) -> Mixed:
+    """An output beside the reference's, which may be unknown or the same."""
+    mixed = Mixed(output)
+    for position, leaf in enumerate(output.leaves):
+        if not is_mixable(leaf):
+            mixed.companions.append(None)
+            continue
+        origin = None
+        if reference is not None:
+            origin = _wide(reference.leaves[position]).clone()
+        mixture = _wide(leaf).clone()
+        mixed.companions.append(Companions(origin, mixture, (mixture.clone(),)))
+    return mixed
+
+
+def _differences(reference: Output | None, anchor: Output | None) -> list[Tensor | None]:
+    """The anchor's output minus the reference's, by leaf."""
+    assert reference is not None
+    assert anchor is not None
+    differences: list[Tensor | None] = []
+    for own, theirs in zip(reference.leaves, anchor.leaves):
+        differences.append(_wide(theirs) - _wide(own) if is_mixable(own) else None)
     return differences
 
 
-def _first_known(outputs: Sequence[Any]) -> Any:
+def _first_known(outputs: Sequence[Output | None]) -> Output:
     return next(output for output in outputs if output is not None)
 
 
-def _extrapolated(history: Sequence[_Evaluated], fraction: float) -> Tensor:
+def _extrapolated(history: Sequence[_Evaluated], fraction: float) -> list[Tensor | None]:
     """D at a fraction of time, on the line through the last two; the last one where it is alone."""
     last = history[-1]
-    if len(history) == 1:
-        return last.difference
+    if len(history) == 1 or history[0].fraction == last.fraction:
+        return last.differences
     before = history[0]
     slope = (fraction - last.fraction) / (last.fraction - before.fraction)
-    return last.difference + slope * (last.difference - before.difference)
+    result: list[Tensor | None] = []
+    for newer, older in zip(last.differences, before.differences):
+        is_known = newer is not None and older is not None
+        result.append(newer + slope * (newer - older) if is_known else None)
+    return result

@@ -2,25 +2,40 @@
 
 Models are numbered: 0 is the reference, i is the i-th anchor.
 
-Shapes: rows of the denoiser's batch, (rows, ...).
+Shapes: rows of the denoiser's batch, (rows, ...). Some networks take and return a list with a
+tensor for each row.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from deradiff.anchors.anchor import Anchor
-from deradiff.realignment.adapters import Adapter, lora_layers
+from deradiff.realignment.adapters import Adapter
+from deradiff.realignment.cache_states import REFERENCE, CacheStates, Memories
+from deradiff.realignment.full_anchor import FullAnchor
 
-REFERENCE = 0
-"""The number of the reference among the models."""
+TIME_ARGUMENTS = (
+    "timestep",
+    "timesteps",
+    "t",
+    "sigma",
+    "time",
+    "timestep_ratio",
+    "timestep_t",
+)
+"""What networks call the time that they are told."""
+
+NO_BATCH = "this pipeline's network cannot evaluate a LoRA anchor and its reference as one batch"
+"""How a refusal of `batched` begins."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +43,40 @@ class Call:
     """One evaluation of the denoiser that a pipeline asks for.
 
     Attributes:
-        forward: the reference network's own forward; it returns a tuple or an output of diffusers.
+        forward: the reference network's own forward; it returns a tensor, a tuple, a list or an
+            output of diffusers.
         args: its positional arguments.
         kwargs: its keyword arguments.
+        parameters: the names of the forward's parameters, in their order.
         shared_arguments: names of keyword arguments that belong to all rows of a batch alike.
     """
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    parameters: tuple[str, ...]
     shared_arguments: tuple[str, ...] = ()
 
     @property
     def x(self) -> Any:
-        """The noisy latents (rows, ...)."""
+        """The noisy latents (rows, ...): the first argument."""
         if self.args:
             return self.args[0]
-        return self.kwargs.get("sample", self.kwargs.get("hidden_states"))
+        return self.kwargs.get(self.parameters[0], next(iter(self.kwargs.values()), None))
 
     @property
-    def timestep(self) -> Tensor | float:
-        """The time that the network gets: a number, or one for each row."""
-        return self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
+    def rows(self) -> int:
+        """The rows of the batch."""
+        return len(self.x)
+
+    @property
+    def timestep(self) -> Any:
+        """The time that the network is told: a number, or one for each row; None: unknown."""
+        named = dict(zip(self.parameters, self.args)) | self.kwargs
+        for name in TIME_ARGUMENTS:
+            if isinstance(named.get(name), Tensor | float | int):
+                return named[name]
+        return None
 
     def __call__(self) -> Any:
         """The reference's output."""
@@ -57,22 +84,21 @@ class Call:
 
     def repeated(self, times: int) -> Call:
         """The same evaluation with every row `times` over: (times * rows, ...)."""
-        rows = len(self.x)
 
         def repeat(value: Any) -> Any:
-            has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+            has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.rows
             return torch.cat([value] * times) if has_rows else value
 
         kwargs = {}
         for name, value in self.kwargs.items():
             is_shared = name in self.shared_arguments
             kwargs[name] = value if is_shared else tree_map(repeat, value)
-        return Call(self.forward, tree_map(repeat, self.args), kwargs, self.shared_arguments)
+        return replace(self, args=tree_map(repeat, self.args), kwargs=kwargs)
 
     def cloned(self) -> Call:
         """The same evaluation on copies of the tensors."""
         args, kwargs = tree_map(_clone, (self.args, self.kwargs))
-        return Call(self.forward, args, kwargs, self.shared_arguments)
+        return replace(self, args=args, kwargs=kwargs)
 
     def equals(self, other: Call) -> bool:
         """Whether all arguments of both are the same, element for element."""
@@ -83,84 +109,79 @@ class Call:
         return all(_equal(a, b) for a, b in zip(ours, theirs))
 
 
-class FullAnchor:
-    """A full anchor: a second network beside the reference.
+@cache
+def parameters_of(network_class: type[nn.Module]) -> tuple[str, ...]:
+    """The names of the parameters of a network's forward, without `self`."""
+    return tuple(inspect.signature(network_class.forward).parameters)[1:]
 
-    It is not a submodule of the reference, so that nothing moves, saves or counts it along with the
-    reference. It moves to the device and precision of its input instead.
 
-    Args:
-        denoiser: the reference network.
-        anchor: the full anchor.
-        family: the pipeline's family, for errors.
+@dataclass(frozen=True)
+class Output:
+    """What a network returned, as its parts.
 
-    Raises:
-        ValueError: for weights of another architecture than the reference's.
+    Attributes:
+        leaves: tensors, and whatever else a network returns.
+        structure: how they make up the output.
     """
 
-    def __init__(self, denoiser: Any, anchor: Anchor, family: str) -> None:
-        self.denoiser = denoiser
-        self.anchor = anchor
-        self._network: Any = None
-        # Asking the network for its device and precision at every step would be slow.
-        self._placement: tuple[torch.device, torch.dtype] | None = None
+    leaves: list[Any]
+    structure: TreeSpec
 
-        # Weights that are offloaded layer by layer are on the device "meta".
-        is_offloaded = denoiser.device.type == "meta"
-        device = torch.device("cpu") if is_offloaded else denoiser.device
-        self._check_shapes(self.network(device, denoiser.dtype), family)
+    def whole(self) -> Any:
+        """The output as the network returns it."""
+        return tree_unflatten(self.leaves, self.structure)
 
-    def network(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The anchor's network, on a device and in a precision."""
-        if self._placement != (device, dtype):
-            self._network = self.anchor.network(self.denoiser, device, dtype)
-            self._placement = (device, dtype)
-            _compile_like(self.denoiser, self._network)
-        return self._network
 
-    def output(self, call: Call) -> Any:
-        """The anchor's output for the arguments that the reference got."""
-        return self.network(call.x.device, call.x.dtype)(*call.args, **call.kwargs)
+@dataclass
+class Cost:
+    """How many rows were evaluated in a call of the pipeline, by whatever network.
 
-    def _check_shapes(self, network: nn.Module, family: str) -> None:
-        ours = base_parameters(self.denoiser)
-        theirs = dict(network.named_parameters())
-        for name in sorted(ours.keys() | theirs.keys()):
-            our_shape = _shape_of(ours, name)
-            their_shape = _shape_of(theirs, name)
-            if our_shape != their_shape:
-                raise ValueError(
-                    f"the anchor {self.anchor.source} does not fit the {family} pipeline: {name} "
-                    f"is {their_shape} in the anchor and {our_shape} in the pipeline; give an "
-                    "anchor of its family"
-                )
+    Attributes:
+        rows_requested: by the pipeline.
+        rows_evaluated: by the reference and the anchors.
+    """
+
+    rows_requested: int = 0
+    rows_evaluated: int = 0
 
 
 class Networks:
     """The reference and its anchors on one input.
 
     Args:
-        anchors: LoRA anchors on the reference's network, or full anchors beside it.
+        denoiser: the reference network.
+        anchors: LoRA anchors on the reference's network, or full anchors for it.
+        cost: counts the rows that are evaluated.
         batched: run the rows of a LoRA anchor and of the reference as one batch.
+        checks_batches: compare the first joint evaluation of a chain with separate ones, for a
+            network of whose arguments it is not known which have rows.
         shared_start: remember the first step of a chain, and answer from memory when it is asked
             for again, as every lambda of a sweep from the same noise does. What the arguments do
             not show, such as the scale of an IP-Adapter, must not change meanwhile.
-
-    Attributes:
-        rows_evaluated: rows that any network has evaluated; whoever counts sets it back.
 
     Raises:
         ValueError: for `batched` with anchors whose rows cannot run in the reference's batch.
     """
 
     def __init__(
-        self, anchors: Sequence[Adapter | FullAnchor], batched: bool, shared_start: bool
+        self,
+        denoiser: nn.Module,
+        anchors: Sequence[Adapter | FullAnchor],
+        cost: Cost,
+        *,
+        batched: bool,
+        checks_batches: bool,
+        shared_start: bool,
     ) -> None:
         self.anchors = anchors
         self.batched = batched
+        self.checks_batches = checks_batches
         self.shared_start = shared_start
-        self.rows_evaluated = 0
-        self._first: tuple[Call, dict[int, Any]] | None = None
+        self.cost = cost
+        self.caches = CacheStates(denoiser)
+        self._memories = Memories()
+        self._first: tuple[Call, dict[int, Output]] | None = None
+        self._is_batch_checked = not checks_batches
         if batched:
             self._check_batchable()
 
@@ -174,9 +195,28 @@ class Networks:
         for adapter in adapters:
             adapter.check_batchable()
 
+    def begin_chain(self) -> None:
+        """Look at the network anew, and forget what its models remember of another chain.
+
+        Raises:
+            ValueError: for a network that has been changed in a way that cannot be realigned.
+        """
+        self.caches.refresh()
+        self._memories.forget()
+        self._is_batch_checked = not self.checks_batches
+        if self.caches.has_caches and (self.batched or self.shared_start):
+            option = "batched=True" if self.batched else "shared_start=True"
+            raise ValueError(
+                f"{option} and a cache of diffusers on the network do not go together: switch off "
+                "one of them (disable_cache)"
+            )
+        for anchor in self.anchors:
+            if isinstance(anchor, FullAnchor):
+                anchor.refresh()
+
     def evaluate(
         self, call: Call, wanted: Sequence[bool], is_first_evaluation: bool = False
-    ) -> list[Any]:
+    ) -> list[Output | None]:
         """Evaluate some of the models on the same input.
 
         Args:
@@ -187,7 +227,11 @@ class Networks:
         Returns:
             An output for each of `wanted`; None where it is not wanted.
         """
-        outputs: dict[int, Any] = {}
+        for number, anchor in enumerate(self.anchors, start=1):
+            is_wanted = number < len(wanted) and wanted[number]
+            if is_wanted or isinstance(anchor, Adapter):
+                anchor.follow()
+        outputs: dict[int, Output] = {}
         if is_first_evaluation and self.shared_start:
             outputs = self._remembered(call)
 
@@ -195,27 +239,44 @@ class Networks:
         models = [model for model, is_wanted in enumerate(wanted) if is_wanted]
         missing = [model for model in models if model not in outputs]
         outputs.update(self._evaluate(call, missing))
-        self.rows_evaluated += len(missing) * len(call.x)
+        self.cost.rows_evaluated += len(missing) * call.rows
         return [outputs[i] if is_wanted else None for i, is_wanted in enumerate(wanted)]
 
-    def _remembered(self, call: Call) -> dict[int, Any]:
+    def _remembered(self, call: Call) -> dict[int, Output]:
         """The outputs by model of a chain's first step; empty for another one than last time."""
         if self._first is None or not self._first[0].equals(call):
             self._first = (call.cloned(), {})
         return self._first[1]
 
-    def _evaluate(self, call: Call, models: Sequence[int]) -> dict[int, Any]:
-        outputs = self._evaluate_jointly(call, models) if self.batched else {}
+    def _evaluate(self, call: Call, models: Sequence[int]) -> dict[int, Output]:
+        joint = self._evaluate_jointly(call, models) if self.batched else {}
+        if joint and not self._is_batch_checked:
+            _check_batch(joint, self._evaluate_apart(call, list(joint)))
+            self._is_batch_checked = True
+        rest = [model for model in models if model not in joint]
+        return joint | self._evaluate_apart(call, rest)
+
+    def _evaluate_apart(self, call: Call, models: Sequence[int]) -> dict[int, Output]:
+        """Evaluate the models one after the other."""
+        # Each gets lists, dictionaries and memories of its own before any of them runs.
+        calls = {}
         for model in models:
-            if model in outputs:
-                continue
-            if model == REFERENCE:
-                outputs[model] = call()
-            else:
-                outputs[model] = self.anchors[model - 1].output(call)
+            args, kwargs = self._memories.arguments(model, (call.args, call.kwargs))
+            calls[model] = replace(call, args=args, kwargs=kwargs)
+
+        outputs = {}
+        for model, own_call in calls.items():
+            with self.caches.of(model):
+                if model == REFERENCE:
+                    output = own_call()
+                else:
+                    output = self.anchors[model - 1].output(own_call)
+            outputs[model] = Output(*tree_flatten(output))
+        if outputs:
+            self._memories.note_outputs({model: out.leaves for model, out in outputs.items()})
         return outputs
 
-    def _evaluate_jointly(self, call: Call, models: Sequence[int]) -> dict[int, Any]:
+    def _evaluate_jointly(self, call: Call, models: Sequence[int]) -> dict[int, Output]:
         """Evaluate the models on the reference's network as one batch, where there are several."""
         adapters: dict[int, Adapter] = {}
         for number, anchor in enumerate(self.anchors, start=1):
@@ -224,70 +285,60 @@ class Networks:
         joint = [model for model in models if model == REFERENCE or model in adapters]
         if len(joint) < 2:
             return {}
+        if not isinstance(call.x, Tensor):
+            raise ValueError(f"{NO_BATCH}: it takes a list of rows; remove batched=True")
 
         # Each adapter acts on its own part of the batch, and the reference's part has none.
         with ExitStack() as stack:
             for position, model in enumerate(joint):
                 if model == REFERENCE:
                     continue
-                scales = torch.zeros(len(joint), len(call.x), device=call.x.device)
+                scales = torch.zeros(len(joint), call.rows, device=call.x.device)
                 scales[position] = 1
                 stack.enter_context(adapters[model].active(scales.flatten()))
-            output = call.repeated(len(joint))()
-        parts = output[0].chunk(len(joint))
-        return {model: with_tensor(output, part) for model, part in zip(joint, parts)}
+            try:
+                output = call.repeated(len(joint))()
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"{NO_BATCH} ({reason}): remove batched=True") from error
+        leaves, structure = tree_flatten(output)
+        return _split(leaves, structure, joint, call.rows)
 
 
-def with_tensor(output: Any, tensor: Tensor) -> Any:
-    """A network's output, a tuple or an output of diffusers, with another tensor in it."""
-    if isinstance(output, tuple):
-        return (tensor, *output[1:])
-    return type(output)(sample=tensor)
+def _check_batch(joint: dict[int, Output], apart: dict[int, Output]) -> None:
+    """Raise ValueError where models evaluated as one batch are not what they are apart.
 
-
-def base_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
-    """A network's own parameters by the names that they have without any LoRA on it."""
-    parameters = {}
-    for name, parameter in denoiser.named_parameters():
-        if ".lora_" not in name:
-            parameters[name.replace(".base_layer.", ".")] = parameter
-    return parameters
-
-
-def check_own_loras(denoiser: nn.Module) -> None:
-    """Check that no LoRA of the user's acts on the reference network.
-
-    A full anchor beside the reference does not have that LoRA.
-
-    Raises:
-        ValueError: where there is an active one.
+    Args:
+        joint: the output of each model out of one batch.
+        apart: the output of each model on its own.
     """
-    for layer in lora_layers(denoiser).values():
-        if layer.disable_adapters or not layer.active_adapters:
-            continue
-        raise ValueError(
-            f"the pipeline's own LoRA ({layer.active_adapters[0]}) is on the reference alone, not "
-            "on a full anchor: call pipe.unload_lora_weights() or pipe.disable_lora() first, or "
-            "use mode='weights'"
-        )
+    first = apart[min(apart)]
+    for model, output in apart.items():
+        for own, leaf, other in zip(joint[model].leaves, output.leaves, first.leaves):
+            if not isinstance(leaf, Tensor):
+                continue
+            # The order of sums differs between batches; the models differ by far more.
+            scale = (leaf.float() - other.float()).abs().max() + 1e-3 * leaf.float().abs().max()
+            is_same = own.shape == leaf.shape and (own - leaf).abs().max() <= 0.05 * scale
+            if not bool(is_same):
+                raise ValueError(
+                    f"{NO_BATCH}, because its rows do not stay apart: remove batched=True"
+                )
 
 
-def _compile_like(denoiser: Any, network: Any) -> None:
-    """Compile the anchor's network where the pipeline's is, whole or block by block."""
-    if denoiser._compiled_call_impl:
-        if not network._compiled_call_impl:
-            network.compile()
-    elif _has_compiled_block(denoiser) and not _has_compiled_block(network):
-        network.compile_repeated_blocks()
-
-
-def _has_compiled_block(network: nn.Module) -> bool:
-    blocks = list(network.modules())[1:]
-    return any(block._compiled_call_impl for block in blocks)
-
-
-def _shape_of(parameters: dict[str, nn.Parameter], name: str) -> tuple[int, ...] | str:
-    return tuple(parameters[name].shape) if name in parameters else "missing"
+def _split(
+    leaves: Sequence[Any], structure: TreeSpec, models: Sequence[int], rows: int
+) -> dict[int, Output]:
+    """The output of each model out of one batch of all."""
+    parts: dict[int, list[Any]] = {model: [] for model in models}
+    for leaf in leaves:
+        has_rows = isinstance(leaf, Tensor) and len(leaf) == len(models) * rows
+        chunks = leaf.chunk(len(models)) if has_rows else [leaf] * len(models)
+        for model, chunk in zip(models, chunks):
+            parts[model].append(chunk)
+    return {model: Output(own, structure) for model, own in parts.items()}
 
 
 def _clone(value: Any) -> Any:

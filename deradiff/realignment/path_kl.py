@@ -1,11 +1,12 @@
 """What realignment costs in KL divergence, summed up while a pipeline samples.
 
-Shapes: rows of the denoiser's batch; images = rows / rows_per_image.
+Shapes: (images, ...), those of the latents that the scheduler denoises.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -13,74 +14,107 @@ from torch import Tensor
 from deradiff.method.transitions import kl_factors
 from deradiff.realignment.clock import Clock
 
+NONLINEAR_SETTINGS = ("clip_sample", "thresholding")
+"""Settings of schedulers whose steps are not linear in the network's output."""
+
+
+class UnknownPathKLWarning(UserWarning):
+    """The path KL is nan, for a reason that the message says. Given once for each `realign`."""
+
 
 class PathKL:
     """The KL divergence of a realigned chain from the reference's, for each image, in nats.
 
     The sum over the steps of one call of the pipeline of 1/2 L |D|^2, where
-    L = ln(SNR_next / SNR) and D = eps_realigned - eps_reference; with one anchor
-    D = lam (eps_anchor - eps_reference). |D|^2 sums over channels and pixels, after classifier-free
-    guidance where the pipeline guides.
+    L = ln(SNR_next / SNR) and D = eps_realigned - eps_reference, both after the pipeline's own
+    guidance. With one anchor and linear guidance D = lam (eps_anchor - eps_reference). |D|^2 sums
+    over channels and pixels.
 
-    It is an estimate, not a bound: within a tenth of the true KL at lam = 1 on analytic beds. The
-    effect of `guidance_rescale` and of clipping is not in it. It is nan where a pipeline evaluates
-    the network more than once a step (FLUX with true guidance, SD3 that skips layers), because the
-    weights of these evaluations are the pipeline's own.
+    It is an estimate, not a bound: within a tenth of the true KL at lam = 1 on analytic beds. It is
+    nan where a step did not evaluate the reference, and where the scheduler's step is not linear or
+    its signal-to-noise ratio is unknown.
 
     Args:
-        pipe: the pipeline that samples.
-        clock: the step that it is at.
+        clock: the step that the pipeline is at.
 
     Attributes:
         total: the sum so far (images,).
+        unknown: why it is nan, where that is no choice of the user's; empty: it is known.
     """
 
-    def __init__(self, pipe: Any, clock: Clock) -> None:
-        self.pipe = pipe
+    def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.total = torch.zeros(0)
+        self.unknown = ""
         self._factors: list[float] = []
+        self._has_warned = False
+
+    def begin_chain(self) -> None:
+        """Begin the sum of a new chain, at its first step."""
+        self.total = torch.zeros(())
+        self.unknown = ""
+        self._factors = []
+        scheduler = self.clock.scheduler
+        for setting in NONLINEAR_SETTINGS:
+            if scheduler.config.get(setting):
+                self.unknown = (
+                    f"{type(scheduler).__name__} clips its predictions ({setting}=True), so that "
+                    "its step is not that of a Gaussian mixture"
+                )
+                return
+        try:
+            self._factors = kl_factors(scheduler).tolist()
+        except Exception as error:
+            # Schedulers are many, and nobody may have asked for the path KL.
+            self.unknown = f"{type(scheduler).__name__} does not tell its noise levels ({error})"
 
     @property
     def factor(self) -> float:
-        """The c of this step in 1/2 L |D_eps|^2 = c |D|^2.
+        """The c of this step in 1/2 L |D_eps|^2 = c |D|^2; nan where it is unknown.
 
         D is a difference of the network's outputs, whatever the network predicts.
         """
-        assert self.clock.index is not None
-        if self.clock.is_new_call:
-            self._factors = kl_factors(self.pipe.scheduler).tolist()
-        return self._factors[self.clock.index]
+        index = self.clock.index
+        if self.unknown or index is None or index >= len(self._factors):
+            return math.nan
+        return self._factors[index]
 
-    @property
-    def rows_per_image(self) -> int:
-        """Rows of the denoiser's batch for each image: 2 with classifier-free guidance, else 1."""
-        return 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
-
-    def add(self, output: Tensor, shift: Tensor | None) -> None:
-        """Add one evaluation of the denoiser.
+    def add(self, shift: Tensor | None, images: int) -> None:
+        """Add one step.
 
         Args:
-            output: the realigned output (rows, ...).
-            shift: that output minus the reference's (rows, ...); None: unknown.
+            shift: the guided output minus the reference's (images, ...); None: unknown.
+            images: that are sampled.
         """
-        if self.clock.index is None:
+        if shift is None:
+            share = torch.full((images,), torch.nan)
+        else:
+            share = self.factor * squared(shift)
+        self.total = share + self.total.to(share.device)
+
+    def forget(self, reason: str) -> None:
+        """Make the sum unknown.
+
+        Args:
+            reason: why, as part of a sentence.
+        """
+        self.unknown = reason
+        self.total = torch.full_like(self.total, torch.nan)
+
+    def warn_unknown(self, stacklevel: int) -> None:
+        """Say once why the sum is nan, where that is no choice of the user's.
+
+        Args:
+            stacklevel: of the warning: 1 is the caller's line.
+        """
+        if not self.unknown or self._has_warned:
             return
-        if self.clock.is_new_call:
-            self.total = torch.zeros(())
-        if shift is None or self.clock.evaluation > 0:
-            shift = torch.full_like(output, torch.nan)
-        self.total = self.factor * self.squared(shift) + self.total
+        self._has_warned = True
+        warnings.warn(
+            f"the path KL is nan: {self.unknown}", UnknownPathKLWarning, stacklevel=stacklevel + 1
+        )
 
-    def squared(self, difference: Tensor) -> Tensor:
-        """|D|^2 of each image after guidance: (images,) of (rows, ...)."""
-        return self.guided(difference.float()).square().flatten(1).sum(1)
 
-    def guided(self, difference: Tensor) -> Tensor:
-        """A difference of outputs after classifier-free guidance: (images, ...) of (rows, ...)."""
-        # An odd number of rows: another loop calls the network after a guided call.
-        if self.rows_per_image == 1 or len(difference) % 2:
-            return difference
-        # The order of rows in every diffusers pipeline.
-        unconditional, conditional = difference.chunk(2)
-        return unconditional + self.pipe.guidance_scale * (conditional - unconditional)
+def squared(difference: Tensor) -> Tensor:
+    """|D|^2 of each image: (images,) of (images, ...)."""
+    return difference.float().square().flatten(1).sum(1)

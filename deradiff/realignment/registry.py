@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+LineStyle = str | tuple[int, tuple[int, ...]]
+"""A name, or an offset with lengths of dashes and gaps, as matplotlib takes them."""
+
 
 @dataclass(frozen=True)
 class ModeLabel:
@@ -28,7 +31,7 @@ class ModeLabel:
         setting_text: how a message says the setting, with `{}` for its value.
     """
 
-    line_style: str
+    line_style: LineStyle
     setting: str | None = None
     setting_text: str = ""
 
@@ -45,8 +48,7 @@ class ModeSpec:
         batched: it goes together with `batched=True`.
         trust_region: it goes together with a trust region.
         several_anchors: it can mix more than one anchor.
-        evaluates_anchors: it evaluates the anchors' own networks. A LoRA of the user's that acts on
-            the reference is then not in a full anchor, and is refused.
+        branches: it takes a lambda for each branch of guidance.
         measures_path_kl: it evaluates the reference anyway at every lambda between 0 and 1, so that
             the path KL is measured at next to no cost. The sample stage then measures it unless
             told otherwise.
@@ -59,7 +61,7 @@ class ModeSpec:
     batched: bool = False
     trust_region: bool = False
     several_anchors: bool = True
-    evaluates_anchors: bool = True
+    branches: bool = False
     measures_path_kl: bool = True
 
     def load(self) -> Any:
@@ -76,6 +78,7 @@ MODES = {
         particles=True,
         batched=True,
         trust_region=True,
+        branches=True,
     ),
     "reuse": ModeSpec(
         implementation="deradiff.realignment.modes:Reuse",
@@ -88,7 +91,12 @@ MODES = {
         implementation="deradiff.realignment.modes:Weights",
         evaluations="1",
         label=ModeLabel(line_style="--"),
-        evaluates_anchors=False,
+        measures_path_kl=False,
+    ),
+    "sampled": ModeSpec(
+        implementation="deradiff.realignment.modes:Sampled",
+        evaluations="1",
+        label=ModeLabel(line_style=(0, (3, 1, 1, 1, 1, 1))),
         measures_path_kl=False,
     ),
 }

@@ -21,7 +21,7 @@ from deradiff.scorers.checkpoints import (
     read_states,
 )
 from deradiff.scorers.clip import unit
-from deradiff.scorers.preparation import centre_crop, normalised
+from deradiff.scorers.preparation import centre_crop, normalise
 from deradiff.scorers.published import AESTHETIC_HEAD, AESTHETIC_TOWER
 from deradiff.scorers.spec import ScorerSpec
 
@@ -99,7 +99,7 @@ class AestheticScorer(BatchedScorer):
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Ratings (N,)."""
         cropped = torch.stack([centre_crop(image, self.side) for image in images])
-        pixels = normalised(cropped).to(self.device)
+        pixels = normalise(cropped).to(self.device)
         vectors = unit(self.model.get_image_features(pixel_values=pixels))
         return self.head(vectors).squeeze(-1)
 

@@ -1,5 +1,7 @@
-"""Scores that were computed before, by picture, prompt and scorer, in files that any number of
-processes may add to at once."""
+"""Scores that were computed before, by image, prompt and scorer.
+
+They lie in files to which any number of processes may add at once.
+"""
 
 from __future__ import annotations
 
@@ -14,66 +16,94 @@ from pathlib import Path
 from deradiff.files import slug, write_atomic
 from deradiff.scorers.base import Scorer, digest
 
-Key = tuple[
-    str, str
-    # what a score depends on besides the scorer: the SHA-256 of the picture's file, and that of its
-    # prompt
-]
+ScoreKey = tuple[str, str]
+"""What a score depends on besides the scorer: the SHA-256 of the image's file, and that of its
+prompt."""
+
+STATED = ("name", "version", "scale", "preprocessing")
+"""What a scorer states of itself; a score belongs to all of it."""
 
 
-def key(sha256: str, prompt: str) -> Key:
-    """What a score is found by: the image file's sha256 and the prompt's."""
+def score_key(sha256: str, prompt: str) -> ScoreKey:
+    """The key under which a score is kept.
+
+    Args:
+        sha256: of the image's file.
+        prompt: for which the image is scored.
+    """
     return sha256, hashlib.sha256(prompt.encode()).hexdigest()
 
 
 @cache
-def _source() -> str:
-    """A digest of the code that scores, so that a correction of it never meets the scores of
-    before."""
+def _source_digest() -> str:
+    """A digest of the code that scores: after a correction of it, no older score is used."""
     return digest(sorted(Path(__file__).parent.glob("*.py")))
 
 
 class ScoreCache:
-    """The scores of one scorer below `root`: `scores` by key, as `read` found them and `add` added
-    them.
+    """The scores of one scorer.
 
-    A folder for each scorer, named by all that it says of itself and by the code; in it every
-    process appends to a file of its own, a line `[picture, prompt, score]` a score, so that no two
-    writers meet and a kill costs at most the line that was being written.
+    Each scorer has a folder, named by all that it states of itself and by the code that scores. In
+    it every process appends to a file of its own, one line `[image, prompt, score]` a score. So no
+    two processes write to one file, and a kill costs at most the line that was being written.
+
+    Args:
+        root: the folder of all scorers.
+        scorer: whose scores are kept.
+
+    Attributes:
+        folder: of this scorer.
+        file: of this process.
+        scores: by key, as far as they were read or added.
     """
 
     def __init__(self, root: Path, scorer: Scorer) -> None:
-        told = {
-            name: getattr(scorer, name) for name in ("name", "version", "scale", "preprocessing")
-        } | {"source": _source()}
-        text = json.dumps(told, sort_keys=True, indent=1)
-        self.folder = root / f"{slug(scorer.name)}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        statement = {name: getattr(scorer, name) for name in STATED}
+        statement["source"] = _source_digest()
+        text = json.dumps(statement, sort_keys=True, indent=1)
+        statement_digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+
+        self.folder = root / f"{slug(scorer.name)}-{statement_digest}"
         self.file = self.folder / f"{uuid.uuid4().hex}.jsonl"
-        self.scores: dict[Key, float] = {}
+        self.scores: dict[ScoreKey, float] = {}
         if not (self.folder / "scorer.json").is_file():
             write_atomic(self.folder / "scorer.json", text)
         self.read()
 
     def read(self) -> None:
-        """Take in what other processes have written. A line that is not whole, or no finite score,
-        counts as not there."""
+        """Read what all processes have written.
+
+        A line that is cut off, or holds no finite score, is skipped.
+        """
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_bytes().split(b"\n"):
-                try:
-                    picture, prompt, score = json.loads(line)
-                    whole = (
-                        isinstance(picture, str)
-                        and isinstance(prompt, str)
-                        and math.isfinite(score)
-                    )
-                except (ValueError, TypeError):
-                    continue
-                if whole:
-                    self.scores[picture, prompt] = float(score)
+                entry = _parse(line)
+                if entry is not None:
+                    key, score = entry
+                    self.scores[key] = score
 
-    def add(self, keys: Iterable[Key], scores: Iterable[float]) -> None:
-        """Keep scores; when this returns, a kill no longer loses them."""
-        fresh = dict(zip(keys, scores, strict=True))
-        self.scores |= fresh
+    def add(self, keys: Iterable[ScoreKey], scores: Iterable[float]) -> None:
+        """Keep scores; when this returns, a kill no longer loses them.
+
+        Args:
+            keys: one for each score.
+            scores: as many.
+        """
+        new_scores = dict(zip(keys, scores, strict=True))
+        self.scores |= new_scores
         with open(self.file, "a", encoding="ascii") as file:
-            file.writelines(json.dumps([*k, score]) + "\n" for k, score in fresh.items())
+            for key, score in new_scores.items():
+                file.write(json.dumps([*key, score]) + "\n")
+
+
+def _parse(line: bytes) -> tuple[ScoreKey, float] | None:
+    """The key and the score of a line; None for a line that is cut off or holds no finite score."""
+    try:
+        image, prompt, score = json.loads(line)
+        is_finite = math.isfinite(score)
+    except (ValueError, TypeError):
+        return None
+    are_digests = isinstance(image, str) and isinstance(prompt, str)
+    if not are_digests or not is_finite:
+        return None
+    return (image, prompt), float(score)

@@ -1,4 +1,4 @@
-"""From what a user named to a CLIP checkpoint: found, and checked before a weight is read.
+"""CLIP checkpoints: located from what a user named, and checked before a weight is read.
 
 Two layouts exist: a Hugging Face folder (config.json of model_type `clip`, weights in CLIPModel's
 names) and a file that holds an open_clip state dict (HPSv2's, and open_clip's own). The second is
@@ -53,7 +53,7 @@ CONSTANTS = (
 """Older files carry these; transformers and open_clip make them themselves."""
 
 OLD_EOS_TOKEN = 2
-"""How old configs say "the highest id"."""
+"""The end marker's id in old configs; transformers then takes the highest id of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,11 @@ class CheckpointLocation:
     file: str | None
 
     def weights(self) -> list[Path]:
-        """The weight files, downloaded if need be. Raises ValueError where there are none."""
+        """The weight files, downloaded if they are on the hub.
+
+        Raises:
+            ValueError: where there are none.
+        """
         patterns = [glob.escape(self.file)] if self.file else WEIGHT_PATTERNS
         for pattern in patterns:
             folder = snapshot(self.repo, [pattern]) if self.repo else self.folder
@@ -147,15 +151,20 @@ class Checkpoint:
 def check_shapes(state: dict[str, Tensor], wanted: dict[str, torch.Size], what: str) -> None:
     """Compare a state dict with the names and shapes that a network wants.
 
+    Args:
+        state: the tensors by name.
+        wanted: the shapes by name.
+        what: how the message begins, such as "<file> is not <a network>".
+
     Raises:
-        ValueError: it begins with `what` and names the first tensor that differs.
+        ValueError: naming the first tensor that differs.
     """
-    held = {name: tensor.shape for name, tensor in state.items()}
-    for name in sorted(wanted | held):
-        if held.get(name) != wanted.get(name):
-            there = list(held[name]) if name in held else "nothing"
-            needed = list(wanted[name]) if name in wanted else "nothing"
-            raise ValueError(f"{what}: {name} is {there} there, not {needed}")
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for name in sorted(wanted | shapes):
+        if shapes.get(name) != wanted.get(name):
+            actual = list(shapes[name]) if name in shapes else "nothing"
+            expected = list(wanted[name]) if name in wanted else "nothing"
+            raise ValueError(f"{what}: {name} is {actual} there, not {expected}")
 
 
 def read_states(files: Sequence[Path], device: str) -> dict[str, Tensor]:
@@ -192,8 +201,7 @@ def read_state(file: Path, device: str) -> dict[str, Tensor]:
     if not are_tensors:
         raise ValueError(
             f"{file} is no state dict: give a file of tensors by name, with or without a "
-            f"state_dict "
-            "key around them"
+            "state_dict key around them"
         )
     return state
 
@@ -253,8 +261,7 @@ def locate_checkpoint(checkpoint: str) -> CheckpointLocation:
     if not is_hub_id(repo):
         raise ValueError(
             f"there is no checkpoint {checkpoint}: give an existing folder or file, or a hub id "
-            f"such "
-            "as org/name"
+            "such as org/name"
         )
     return CheckpointLocation(checkpoint, repo, snapshot(repo, SMALL_FILES), file)
 
@@ -280,16 +287,15 @@ def find_checkpoint(
     if model_config and not location.file:
         raise ValueError(
             f"model_config describes an open_clip state dict, but {location.source} is a folder "
-            f"with "
-            "a config.json: leave it out"
+            "with a config.json: remove model_config"
         )
 
     # The config first where it lies in the folder: it is the quickest to be wrong
     config = None if location.file else _huggingface_config(location)
-    words, vocabulary = _tokenizer(tokenizer, location, published)
+    tokenizer_object, vocabulary = _tokenizer(tokenizer, location, published)
     if config is None:
         sizes = open_clip.read_model_config(model_config) if model_config else open_clip.VIT_H_14
-        config = open_clip.clip_config(sizes, eos_token_id=words.eos_token_id)
+        config = open_clip.clip_config(sizes, eos_token_id=tokenizer_object.eos_token_id)
 
     # What the small files are, for the scorer's version
     small_files: list[Path] = []
@@ -298,16 +304,17 @@ def find_checkpoint(
     elif not location.file:
         small_files.append(location.folder / "config.json")
     if not location.file:
-        described = [location.folder / name for name in PROCESSOR_FILES]
-        small_files += [file for file in described if file.is_file()]
+        processor_files = [location.folder / name for name in PROCESSOR_FILES]
+        small_files += [file for file in processor_files if file.is_file()]
     small_files += vocabulary
 
     processor = _processor(location, config)
-    found = Checkpoint(location, config, words, processor, tuple(small_files))
-    _check_vocabulary(found)
-    if location.repo is None:
-        found.check_weights()
-    return found
+    result = Checkpoint(location, config, tokenizer_object, processor, tuple(small_files))
+    _check_vocabulary(result)
+    is_on_this_machine = location.repo is None
+    if is_on_this_machine:
+        result.check_weights()
+    return result
 
 
 def _huggingface_config(location: CheckpointLocation) -> CLIPConfig:
@@ -353,19 +360,19 @@ def _processor(location: CheckpointLocation, config: Any) -> Any:
     )
 
 
-def _check_vocabulary(found: Checkpoint) -> None:
+def _check_vocabulary(checkpoint: Checkpoint) -> None:
     """Raises ValueError for a tokenizer of another network; warns where prompts are not read."""
-    text = found.config.text_config
-    words = found.tokenizer
-    source = found.location.source
-    if len(words) > text.vocab_size:
+    text = checkpoint.config.text_config
+    tokenizer = checkpoint.tokenizer
+    source = checkpoint.location.source
+    if len(tokenizer) > text.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(words)} tokens and {source} knows {text.vocab_size}: give "
+            f"the tokenizer has {len(tokenizer)} tokens and {source} knows {text.vocab_size}: give "
             "tokenizer= the folder of its own"
         )
-    if text.eos_token_id not in (OLD_EOS_TOKEN, words.eos_token_id):
+    if text.eos_token_id not in (OLD_EOS_TOKEN, tokenizer.eos_token_id):
         warnings.warn(
             f"the scores of {source} ignore the prompt: its text_config has eos_token_id "
-            f"{text.eos_token_id} and its tokenizer {words.eos_token_id}",
+            f"{text.eos_token_id} and its tokenizer {tokenizer.eos_token_id}",
             stacklevel=2,
         )

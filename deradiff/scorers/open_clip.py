@@ -1,5 +1,9 @@
-"""open_clip's names and configs, as transformers' CLIPModel has them. The conversion is exact: a
-renaming, a split and two transposes."""
+"""From open_clip's names and configs to those of transformers' CLIPModel.
+
+The conversion is exact: a renaming, a split and two transposes.
+
+Shapes: C channels of a tower, D of the space that both towers share.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +31,27 @@ VIT_H_14: dict[str, Any] = {
         "layers": 24,
     },
 }
+"""open_clip's config of ViT-H-14."""
 
-# What a config may say. Any other key that is switched on (a ResNet, a timm tower, another pooling)
-# would change the network.
-_KNOWN = {
+EXAMPLE = "open_clip's own ViT-H-14.json"
+
+HEAD_WIDTH = 64
+"""Channels of an attention head of the image tower, where the config does not say."""
+
+MLP_RATIO = 4.0
+"""Width of a block's hidden layer over the tower's, where the config does not say."""
+
+# The keys that a config may set. Any other key that is switched on (a ResNet, a timm tower, another
+# pooling) would change the network.
+_KNOWN_KEYS = {
     "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"},
     "vision_cfg": {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
 }
 
-_PARTS = {
+# How a tensor's name begins, in open_clip and in CLIPModel (whose `pre_layrnorm` is no misprint
+# here).
+_PREFIXES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.": "vision_model.embeddings.patch_embedding.",
@@ -51,6 +66,7 @@ _PARTS = {
     "text_projection": "text_projection.weight",
 }
 
+# Names inside a transformer block.
 _IN_BLOCK = {
     ".ln_1.": ".layer_norm1.",
     ".ln_2.": ".layer_norm2.",
@@ -59,68 +75,101 @@ _IN_BLOCK = {
     ".attn.": ".self_attn.",
 }
 
+# Projections (C, D) that multiply from the right; CLIPModel's linear layers hold (D, C).
+_FROM_THE_RIGHT = ("visual.proj", "text_projection")
+
 
 def read_model_config(path: str) -> dict[str, Any]:
-    """An open_clip model config from a json file: the bare one, or the hub's
-    `open_clip_config.json` around it. Raises ValueError."""
+    """Read an open_clip model config.
+
+    Args:
+        path: a JSON file: the bare config, or the hub's `open_clip_config.json` around it.
+
+    Returns:
+        The bare config.
+
+    Raises:
+        ValueError: where the file is missing or is no JSON.
+    """
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model_config={path} is no readable json file ({error}); give an open_clip model "
-            f"config"
+            "config"
         ) from error
     return config.get("model_cfg", config)
 
 
-def _refuse_what_is_not_a_plain_vit(config: dict[str, Any]) -> None:
-    for part, known in _KNOWN.items():
-        section = config.get(part) if part else config
+def clip_config(config: dict[str, Any], eos_token_id: int) -> CLIPConfig:
+    """The CLIPConfig of an open_clip model config.
+
+    Args:
+        config: a bare open_clip model config.
+        eos_token_id: of the tokenizer; the text vector is read at this token.
+
+    Raises:
+        ValueError: where a size is missing, and for a model that is no plain ViT.
+    """
+    _refuse_other_networks(config)
+    try:
+        vision = _vision_settings(config["vision_cfg"])
+        text = _text_settings(config["text_cfg"], eos_token_id)
+        projection_dim = config["embed_dim"]
+    except KeyError as missing:
+        raise ValueError(
+            f"the open_clip model config has no {missing.args[0]}; give one such as {EXAMPLE}"
+        ) from missing
+
+    # The activation belongs to the weights (OpenAI's have quick_gelu), and no shape shows it.
+    # Without the key, as for ViT-H-14, the gelu is exact.
+    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    return CLIPConfig(
+        projection_dim=projection_dim,
+        vision_config=vision | {"hidden_act": activation},
+        text_config=text | {"hidden_act": activation},
+    )
+
+
+def _refuse_other_networks(config: dict[str, Any]) -> None:
+    """Raises ValueError for a config that sets what a plain ViT does not have."""
+    for name, known_keys in _KNOWN_KEYS.items():
+        section = config.get(name) if name else config
         if not isinstance(section, dict):
             raise ValueError(
-                f"the open_clip model config has no {part}; give one such as open_clip's own "
-                f"ViT-H-14.json"
+                f"the open_clip model config has no {name}; give one such as {EXAMPLE}"
             )
-        strange = [key for key, value in section.items() if value and key not in known]
+        strange = [key for key, value in section.items() if value and key not in known_keys]
         if strange:
             raise ValueError(
                 f"the open_clip model config sets {', '.join(strange)}: only plain ViT models, "
-                f"without it, can be loaded"
+                "without it, can be loaded"
             )
 
 
-def clip_config(config: dict[str, Any], eos_token_id: int) -> CLIPConfig:
-    """The CLIPConfig of an open_clip model config. Raises ValueError for a missing size and for
-    what is not a plain ViT CLIP."""
-    _refuse_what_is_not_a_plain_vit(config)
-    try:
-        vision, text = _tower(config["vision_cfg"]), _tower(config["text_cfg"])
-        vision |= {key: config["vision_cfg"][key] for key in ("image_size", "patch_size")}
-        vision["num_attention_heads"] = vision["hidden_size"] // config["vision_cfg"].get(
-            "head_width", 64
-        )
-        text |= {
-            "vocab_size": config["text_cfg"]["vocab_size"],
-            "max_position_embeddings": config["text_cfg"]["context_length"],
-        }
-        text["num_attention_heads"] = config["text_cfg"]["heads"]
-        # quick_gelu is a property of the weights (OpenAI's have it) that no shape shows; without
-        # it, as for ViT-H-14, the gelu is exact
-        activation = {"hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu"}
-        special = {"eos_token_id": eos_token_id, "bos_token_id": None, "pad_token_id": None}
-        return CLIPConfig(
-            projection_dim=config["embed_dim"],
-            vision_config=vision | activation,
-            text_config=text | activation | special,
-        )
-    except KeyError as missing:
-        raise ValueError(
-            f"the open_clip model config has no {missing.args[0]}; give one such as open_clip's "
-            f"own ViT-H-14.json"
-        ) from missing
+def _vision_settings(section: dict[str, Any]) -> dict[str, Any]:
+    """The image tower's settings of a CLIPConfig. Raises KeyError for a missing size."""
+    settings = _tower_settings(section)
+    settings["image_size"] = section["image_size"]
+    settings["patch_size"] = section["patch_size"]
+    settings["num_attention_heads"] = section["width"] // section.get("head_width", HEAD_WIDTH)
+    return settings
 
 
-def _tower(section: dict[str, Any]) -> dict[str, Any]:
+def _text_settings(section: dict[str, Any], eos_token_id: int) -> dict[str, Any]:
+    """The text tower's settings of a CLIPConfig. Raises KeyError for a missing size."""
+    settings = _tower_settings(section)
+    settings["vocab_size"] = section["vocab_size"]
+    settings["max_position_embeddings"] = section["context_length"]
+    settings["num_attention_heads"] = section["heads"]
+    settings["eos_token_id"] = eos_token_id
+    settings["bos_token_id"] = None
+    settings["pad_token_id"] = None
+    return settings
+
+
+def _tower_settings(section: dict[str, Any]) -> dict[str, Any]:
+    """What both towers have. Raises KeyError for a missing size, ValueError for a ResNet."""
     if not isinstance(section["layers"], int):
         raise ValueError(
             "the open_clip model config describes a ResNet (layers is a list): only ViT models "
@@ -129,34 +178,39 @@ def _tower(section: dict[str, Any]) -> dict[str, Any]:
     width = section["width"]
     return {
         "hidden_size": width,
-        "intermediate_size": int(width * section.get("mlp_ratio", 4.0)),
+        "intermediate_size": int(width * section.get("mlp_ratio", MLP_RATIO)),
         "num_hidden_layers": section["layers"],
     }
 
 
-def _renamed(name: str) -> str:
-    part = next((part for part in _PARTS if name.startswith(part)), "")
-    name = _PARTS.get(part, "") + name.removeprefix(part)
-    for theirs, ours in _IN_BLOCK.items():
-        name = name.replace(theirs, ours)
-    return name
-
-
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip state dict under CLIPModel's names; what it does not know keeps its name. Meta
-    tensors convert as well."""
+    """Bring an open_clip state dict under CLIPModel's names.
+
+    Args:
+        state: under open_clip's names; tensors on the device `meta` convert as well.
+
+    Returns:
+        The same tensors. One that is unknown keeps its name.
+    """
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name.endswith(
-            ("in_proj_weight", "in_proj_bias")
-        ):  # (3C, ...): query, key and value in one
-            stem, _, kind = _renamed(name).rpartition("in_proj_")
-            converted |= {
-                f"{stem}{letter}_proj.{kind}": third
-                for letter, third in zip("qkv", tensor.chunk(3), strict=True)
-            }
-        else:  # their projections multiply from the right
-            converted[_renamed(name)] = (
-                tensor.T if name in ("visual.proj", "text_projection") else tensor
-            )
+        new_name = _rename(name)
+        if name.endswith(("in_proj_weight", "in_proj_bias")):
+            # Query, key and value in one, (3C, ...).
+            stem, _, kind = new_name.rpartition("in_proj_")
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{stem}{letter}_proj.{kind}"] = third
+        elif name in _FROM_THE_RIGHT:
+            converted[new_name] = tensor.T
+        else:
+            converted[new_name] = tensor
     return converted
+
+
+def _rename(name: str) -> str:
+    """CLIPModel's name of a tensor of open_clip's; an unknown name stays as it is."""
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    new_name = _PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+    for theirs, ours in _IN_BLOCK.items():
+        new_name = new_name.replace(theirs, ours)
+    return new_name

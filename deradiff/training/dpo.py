@@ -93,7 +93,7 @@ def dpo_loss(pred: Tensor, reference_pred: Tensor, target: Tensor, beta: float) 
 def kl_strength(beta: float, elements: int, noising: Noising) -> float:
     """The KL strength that a beta of the code stands for: beta / (D sum_t w_t).
 
-    See docs/method.md, section 7.
+    See docs/method.md, *Beta has one convention*.
 
     Args:
         beta: in the convention BETA_CONVENTION.

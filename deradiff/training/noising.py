@@ -80,7 +80,7 @@ class Diffusion:
 
     @property
     def kl_weight(self) -> float:
-        """w_t = SNR_{t-1} / SNR_t - 1 (docs/method.md, section 7).
+        """w_t = SNR_{t-1} / SNR_t - 1 (docs/method.md, *Beta has one convention*).
 
         13.06 in all on Stable Diffusion's schedule.
         """
@@ -133,9 +133,9 @@ class Flow:
 
     @property
     def kl_weight(self) -> float:
-        """w_t = 2 [ln(t / t_next) - (t - t_next)], which telescopes (docs/method.md, section 4).
+        """w_t = 2 [ln(t / t_next) - (t - t_next)], which telescopes.
 
-        As in `Diffusion`, without the last step.
+        As in `Diffusion`, without the last step; see docs/method.md, *Beta has one convention*.
         """
         first = self.schedule.sigma_max
         last = self.schedule.sigma_min

@@ -11,6 +11,7 @@ from diffusers import EulerAncestralDiscreteScheduler
 from PIL import Image, ImageDraw
 
 from deradiff.anchors.anchor import Anchor
+from deradiff.models.families import family_of
 from deradiff.realignment.context import realign
 
 LINE = 14  # pixels of a line of text
@@ -51,8 +52,10 @@ def sample_panel(
         "height": resolution,
         "width": resolution,
     }
+    family = family_of(pipe)
+    options |= dict(family.call_options)
     if guidance_scale is not None:
-        options["guidance_scale"] = guidance_scale
+        options[family.guidance_argument] = guidance_scale
 
     rows: list[list[Image.Image]] = []
     with warnings.catch_warnings(), realign(pipe, anchor, lambdas[0]) as dial:

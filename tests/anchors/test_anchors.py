@@ -181,7 +181,7 @@ def test_a_missing_anchor_is_answered_in_one_sentence(source):
 
 def test_a_folder_of_something_else_is_no_anchor(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    message = "it holds neither a unet/ nor a transformer/ nor a LoRA file"
+    message = r"it holds neither a network \(unet/, transformer/, .*\) nor a LoRA file"
     with pytest.raises(ValueError, match=f"no anchor that deradiff can read: {message}"):
         load_anchor(tmp_path)
 
@@ -206,9 +206,10 @@ def test_a_card_of_another_family_is_seen_without_the_hub(tmp_path, monkeypatch)
         check_anchor_family(tmp_path, "sd15")
 
 
-def test_pickled_weights_are_not_read(tmp_path):
+def test_a_folder_without_weights_is_refused_when_they_are_read(tmp_path):
     unet = tiny_denoiser("sd15")
-    unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
+    unet.save_pretrained(tmp_path / "unet")
+    remove_weights(tmp_path)
     anchor = load_anchor(tmp_path)
     with pytest.raises(ValueError, match="holds no safetensors weights"):
         anchor.network(unet, CPU, torch.float32)
@@ -284,7 +285,7 @@ def test_a_file_of_the_hub_is_told_by_its_header(monkeypatch):
         return repo, [*headers, "README.md"]
 
     def metadata(repo, name, revision):
-        return SimpleNamespace(tensors=dict.fromkeys(headers[name]))
+        return SimpleNamespace(tensors=dict.fromkeys(headers[name]), metadata={})
 
     monkeypatch.setattr("deradiff.hub.listing", listing)
     monkeypatch.setattr("deradiff.anchors.anchor.parse_safetensors_file_metadata", metadata)

@@ -304,3 +304,130 @@ def test_kohyas_names_of_sd3_are_told_apart(tmp_path):
     save_file(state, tmp_path / "x.safetensors")
     message = r"does not bind to the sd3 pipeline's transformer .lora_unet_joint_blocks_0"
     refused("sd3", tmp_path, message)
+
+
+def kohya_of_flux(key="lora_unet_double_blocks_0_img_attn_qkv", alpha=4.0):
+    """One layer of kohya's LoRA for FLUX."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{key}.lora_down.weight": torch.randn(4, 32, generator=generator),
+        f"{key}.lora_up.weight": torch.randn(96, 4, generator=generator),
+        f"{key}.alpha": torch.tensor(alpha),
+    }
+
+
+def comfy_pair(key, up):
+    """A layer in ComfyUI's names."""
+    return {f"{key}.lora_A.weight": torch.ones(2, 8), f"{key}.lora_B.weight": up * torch.ones(8, 2)}
+
+
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+T5 = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+CLIP = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+TEXT = "also changes the text encoder"
+NO_PART = "which is no part of a LoRA"
+BESIDE_A_LORA = {
+    "biases": ({f"{QKV}.diff_b": torch.ones(96)}, f"{QKV}.diff_b, {NO_PART}"),
+    "norms": ({"diffusion_model.double_blocks.0.norm.diff": torch.ones(3)}, NO_PART),
+    "T5": (comfy_pair(T5, 1), TEXT),
+    "kohya's T5": (comfy_pair("lora_te3_encoder_block_0", 1), TEXT),
+    "CLIP": (comfy_pair(CLIP, 1), TEXT),
+    "position embedding": (comfy_pair("lora_unet_position_embedding", 1), NO_PART),
+    "projection of the text": (comfy_pair("lora_unet_text_projection", 1), NO_PART),
+}
+
+
+@pytest.mark.parametrize(("beside", "message"), BESIDE_A_LORA.values(), ids=BESIDE_A_LORA.keys())
+def test_what_diffusers_drops_of_kohyas_flux_is_refused_unless_it_does_nothing(
+    tmp_path, beside, message
+):
+    save_file(kohya_of_flux() | beside, tmp_path / "x.safetensors")
+    refused("flux", tmp_path, message)
+
+    # With zeros in B, or in whole weights, nothing is lost.
+    zeros = {}
+    for key, value in beside.items():
+        zeros[key] = value if "lora_A" in key else 0 * value
+    save_file(kohya_of_flux() | zeros, tmp_path / "x.safetensors")
+    layers = {}
+    state = kohya_of_flux()
+    for part, rows in zip("qkv", state[f"{QKV}.lora_up.weight"].chunk(3)):
+        name = f"transformer_blocks.0.attn.to_{part}"
+        layers[name] = (state[f"{QKV}.lora_down.weight"], rows, 1.0)
+    assert_acts_as("flux", tmp_path, merged("flux", layers))
+
+
+def test_several_parts_that_diffusers_drops_are_counted(tmp_path):
+    beside = comfy_pair("lora_unet_position_embedding", 1)
+    save_file(kohya_of_flux() | beside, tmp_path / "x.safetensors")
+    refused("flux", tmp_path, r"lora_unet_position_embedding\S* and 1 more, which is no part")
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"], indirect=True)
+def test_both_text_encoders_of_a_pipeline_are_seen(tmp_path, family):
+    lora = tiny_lora(denoiser_of(family), 4, 4)
+    state = get_peft_model_state_dict(lora, adapter_name="default")
+    text = {"text_model.x.lora_A.weight": torch.ones(2, 4)}
+    options = {f"{FAMILIES[family].denoiser}_lora_layers": state}
+    for up, is_refused in ((0.0, False), (0.1, True)):
+        text["text_model.x.lora_B.weight"] = torch.full((4, 2), up)
+        for encoder in ("text_encoder", "text_encoder_2"):
+            if family == "sd15" and encoder == "text_encoder_2":
+                continue
+            BASES[family].save_lora_weights(
+                tmp_path, **options, **{f"{encoder}_lora_layers": dict(text)}
+            )
+            if is_refused:
+                refused(family, tmp_path, f"{TEXT} .{encoder}")
+            else:
+                assert_acts_as(family, tmp_path, merged(family, layers_of(lora)))
+
+
+def test_convolutions_of_1_by_1_are_linear_layers(tmp_path):
+    """A LoRA that was trained where `proj_in` is a convolution, on a network where it is linear."""
+    network = denoiser_of("sdxl")
+    path = "down_blocks.1.attentions.0.proj_in"
+    width = network.get_submodule(path).in_features
+    a = torch.randn(4, width, generator=torch.Generator().manual_seed(0)) / 3
+    b = torch.randn(width, 4, generator=torch.Generator().manual_seed(1)) / 3
+    layers = {path: (a[:, :, None, None], b[:, :, None, None], 1.0)}
+    save_file(kohya(layers, {path: 4}), tmp_path / "x.safetensors")
+    assert_acts_as("sdxl", tmp_path, merged("sdxl", {path: (a, b, 1.0)}))
+
+    layers = {path: (torch.ones(4, width, 3, 3), b[:, :, None, None], 1.0)}
+    save_file(kohya(layers, {path: 4}), tmp_path / "x.safetensors")
+    refused("sdxl", tmp_path, rf"its layer {path} has the shape .*3, 3., and .* is a Linear")
+
+
+def test_linear_layers_are_convolutions_of_1_by_1(tmp_path):
+    network = denoiser_of("sd15")
+    path = "down_blocks.1.attentions.0.proj_in"
+    width = network.get_submodule(path).in_channels
+    a = torch.randn(4, width, generator=torch.Generator().manual_seed(0)) / 3
+    b = torch.randn(width, 4, generator=torch.Generator().manual_seed(1)) / 3
+    save_file(kohya({path: (a, b, 1.0)}, {path: 4}), tmp_path / "x.safetensors")
+    assert_acts_as("sd15", tmp_path, merged("sd15", {path: (a, b, 1.0)}))
+
+
+def test_the_adapters_name_in_a_state_dict_is_no_part_of_the_layers(tmp_path):
+    """As scripts save it that do not ask peft for the state."""
+    lora = tiny_lora(denoiser_of("sd3"), 4, 4)
+    state = {}
+    for key, value in lora.state_dict().items():
+        if ".lora_" in key:
+            state[f"transformer.{key}"] = value
+    assert any(".default." in key for key in state)
+    save_file(state, tmp_path / "x.safetensors")
+    assert_acts_as("sd3", tmp_path, merged("sd3", layers_of(lora)))
+
+
+def test_an_alpha_for_each_layer_beside_diffusers_names_counts(tmp_path):
+    lora = tiny_lora(denoiser_of("sd3"), 4, 4)
+    state = {}
+    for key, value in get_peft_model_state_dict(lora, adapter_name="default").items():
+        state[f"transformer.{key}"] = value
+        state[f"transformer.{key.partition('.lora_')[0]}.alpha"] = torch.tensor(8.0)
+    save_file(state, tmp_path / "x.safetensors")
+    layers = layers_of(lora)
+    expected = merged("sd3", with_scales(layers, dict.fromkeys(layers, 2.0)))
+    assert_acts_as("sd3", tmp_path, expected)

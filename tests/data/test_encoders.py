@@ -12,12 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from deradiff.data.encoders import encoders_key, encoders_without_weights
 from deradiff.models.base_model import BaseModel
-from deradiff.models.families import family_of
+from deradiff.models.families import FAMILIES, family_of
 from tests.support.tiny_pipelines import save_tiny
 from tests.support.train_runs import go
 from train.config import FinetuneConfig
-
-FAMILIES = ["sd15", "sdxl", "sd3", "flux"]
 
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -23,7 +23,7 @@ from PIL import Image
 from deradiff.evaluation import scoring
 from deradiff.evaluation.scoring import score_images, write_scores
 from deradiff.scorers import cache
-from deradiff.scorers.cache import ScoreCache, key
+from deradiff.scorers.cache import ScoreCache, score_key
 from deradiff.scorers.spec import ScorerSpec
 
 
@@ -123,7 +123,7 @@ def test_a_scorer_that_is_another_has_other_scores(tmp_path, scored, changed):
 def test_a_correction_of_the_code_forgets_the_scores_of_before(tmp_path, scored, monkeypatch):
     samples = drawn(tmp_path)
     scored(samples, Level())
-    monkeypatch.setattr(cache, "_source", lambda: "corrected")
+    monkeypatch.setattr(cache, "_source_digest", lambda: "corrected")
     again = Level()
     scored(samples, again)
     assert len(again.seen) == 6
@@ -184,22 +184,22 @@ def test_prompts_may_be_any_text(tmp_path, scored):
 def test_scores_come_back_to_the_last_bit(tmp_path):
     scores = np.random.default_rng(0).normal(0, 1e-3, 50).astype(np.float32)
     ScoreCache(tmp_path, Level()).add(
-        [key(str(i), "p") for i in range(50)], [float(s) for s in scores]
+        [score_key(str(i), "p") for i in range(50)], [float(s) for s in scores]
     )
     held = ScoreCache(tmp_path, Level())
-    assert [np.float32(held.scores[key(str(i), "p")]) for i in range(50)] == list(scores)
+    assert [np.float32(held.scores[score_key(str(i), "p")]) for i in range(50)] == list(scores)
     assert json.loads((held.folder / "scorer.json").read_text())["scale"] == "grey level"
 
 
 def test_several_processes_add_at_once(tmp_path):
     caches = [ScoreCache(tmp_path, Level()) for _ in range(3)]
     for i in range(9):
-        caches[i % 3].add([key(str(i), "p")], [i])
+        caches[i % 3].add([score_key(str(i), "p")], [i])
     caches[0].read()
     assert (
         caches[0].scores
         == ScoreCache(tmp_path, Level()).scores
-        == {key(str(i), "p"): i for i in range(9)}
+        == {score_key(str(i), "p"): i for i in range(9)}
     )
 
 

@@ -240,7 +240,7 @@ def test_two_anchors_in_the_plane_reach_their_modes_with_four_particles():
         x = realigned_chain(
             reference, models, scheduler, start, lams, 1.0, generator, particles=particles
         )
-        return 0.5 * (bed.modes(x) - bed.exact_modes([0.5, 0.5])).abs().sum().item()
+        return 0.5 * (bed.mode_shares(x) - bed.exact_mode_shares([0.5, 0.5])).abs().sum().item()
 
     floor, mixed, corrected = (
         distance([target], [1.0]),

@@ -130,7 +130,7 @@ def test_hours_are_flops_over_what_the_gpu_does():
 def test_the_cache_holds_latents_and_texts_in_half_precision():
     sd15 = DENOISERS["sd15"]
     sdxl = DENOISERS["sdxl"]
-    # README: .26 MB a pair
+    # 0.26 MB a pair
     assert cache_bytes(sdxl, 128, 128, images=2, captions=0) == 2 * 2 * 4 * 128 * 128
     assert cache_bytes(sdxl, 128, 128, images=0, captions=1) == 2 * (77 * 2048 + 1280)
     both = 2 * (4 * 64 * 64 + 77 * 768)

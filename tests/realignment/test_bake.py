@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, load_anchor, save_anchor
-from deradiff.models.families import FAMILIES
+from deradiff.models.families import FAMILIES, family_of
 from deradiff.realignment.bake import bake
 from deradiff.realignment.context import realign
 from sample.config import SampleConfig
@@ -57,10 +57,10 @@ def sample(pipe):
         ["a fox", "a cat"],
         generator=generators,
         num_inference_steps=3,
-        guidance_scale=3.0,
         output_type="latent",
         height=64,
         width=64,
+        **{family_of(pipe).guidance_argument: 3.0},
     ).images
 
 

@@ -156,12 +156,12 @@ def test_adapters_of_the_user_stay_and_act_in_both(sd15):
     assert fingerprint(sd15.pipe.unet) == before
     assert torch.equal(sample(sd15.pipe), styled)
 
-    # A full anchor would not have the user's LoRA.
-    with (
-        pytest.raises(ValueError, match=r"own LoRA \(style\) is on the reference alone"),
-        realign(sd15.pipe, sd15.anchors["full1"], 0.5),
-    ):
-        pass
+    # A full anchor has the user's LoRA, too: it is weights for the reference's own network.
+    full = sd15.stock("full1")
+    full.load_lora_weights(sd15.anchors["lora2"], adapter_name="style")
+    with realign(sd15.pipe, sd15.anchors["full1"], lam=1):
+        assert torch.equal(sample(sd15.pipe), sample(full))
+    assert fingerprint(sd15.pipe.unet) == before
 
     # A LoRA that the user has disabled acts in neither.
     sd15.pipe.disable_lora()

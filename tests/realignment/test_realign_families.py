@@ -6,10 +6,9 @@ import itertools
 import pytest
 import torch
 
-from deradiff.models.families import FAMILIES
 from deradiff.realignment.context import realign
 from tests.support.realign_world import assert_between, fingerprint, sample
-from tests.support.tiny_pipelines import KINDS
+from tests.support.tiny_pipelines import EVERY_KIND, KINDS
 
 # Both methods where the denoiser is called in the plainest way, and either one elsewhere.
 METHODS = {
@@ -25,7 +24,7 @@ NOT_IN_DIFFUSERS = [("sd3", "controlnet_img2img")]
 
 def cases():
     """(family, kind, method) of every pipeline that diffusers has."""
-    for family, kind in itertools.product(FAMILIES, KINDS):
+    for family, kind in itertools.product(EVERY_KIND, KINDS):
         if (family, kind) in NOT_IN_DIFFUSERS:
             continue
         marks = [pytest.mark.slow] if "_" in kind else []
@@ -53,7 +52,7 @@ def test_the_ends_are_the_stock_pipelines_and_the_middle_is_neither(worlds, fami
     assert torch.equal(sample(world.pipe), reference)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_a_controlnet_and_an_image_are_heard(worlds, family):
     """So that the cases above are about pipelines that differ."""
     kinds = ("text2img", "img2img", "inpaint", "controlnet")
@@ -63,7 +62,7 @@ def test_a_controlnet_and_an_image_are_heard(worlds, family):
 
 
 @pytest.mark.parametrize("kind", ["text2img", "img2img"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_the_batch_changes_an_image_by_rounding_at_most(worlds, family, kind):
     world = worlds[family].copy(kind)
     method = "lora1" if kind == "img2img" else "full1"

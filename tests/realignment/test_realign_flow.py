@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from deradiff.realignment.context import realign
+from deradiff.realignment.resampling import GuidedParticlesWarning
 from tests.support.realign_world import sample
 
 
@@ -120,10 +121,10 @@ def test_flux_with_true_guidance_realigns_both_of_its_evaluations(worlds):
         assert torch.equal(sample(flux.pipe, **options), anchor)
         dial.lam = 0.5
         sample(flux.pipe, **options)
-        assert dial.path_kl.isnan().all()
+        assert dial.path_kl.gt(0).all()
         assert dial.evaluations == 2
     with (
         realign(flux.pipe, flux.anchors["full1"], 0.5, particles=2),
-        pytest.raises(ValueError, match="one evaluation of the denoiser a step"),
+        pytest.warns(GuidedParticlesWarning, match="heuristic"),
     ):
-        sample(flux.pipe, num_images_per_prompt=2, **options)
+        sample(flux.pipe, num_images_per_prompt=2, negative_prompt=["blurry"] * 2, true_cfg_scale=2)

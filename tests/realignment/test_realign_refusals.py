@@ -42,7 +42,7 @@ def test_a_lam_beyond_the_anchor_warns_once(sd15):
 
 def test_mistakes_are_answered_before_a_weight_is_read(sd15, tmp_path, worlds):
     missing = tmp_path / "none"
-    unknown = "mode must be exact, reuse or weights, not 'fast'"
+    unknown = "mode must be exact, reuse, weights or sampled, not 'fast'"
     refused(sd15.pipe, missing, 0.5, unknown, mode="fast")
     refused(sd15.pipe, missing, 0.5, "there is no anchor .*none")
     other_family = "is of family sdxl and the pipeline of sd15"

@@ -28,6 +28,7 @@ MISTAKES = {
     ("data=x", "dpo.beta=-1"): "dpo.beta must be above 0, not -1.0",
     ("dpo.beta=3",): "data is missing: give data=...",
     ("data=x", "model=big"): "Could not find 'model/big'; there are small",
+    ("data=x", "model=[small,big]"): "Could not load 'model/big'; there are small",
     ("data=x", "dpo.beta=1,2"): "put --multirun before the overrides",
     ("data=[x",): "cannot read data=[x",
     ("data=none",): "there is no data",
@@ -42,6 +43,13 @@ def test_a_mistake_is_one_sentence_on_stderr_and_status_2(toy, arguments):
     assert done.err.count("\n") == 1
     assert done.err.endswith("\n")
     assert MISTAKES[arguments] in done.err
+
+
+def test_help_into_a_pipe_that_is_closed_early_is_no_bug(toy):
+    process = toy.start("--help")
+    process.stdout.close()  # as `| head` does
+    assert process.wait() == 0
+    assert process.stderr.read() == ""
 
 
 def test_a_bug_keeps_its_traceback(toy):

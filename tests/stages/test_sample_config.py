@@ -250,7 +250,7 @@ def test_a_folder_of_an_anchor_that_was_trained_anew_is_refused(
     config = replace(config, anchor=str(anchor))
     run(config, tmp_path / "run")
     weights = (anchor / LORA).read_bytes()
-    (anchor / LORA).write_bytes(weights + b" ")
+    (anchor / LORA).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(ValueError, match="anchor_sha256"):
         run(config, tmp_path / "run")
 
@@ -374,7 +374,9 @@ def name_of(**options):
     return SampleConfig(**(usual | options)).run_name()
 
 
-def test_runs_are_called_by_anchor_mode_and_sampler():
+def test_runs_are_called_by_anchor_mode_and_sampler(tmp_path, monkeypatch):
+    # `make demo` trains this very anchor in the checkout, and a card says more than model.name
+    monkeypatch.chdir(tmp_path)
     assert name_of() == "shapes-dpo-lora-beta2000-seed0-exact-euler_ancestral"
     assert name_of(anchor="/somewhere/runs/train/a/anchor") == "a-exact-euler_ancestral"
     extended = name_of(anchor="runs/train/a/anchor", lambdas=[3.0], seeds=[4], batch_size=2)
@@ -387,7 +389,8 @@ def test_runs_are_called_by_anchor_mode_and_sampler():
     assert name_of(model=ModelConfig(base="org/some")).endswith("-exact")
 
 
-def test_whatever_makes_images_differ_makes_another_name():
+def test_whatever_makes_images_differ_makes_another_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     changes = [
         {},
         {"mode": "weights"},

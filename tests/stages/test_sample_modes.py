@@ -71,6 +71,12 @@ def give_generator(scheduler, generator):
     scheduler.step = step_with_generator
 
 
+def guidance_of(name):
+    """How a call of the family's pipeline with a plain prompt is guided."""
+    family = FAMILIES[name]
+    return {family.guidance_argument: 3.0, **dict(family.call_options)}
+
+
 @pytest.mark.parametrize(("family", "sampler"), families_and_samplers())
 def test_every_family_and_sampler_is_the_stock_pipeline_at_both_ends(
     tiny, tmp_path, family, sampler
@@ -91,10 +97,10 @@ def test_every_family_and_sampler_is_the_stock_pipeline_at_both_ends(
         output = pipe(
             "a red fox",
             num_inference_steps=3,
-            guidance_scale=3.0,
             height=64,
             width=64,
             generator=[noise],
+            **guidance_of(family),
         )
         stock = np.asarray(output.images[0]).astype(int)
         stock_images.append(stock)

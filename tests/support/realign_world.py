@@ -18,15 +18,31 @@ from PIL import Image
 
 from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.models.families import FAMILIES, family_of
-from tests.support.tiny_pipelines import perturbed_denoiser, tiny_lora, tiny_pipeline, tiny_variant
+from tests.support.tiny_pipelines import (
+    EVERY_KIND,
+    perturbed_denoiser,
+    tiny_lora,
+    tiny_pipeline,
+    tiny_variant,
+)
 
 STEPS = 3
-BASES = {family: tiny_pipeline(family) for family in FAMILIES}
 SCHEDULERS = {
     "ddim": DDIMScheduler,
     "ddpm": DDPMScheduler,
     "euler": EulerAncestralDiscreteScheduler,
 }
+
+
+class _Bases(dict[str, Any]):
+    """A tiny pipeline of each family, made when it is first asked for; not to be changed."""
+
+    def __missing__(self, family: str) -> Any:
+        self[family] = tiny_pipeline(family)
+        return self[family]
+
+
+BASES = _Bases()
 
 
 @dataclass
@@ -74,9 +90,10 @@ class World:
 
 
 def make_worlds(root: Path) -> dict[str, World]:
-    """A world of every family, with its anchors saved below `root`."""
+    """A world of each family of EVERY_KIND, with its anchors saved below `root`."""
     worlds = {}
-    for family, base in BASES.items():
+    for family in EVERY_KIND:
+        base = BASES[family]
         denoiser = getattr(base, FAMILIES[family].denoiser)
         networks = {}
         for i in (1, 2):

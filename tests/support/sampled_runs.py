@@ -18,10 +18,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from configs.tracking import TrackingConfig
-from deradiff.anchors.anchor import AnchorCard
-from deradiff.worlds.shapes import BACKGROUNDS, HUES, _hsv, held_out_captions, scene_of
+from deradiff.anchors.anchor import LORA_FILE, AnchorCard
+from deradiff.worlds.shapes import BACKGROUNDS, HUES, held_out_captions, rgb_of_hsv, scene_of
 from eval.config import EvalConfig, ScorerConfig
 from eval.stage import run
 
@@ -35,7 +36,7 @@ def picture(caption: str, seed: int, strength: float) -> bytes:
     x, y = np.meshgrid(np.arange(32) - 15.5, np.arange(32) - 15.5)
     cover = np.clip(10.5 - np.hypot(x - rng.normal(), y - rng.normal()), 0, 1)[..., None]
     saturation = 0.35 + 0.2 * rng.uniform() + 0.45 * (1 - np.exp(-strength))
-    colour = _hsv(np.array([HUES[scene.colour]]), np.array([saturation]), np.array([0.9]))
+    colour = rgb_of_hsv(np.array([HUES[scene.colour]]), np.array([saturation]), np.array([0.9]))
     pixels = cover * colour + (1 - cover) * np.array(BACKGROUNDS[scene.background])
     buffer = io.BytesIO()
     Image.fromarray((255 * pixels).astype(np.uint8)).save(buffer, format="PNG")
@@ -72,7 +73,7 @@ def write_run(
     )
     anchor.mkdir(parents=True, exist_ok=True)
     (anchor / "anchor.json").write_text(json.dumps(asdict(card)))
-    (anchor / "pytorch_lora_weights.safetensors").touch()
+    save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, anchor / LORA_FILE)
     lines = []
     for index, caption in enumerate(held_out_captions()[:prompts]):
         for seed, lam in itertools.product(range(seeds), lambdas):

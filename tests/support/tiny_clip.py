@@ -1,8 +1,7 @@
-"""Tiny CLIP checkpoints in the published layouts, and an evaluation of them that shares nothing
-with the library.
+"""Tiny CLIP checkpoints in the published layouts, and an independent evaluation of them.
 
-The network is written in plain float64 torch over open_clip's own names, the resampling as
-matrices, the tokenizer as a regular expression.
+The evaluation shares nothing with the library: the network is written in plain float64 torch over
+open_clip's own names, the resampling as matrices, the tokenizer as a regular expression.
 """
 
 from __future__ import annotations
@@ -27,10 +26,14 @@ from transformers import (
 
 from tests.support.tiny_pipelines import tiny_tokenizer
 
-SIDE, PATCH, CONTEXT = 32, 8, 24
+SIDE = 32
+PATCH = 8
+CONTEXT = 24
 WIDTH = {"visual.": 48, "": 32}
 HEADS = {"visual.": 6, "": 4}  # the image tower's head_width is 8, not open_clip's default 64
-LAYERS, EMBED, VOCABULARY = 2, 20, 514
+LAYERS = 2
+EMBED = 20
+VOCABULARY = 514
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": EMBED,
     "vision_cfg": {
@@ -50,12 +53,15 @@ MODEL_CONFIG: dict[str, Any] = {
     },
 }
 HIDDEN = {"visual.": 144, "": 128}
-MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 def open_clip_state(seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under open_clip's names, large enough that activations, norms and padding all
-    show in a score."""
+    """Random weights under open_clip's names.
+
+    They are large enough that activations, norms and padding all show in a score.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -132,18 +138,16 @@ def huggingface_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim:
-                scale = (
-                    1.0
-                    if "embedding" in name
-                    else 1.5 * weight[0].numel() ** -0.5
-                    if weight.ndim > 1
-                    else 0.2
-                )
-                weight.copy_(
-                    scale * torch.randn(weight.shape, generator=generator)
-                    + ("norm" in name and name.endswith("weight"))
-                )
+            if not weight.ndim:
+                continue
+            scale = 0.2
+            if "embedding" in name:
+                scale = 1.0
+            elif weight.ndim > 1:
+                scale = 1.5 * weight[0].numel() ** -0.5
+            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+            if "norm" in name and name.endswith("weight"):
+                weight += 1
         model.logit_scale.fill_(3.4)
     return model
 
@@ -151,8 +155,14 @@ def huggingface_model(
 def write_huggingface(
     folder: Path, model: CLIPModel, tokenizer: bool = True, processor: bool = True
 ) -> Path:
-    """A CLIPModel folder, as transformers saves it, with or without its tokenizer and image
-    processor."""
+    """A CLIPModel folder, as transformers saves it.
+
+    Args:
+        folder: to write.
+        model: a CLIPModel.
+        tokenizer: write a tokenizer, too.
+        processor: write an image processor, too.
+    """
     model.save_pretrained(folder)
     if tokenizer:
         write_tokenizer(folder)
@@ -164,8 +174,10 @@ def write_huggingface(
 
 
 def under_open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
-    """A CLIPModel's weights for the evaluation below: the opposite way of what the library
-    converts."""
+    """A CLIPModel's weights under open_clip's names, for the evaluation below.
+
+    The opposite way of what the library converts.
+    """
     held = model.state_dict()
     state = {
         "visual.conv1.weight": held["vision_model.embeddings.patch_embedding.weight"],
@@ -183,10 +195,10 @@ def under_open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
         state[f"ln_final.{kind}"] = held[f"text_model.final_layer_norm.{kind}"]
         for tower, theirs in (("visual.", "vision_model"), ("", "text_model")):
             for i in range(LAYERS):
-                block, layer = f"{tower}transformer.resblocks.{i}.", f"{theirs}.encoder.layers.{i}."
-                state[f"{block}attn.in_proj_{kind}"] = torch.cat(
-                    [held[f"{layer}self_attn.{x}_proj.{kind}"] for x in "qkv"]
-                )
+                block = f"{tower}transformer.resblocks.{i}."
+                layer = f"{theirs}.encoder.layers.{i}."
+                projections = [held[f"{layer}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+                state[f"{block}attn.in_proj_{kind}"] = torch.cat(projections)
                 state[f"{block}attn.out_proj.{kind}"] = held[f"{layer}self_attn.out_proj.{kind}"]
                 state[f"{block}mlp.c_fc.{kind}"] = held[f"{layer}mlp.fc1.{kind}"]
                 state[f"{block}mlp.c_proj.{kind}"] = held[f"{layer}mlp.fc2.{kind}"]
@@ -195,7 +207,7 @@ def under_open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
     return state
 
 
-# the network
+# The network
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -215,23 +227,16 @@ class Network:
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        return (
-            centred
-            / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-            * self.w[f"{name}.weight"]
-            + self.w[f"{name}.bias"]
-        )
+        deviation = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return centred / deviation * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
     def linear(self, x: Tensor, weight: str, bias: str) -> Tensor:
         return x @ self.w[weight].T + self.w[bias]
 
     def attention(self, x: Tensor, name: str, heads: int, causal: bool) -> Tensor:
         length, width = x.shape
-        query, key, value = (
-            self.linear(x, f"{name}in_proj_weight", f"{name}in_proj_bias")
-            .reshape(length, 3, heads, -1)
-            .permute(1, 2, 0, 3)
-        )
+        projected = self.linear(x, f"{name}in_proj_weight", f"{name}in_proj_bias")
+        query, key, value = projected.reshape(length, 3, heads, -1).permute(1, 2, 0, 3)
         logits = query @ key.mT / math.sqrt(width / heads)
         if causal:
             logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
@@ -241,118 +246,115 @@ class Network:
     def transformer(self, x: Tensor, tower: str, causal: bool) -> Tensor:
         for i in range(LAYERS):
             block = f"{tower}transformer.resblocks.{i}."
-            x = x + self.attention(
-                self.norm(x, f"{block}ln_1"), f"{block}attn.", HEADS[tower], causal
-            )
-            hidden = self.activation(
-                self.linear(
-                    self.norm(x, f"{block}ln_2"), f"{block}mlp.c_fc.weight", f"{block}mlp.c_fc.bias"
-                )
-            )
-            x = x + self.linear(hidden, f"{block}mlp.c_proj.weight", f"{block}mlp.c_proj.bias")
+            normed = self.norm(x, f"{block}ln_1")
+            x = x + self.attention(normed, f"{block}attn.", HEADS[tower], causal)
+            normed = self.norm(x, f"{block}ln_2")
+            hidden = self.linear(normed, f"{block}mlp.c_fc.weight", f"{block}mlp.c_fc.bias")
+            active = self.activation(hidden)
+            x = x + self.linear(active, f"{block}mlp.c_proj.weight", f"{block}mlp.c_proj.bias")
         return x
 
     def image(self, pixels: np.ndarray) -> Tensor:
         """Embedding of (3, SIDE, SIDE) normalised pixels."""
-        patches = (
-            torch.from_numpy(pixels)
-            .reshape(3, SIDE // PATCH, PATCH, SIDE // PATCH, PATCH)
-            .permute(1, 3, 0, 2, 4)
-            .flatten(2)
-            .flatten(0, 1)
-        )
-        embedded = torch.cat(
-            [
-                self.w["visual.class_embedding"][None],
-                patches @ self.w["visual.conv1.weight"].flatten(1).T,
-            ]
-        )
-        x = self.transformer(
-            self.norm(embedded + self.w["visual.positional_embedding"], "visual.ln_pre"),
-            "visual.",
-            causal=False,
-        )
+        grid = SIDE // PATCH
+        squares = torch.from_numpy(pixels).reshape(3, grid, PATCH, grid, PATCH)
+        patches = squares.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+        embedded = patches @ self.w["visual.conv1.weight"].flatten(1).T
+        x = torch.cat([self.w["visual.class_embedding"][None], embedded])
+        x = self.norm(x + self.w["visual.positional_embedding"], "visual.ln_pre")
+        x = self.transformer(x, "visual.", causal=False)
         return self.norm(x[0], "visual.ln_post") @ self.w["visual.proj"]
 
     def text(self, tokens: list[int]) -> Tensor:
-        """Embedding of a text that ends with its end marker; with causal attention what would
-        follow does not matter."""
-        x = self.transformer(
-            self.w["token_embedding.weight"][tokens]
-            + self.w["positional_embedding"][: len(tokens)],
-            "",
-            causal=True,
-        )
+        """Embedding of a text that ends with its end marker.
+
+        With causal attention what would follow does not matter.
+        """
+        words = self.w["token_embedding.weight"][tokens]
+        x = words + self.w["positional_embedding"][: len(tokens)]
+        x = self.transformer(x, "", causal=True)
         return self.norm(x[-1], "ln_final") @ self.w["text_projection"]
 
     def cosine(self, pixels: np.ndarray, tokens: list[int]) -> float:
-        image, text = self.image(pixels), self.text(tokens)
+        image = self.image(pixels)
+        text = self.text(tokens)
         return float(image @ text / image.norm() / text.norm())
 
 
-# what goes into it
+# What goes into it
+
+
+WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
+
+# GPT-2's alphabet: these bytes stand for themselves.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+
+
+def _symbol(byte: int) -> str:
+    """The character of GPT-2's alphabet for a byte; the others are numbered from 256 on."""
+    if byte in PRINTABLE:
+        return chr(byte)
+    others_before = [other for other in range(byte) if other not in PRINTABLE]
+    return chr(256 + len(others_before))
 
 
 def tokens(text: str) -> list[int]:
-    """The byte tokens of a cleaned, lower-case text, cut to the context as open_clip cuts: the last
-    one is the end marker."""
+    """The byte tokens of a cleaned, lower-case text.
+
+    They are cut to the context as open_clip cuts: the last one is the end marker.
+    """
     vocabulary = tiny_tokenizer().get_vocab()
-    printable = [
-        *range(33, 127),
-        *range(161, 173),
-        *range(174, 256),
-    ]  # GPT-2's alphabet: these bytes stand for themselves
     ids = [vocabulary["<|startoftext|>"]]
-    for word in re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", text):
-        symbols = [
-            chr(b) if b in printable else chr(256 + sum(c not in printable for c in range(b)))
-            for b in word.encode()
-        ]
-        ids += [vocabulary[s] for s in symbols[:-1]] + [vocabulary[symbols[-1] + "</w>"]]
+    for word in WORDS.findall(text):
+        symbols = [_symbol(byte) for byte in word.encode()]
+        symbols[-1] += "</w>"
+        ids += [vocabulary[symbol] for symbol in symbols]
     return [*ids[: CONTEXT - 1], vocabulary["<|endoftext|>"]]
 
 
 def _bicubic(length: int, wanted: int) -> np.ndarray:
-    """(wanted, length): Keys' cubic (a = -1/2), widened by the shrinkage so that it does not alias;
-    rows sum to 1."""
+    """Keys' cubic (a = -1/2) as a matrix (wanted, length) whose rows sum to 1.
+
+    It is widened by the shrinkage, so that it does not alias.
+    """
     scale = length / wanted
     centre = (np.arange(wanted) + 0.5) * scale
     x = np.abs((np.arange(length) + 0.5 - centre[:, None]) / max(scale, 1))
-    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     weights = np.where(x < 1, near, np.where(x < 2, far, 0))
     return weights / weights.sum(1, keepdims=True)
 
 
-def _normalised(pixels: np.ndarray) -> np.ndarray:
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """Subtract the mean and divide by the deviation of CLIP's training images."""
     return (pixels - np.reshape(MEAN, (3, 1, 1))) / np.reshape(DEVIATION, (3, 1, 1))
 
 
 def letterboxed(image: Image.Image) -> np.ndarray:
     """HPSv2's preparation: (3, SIDE, SIDE), normalised."""
     pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1) / 255
-    _, height, width = pixels.shape
-    height, width = (
-        round(height * SIDE / max(height, width)),
-        round(width * SIDE / max(height, width)),
-    )
+    longest = max(image.size)
+    height = round(image.height * SIDE / longest)
+    width = round(image.width * SIDE / longest)
+    resized = _bicubic(image.height, height) @ pixels @ _bicubic(image.width, width).T
+
     box = np.zeros((3, SIDE, SIDE))
-    top, left = (SIDE - height) // 2, (SIDE - width) // 2
-    box[:, top : top + height, left : left + width] = (
-        _bicubic(pixels.shape[1], height) @ pixels @ _bicubic(pixels.shape[2], width).T
-    )
-    return _normalised(box)
+    top = (SIDE - height) // 2
+    left = (SIDE - width) // 2
+    box[:, top : top + height, left : left + width] = resized
+    return normalise(box)
 
 
 def cropped(image: Image.Image) -> np.ndarray:
-    """CLIP's preparation: (3, SIDE, SIDE), normalised. Pillow resizes bytes, so it is Pillow here
-    too."""
-    image = image.convert("RGB")
-    width, height = image.size
-    width, height = (
-        (SIDE, height * SIDE // width) if width < height else (width * SIDE // height, SIDE)
-    )
-    resized = (
-        np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
-    )
-    top, left = (height - SIDE) // 2, (width - SIDE) // 2
-    return _normalised(resized[:, top : top + SIDE, left : left + SIDE])
+    """CLIP's preparation: (3, SIDE, SIDE), normalised.
+
+    Pillow resizes bytes, so it is Pillow here too.
+    """
+    width = max(SIDE, image.width * SIDE // image.height)
+    height = max(SIDE, image.height * SIDE // image.width)
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized).transpose(2, 0, 1) / 255
+    top = (height - SIDE) // 2
+    left = (width - SIDE) // 2
+    return normalise(pixels[:, top : top + SIDE, left : left + SIDE])

@@ -30,6 +30,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -118,6 +121,40 @@ def tiny_t5() -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's own tokenizer over single bytes, without merges, and the marks of a chat."""
+    symbols = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    marks = ["<|im_start|>", "<|im_end|>"]
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=marks)
+
+
+def tiny_qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of one layer for text and one for images, which is never called."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 259,
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": rope,
+            "bos_token_id": 256,
+            "eos_token_id": 256,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+        },
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
 def _sd15_encoders() -> dict[str, Any]:
     return {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
 
@@ -149,6 +186,10 @@ def _flux_encoders() -> dict[str, Any]:
         "text_encoder_2": tiny_t5(),
         "tokenizer_2": tiny_t5_tokenizer(),
     }
+
+
+def _qwen_image_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_qwen_vl(), "tokenizer": tiny_qwen_tokenizer()}
 
 
 def _noise_schedule() -> DDIMScheduler:
@@ -205,6 +246,13 @@ TRANSFORMER = {
     "num_attention_heads": 2,
     "joint_attention_dim": 2 * WIDTH,
 }
+KL_AUTOENCODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8,) * 4,
+    "norm_num_groups": 4,
+    "sample_size": 8 * SIDE,
+}
 AUTOENCODER = {"latent_channels": 4}
 FLOW_AUTOENCODER = {  # more channels, shifted, and no 1x1 convolutions around the latents
     "latent_channels": 16,
@@ -221,12 +269,13 @@ class TinyFamily:
 
     Attributes:
         denoiser: config of its denoiser class, for latents with sides of SIDE.
-        autoencoder: config of an AutoencoderKL, as far as it is not the same for all.
+        autoencoder: config of its autoencoder; of an AutoencoderKL, as far as it is not the same
+            for all.
         encoders: makes the text encoders and tokenizers, by component of the pipeline.
         scheduler: makes its scheduler.
         latents: shape of one image's latents in a call of its pipeline.
         controlnet: makes a ControlNet beside a denoiser; the second argument: for inpainting. None:
-            diffusers has none.
+            diffusers has none, or the tests make none.
         options: further arguments of its pipeline's constructor.
         missing_kinds: those of KINDS that diffusers does not have.
     """
@@ -308,7 +357,32 @@ TINY = {
         controlnet=_flux_controlnet,
         latents=(SIDE // 2 * SIDE // 2, 64),
     ),
+    "qwen_image": TinyFamily(
+        denoiser={
+            "num_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": WIDTH,
+            "in_channels": 16,
+            "out_channels": 4,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        autoencoder={
+            "base_dim": 8,
+            "z_dim": 4,
+            "dim_mult": [1, 1, 1, 1],
+            "num_res_blocks": 1,
+            "latents_mean": [0.1, -0.2, 0.3, 0.0],
+            "latents_std": [0.5, 1.0, 1.5, 2.0],
+        },
+        encoders=_qwen_image_encoders,
+        scheduler=lambda: _flow_schedule(by_size=True),
+        latents=(SIDE // 2 * SIDE // 2, 16),
+    ),
 }
+
+EVERY_KIND = tuple(name for name, tiny in TINY.items() if tiny.controlnet)
+"""The families whose pipelines of every kind the tests make; of the others, text-to-image alone."""
 
 
 def tiny_denoiser(family: str, **overrides: Any) -> Any:
@@ -322,16 +396,11 @@ def tiny_denoiser(family: str, **overrides: Any) -> Any:
     return kind(**(TINY[family].denoiser | overrides)).eval()
 
 
-def tiny_autoencoder(family: str) -> AutoencoderKL:
+def tiny_autoencoder(family: str) -> Any:
     """The autoencoder alone."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        norm_num_groups=4,
-        sample_size=8 * SIDE,
-        **TINY[family].autoencoder,
-    ).eval()
+    kind = getattr(diffusers, FAMILIES[family].autoencoder_class)
+    shared = KL_AUTOENCODER if kind is AutoencoderKL else {}
+    return kind(**shared, **TINY[family].autoencoder).eval()
 
 
 def tiny_pipeline(family: str, seed: int = 0) -> Any:

@@ -67,7 +67,7 @@ def test_flow_times_are_drawn_as_the_published_trainers_draw_them(shift, dynamic
 def test_kl_strength_of_a_flow_counts_each_step_as_the_transitions_do():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     times = scheduler.sigmas.double()[:1000].numpy()
-    # docs/method.md, section 4: |D_v|^2 of one step, in nats.
+    # docs/method.md, the flow's particles: the factor of |v_anchor - v_ref|^2 in one step.
     steps = np.log(times[:-1] / times[1:]) - (times[:-1] - times[1:])
     assert noising_of(scheduler).kl_weight == pytest.approx(2 * steps.sum(), rel=1e-5)
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from deradiff.data.cache import Cache
-from deradiff.models.families import family_of
+from deradiff.models.families import FAMILIES, family_of
 from deradiff.training.objectives.diffusion import DPO, Pretrain
 from tests.support.objectives import disturb, dpo, items, make
-from tests.support.tiny_pipelines import tiny_lora, tiny_pipeline
+from tests.support.tiny_pipelines import EVERY_KIND, tiny_lora, tiny_pipeline
 
-FAMILIES = ["sd15", "sdxl", "sd3", "flux"]
 FLOWS = ["sd3", "flux"]
 
 
@@ -52,9 +51,9 @@ def test_dpo_starts_at_ln_two_and_its_reference_stays(family, method, pairs):
     assert torch.equal(of_reference, of_stock)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_loss_and_gradient_equal_an_evaluation_in_float64_of_their_own(family, pairs):
-    """docs/method.md, section 7, in numpy, from the outputs of the networks alone.
+    """docs/method.md, *Beta has one convention*, in numpy, from the outputs of the networks alone.
 
     Noise, targets, errors and the loss are computed here again.
     """

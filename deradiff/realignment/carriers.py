@@ -1,0 +1,223 @@
+"""A network's output on its way to the scheduler, in company of what other models predicted.
+
+Between the network and the scheduler lies the pipeline's guidance: classifier-free guidance in one
+batch or in several calls, a rescaling, a sign, a slice. What it does is in the code of each
+pipeline, and no attribute tells it. So the output travels through that code as a tensor that has
+*companions*, the outputs of the reference and the anchors on the same input. Each operation on it
+is done to the companions as well, and `scheduler.step` receives the guided output of every model.
+The output itself passes through the same operations as a plain tensor, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+Function = Callable[..., Any]
+
+RANDOM_FUNCTIONS = frozenset(
+    {"rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal", "dropout"}
+)
+"""Functions that draw random numbers. They run once, so that the stream of numbers stays."""
+
+CASTS = frozenset({"to", "type", "type_as", "half", "bfloat16", "float", "double"})
+"""Methods that change the precision. Companions keep theirs, or get a higher one."""
+
+ASSIGNMENTS = frozenset(
+    {
+        "__setitem__",
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+        "__ifloordiv__",
+        "__ipow__",
+    }
+)
+"""Methods that change their tensor, beside those whose names end with an underscore."""
+
+
+class LostTrack:
+    """Whether a value of some chain left its companions behind.
+
+    Attributes:
+        is_lost: an operation wrote a tensor with companions into one without.
+    """
+
+    def __init__(self) -> None:
+        self.is_lost = False
+
+
+class CarrierTensor(Tensor):
+    """A tensor whose companions go through the same operations.
+
+    Make one with `carry`, and take it apart with `plain` and `companions_of`.
+
+    Attributes:
+        companions: tensors of its shape in at least single precision, on its device; None where a
+            companion is unknown, or where an operation could not be done to it.
+        track: of the chain that the tensor belongs to.
+    """
+
+    companions: tuple[Tensor | None, ...]
+    track: LostTrack
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Function,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Do an operation to the tensor, and then to each of its companions."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__set__":
+            return _set_attribute(func, args)
+        if _writes(name, kwargs):
+            return _write(func, args, kwargs)
+        result = _call(func, args, kwargs, plain)
+        leaves, structure = tree_flatten(result)
+        has_values = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+        if not has_values or name in RANDOM_FUNCTIONS:
+            return result
+
+        # The same for each companion, and then each part of the result with its companions.
+        carriers = _carriers(args, kwargs)
+        results = []
+        for number in range(len(carriers[0].companions)):
+            results.append(_companion_result(func, args, kwargs, number, result))
+        wrapped = []
+        for position, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                wrapped.append(leaf)
+                continue
+            companions = [None if parts is None else parts[position] for parts in results]
+            wrapped.append(carry(leaf, companions, carriers[0].track))
+        return tree_unflatten(wrapped, structure)
+
+
+def carry(output: Tensor, companions: Sequence[Tensor | None], track: LostTrack) -> CarrierTensor:
+    """A tensor with companions.
+
+    Args:
+        output: the tensor. It is not copied, as its companions are not: they may not share memory.
+        companions: of its shape; None: unknown.
+        track: of the chain.
+    """
+    carrier = output.as_subclass(CarrierTensor)
+    carrier.companions = tuple(companions)
+    carrier.track = track
+    return carrier
+
+
+def plain(value: Any) -> Any:
+    """The tensor alone, without its companions; any other value as it is."""
+    if not isinstance(value, CarrierTensor):
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)
+
+
+def all_plain(values: Any) -> Any:
+    """A structure of values in which no tensor has companions."""
+    return tree_map(plain, values)
+
+
+def companions_of(value: Any) -> tuple[Tensor | None, ...] | None:
+    """The companions of a tensor; None where it has none, or where its chain has lost track."""
+    if not isinstance(value, CarrierTensor) or value.track.is_lost:
+        return None
+    return value.companions
+
+
+def _call(
+    func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], replace: Callable[[Any], Any]
+) -> Any:
+    """The function on arguments that are replaced one by one, in plain torch."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*tree_map(replace, tuple(args)), **tree_map(replace, dict(kwargs)))
+
+
+def _carriers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[CarrierTensor]:
+    leaves, _ = tree_flatten((tuple(args), dict(kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, CarrierTensor)]
+
+
+def _companion_result(
+    func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], number: int, result: Any
+) -> list[Any] | None:
+    """The leaves of one companion's result; None: unknown."""
+    carriers = _carriers(args, kwargs)
+    companions = [_companion(carrier, number) for carrier in carriers]
+    if any(companion is None for companion in companions):
+        return None
+    if getattr(func, "__name__", "") in CASTS:
+        wide = torch.promote_types(companions[0].dtype, result.dtype)
+        return [companions[0].to(result.device, wide)]
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, CarrierTensor):
+            return _companion(value, number)
+        return _widened(value)
+
+    try:
+        leaves, _ = tree_flatten(_call(func, args, kwargs, replace))
+    except Exception:
+        # The pipeline goes on with the output itself; what the companions lack becomes nan.
+        return None
+    return leaves
+
+
+def _companion(carrier: CarrierTensor, number: int) -> Tensor | None:
+    companions = carrier.companions
+    return companions[number] if number < len(companions) else None
+
+
+def _widened(value: Any) -> Any:
+    """A tensor in the precision of companions, which is single or double."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value
+
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function changes a tensor that it is given.
+
+    Args:
+        name: of the function.
+        kwargs: its keyword arguments.
+    """
+    is_in_place = name.endswith("_") and not name.endswith("__")
+    return is_in_place or name in ASSIGNMENTS or kwargs.get("out") is not None
+
+
+def _write(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Change a tensor, and its companions where it has any."""
+    target = kwargs.get("out")
+    if target is None:
+        target = args[0]
+    result = _call(func, args, kwargs, plain)
+    if not isinstance(target, CarrierTensor):
+        for carrier in _carriers(args, kwargs):
+            carrier.track.is_lost = True
+        return result
+
+    # The companions share memory with others where the target is a view: they are changed in place.
+    for number, companion in enumerate(target.companions):
+        if companion is not None and _companion_result(func, args, kwargs, number, result) is None:
+            target.track.is_lost = True
+    return target if isinstance(result, Tensor) else result
+
+
+def _set_attribute(func: Function, args: Sequence[Any]) -> Any:
+    """Set an attribute such as `data`, which the companions cannot follow."""
+    for carrier in _carriers(args, {}):
+        carrier.track.is_lost = True
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args)

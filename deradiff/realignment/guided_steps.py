@@ -1,0 +1,233 @@
+"""What realignment does at a scheduler's step, where guidance has been applied to all models.
+
+Shapes: (images, ...), those of the latents that the scheduler denoises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deradiff.method.branches import BranchStrengths
+from deradiff.method.lambdas import Strength, trust_region
+from deradiff.realignment.branches import mixture_of_branches
+from deradiff.realignment.carriers import LostTrack, companions_of, plain
+from deradiff.realignment.clock import Clock
+from deradiff.realignment.dial import Dial
+from deradiff.realignment.modes import Companions
+from deradiff.realignment.path_kl import PathKL, squared
+from deradiff.realignment.resampling import Resampling
+from deradiff.realignment.rows import check_images, lam_of_rows
+from deradiff.realignment.scheduler_tap import SchedulerTap, StepObserver
+
+LOST = "the pipeline does something to the network's output that could not be followed"
+"""Why the guided output of the reference is unknown."""
+
+OUTSIDE = "the network was evaluated after the chain had ended, by another scheduler or by hand"
+"""Why the path KL of the last call is no longer known."""
+
+
+class GuidedSteps(StepObserver):
+    """Bounds a step to the trust region, measures its path KL, and resamples the particles.
+
+    Args:
+        clock: the step that the pipeline is at.
+        kl: the path KL of the chain.
+        dial: lambda.
+        resampling: the particles; None: there are none.
+        limit: nats of KL that the chain may go from the anchor's chain; None: any number.
+        patch_size: side of the patches of latents that the network returns.
+
+    Attributes:
+        track: whether the outputs of this step have lost their companions.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        kl: PathKL,
+        dial: Dial,
+        resampling: Resampling | None,
+        limit: float | None,
+        patch_size: int,
+    ) -> None:
+        self.clock = clock
+        self.kl = kl
+        self.dial = dial
+        self.resampling = resampling
+        self.limit = limit
+        self.patch_size = patch_size
+        self.track = LostTrack()
+        self._rows_of_step = 0
+        self._is_first_step = False
+        self._has_finished_chain = False
+
+    def follow(self, pipe: Any, tap: SchedulerTap) -> None:
+        """See the steps of a pipeline's present scheduler; a user may exchange it.
+
+        Args:
+            pipe: the pipeline.
+            tap: shows the steps of a scheduler.
+        """
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is self.clock.scheduler:
+            return
+        self.clock.follow(scheduler)
+        tap.release()
+        if scheduler is not None:
+            tap.attach(scheduler)
+
+    def begin_chain(self) -> None:
+        """The pipeline has set new timesteps."""
+        self.clock.announce_chain()
+        self._has_finished_chain = False
+
+    def note_evaluation(self, rows: int) -> None:
+        """The network was evaluated within a chain.
+
+        Args:
+            rows: of the batch.
+        """
+        self._is_first_step |= self.clock.is_new_call
+        self._rows_of_step += rows
+
+    def note_outside_evaluation(self) -> None:
+        """The network was evaluated outside a chain of the pipeline's own scheduler."""
+        if self._has_finished_chain:
+            self.kl.forget(OUTSIDE)
+
+    def before_step(self, output: Any, timestep: Any, sample: Any) -> Any:
+        """Measure the step that is about to be taken, and bound it to the trust region."""
+        companions = companions_of(output)
+        output = plain(output)
+        if self.clock.index is None or not self._rows_of_step:
+            return output
+        if self._is_first_step:
+            self._begin_chain(sample)
+
+        # What guidance made of the reference, of the mixture, and of each anchor.
+        models = None
+        if companions is None:
+            self._check_is_needed(LOST)
+            self.kl.unknown = self.kl.unknown or LOST
+        else:
+            models = Companions.of(companions, len(self.dial.strengths))
+        if models is not None and models.blocks:
+            output, shift = self._mixed_by_branch(output, models, sample)
+            self.kl.add(shift, len(output))
+            return output
+        lams = [lam_of_rows(lam, output, self.patch_size) for lam in self.dial.strengths]
+        shift = _shift(models)
+        if shift is not None and self.limit is not None:
+            output, shift, lams = self._bounded(output, shift, models, lams)
+
+        self.kl.add(shift, len(output))
+        self._weigh(models, lams, sample)
+        return output
+
+    def after_step(self, scheduler: Any, stepped: Any) -> Any:
+        """Resample the particles after a step, and begin the next one."""
+        is_step = self.clock.index is not None and self._rows_of_step > 0
+        if is_step and self.resampling is not None:
+            stepped = self.resampling.resample(scheduler, stepped)
+        self._has_finished_chain = is_step and self.clock.is_last_step
+        self.clock.finish_step()
+        self.track = LostTrack()
+        self._rows_of_step = 0
+        return stepped
+
+    def _mixed_by_branch(
+        self, output: Tensor, models: Companions, sample: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The guided output with a lambda for each branch, and what it is beyond the reference's.
+
+        Raises:
+            ValueError: where the branches cannot be told apart.
+        """
+        if models.reference is None or any(part is None for part in models.blocks):
+            raise ValueError(f"a lam for each branch of guidance is not possible here: {LOST}")
+        mixture = mixture_of_branches(
+            models.reference,
+            models.blocks,  # type: ignore[arg-type]
+            self.dial.strengths,
+            self.patch_size,
+        )
+        return mixture.to(output.dtype), mixture - models.reference
+
+    def _begin_chain(self, sample: Any) -> None:
+        """Check and begin a chain at its first step."""
+        self._is_first_step = False
+        for lam in self.dial.strengths:
+            if isinstance(lam, BranchStrengths):
+                check_images(lam.conditional, sample)
+                check_images(lam.unconditional, sample)
+            else:
+                check_images(lam, sample)
+        is_by_branch = any(isinstance(lam, BranchStrengths) for lam in self.dial.strengths)
+        if is_by_branch and (self.resampling is not None or self.limit is not None):
+            raise ValueError(
+                "a lam for each branch does not go together with particles or a trust region: "
+                "remove these"
+            )
+        self.kl.begin_chain()
+        if self.kl.unknown:
+            self._check_is_needed(self.kl.unknown)
+        if self.resampling is not None:
+            self.resampling.begin_chain(sample)
+
+    def _check_is_needed(self, reason: str) -> None:
+        """Raise ValueError where an option needs to know what is unknown."""
+        option = None
+        if self.resampling is not None:
+            option = "particles"
+        elif self.limit is not None:
+            option = "trust_region"
+        if option is not None:
+            raise ValueError(f"{option} needs the KL divergence of each step: {reason}")
+
+    def _bounded(
+        self, output: Tensor, shift: Tensor, models: Companions | None, lams: list[Strength]
+    ) -> tuple[Tensor, Tensor, list[Strength]]:
+        """The output, its shift and lam, where lam is lowered to the trust region.
+
+        Each step has an equal share of the nats.
+        """
+        assert models is not None and models.reference is not None
+        assert self.limit is not None
+        (lam,) = lams
+        (anchor,) = models.anchors
+        if anchor is None or not bool((torch.as_tensor(lam) > 1).any()):
+            return output, shift, lams
+        divergence = self.kl.factor * squared(anchor - models.reference)
+        column = divergence.view(-1, *[1] * (output.ndim - 1))
+        lowered = trust_region(lam, column, self.limit / self.clock.steps)
+        share = lowered / torch.as_tensor(lam, device=lowered.device)
+        if bool((share == 1).all()):
+            return output, shift, lams
+
+        shift = share * shift
+        bounded = (models.reference + shift).to(output.dtype)
+        return torch.where(share < 1, bounded, output), shift, [lowered]
+
+    def _weigh(self, models: Companions | None, lams: list[Strength], sample: Any) -> None:
+        """Weigh the particles by this step."""
+        if self.resampling is None:
+            return
+        differences = None
+        if models is not None and models.reference is not None:
+            differences = []
+            for anchor in models.anchors:
+                if anchor is None:
+                    raise ValueError(f"particles need the anchor's guided output: {LOST}")
+                differences.append(anchor - models.reference)
+        is_guided = self._rows_of_step > len(sample)
+        self.resampling.weigh(self.kl.factor, lams, differences, is_guided)
+
+
+def _shift(models: Companions | None) -> Tensor | None:
+    """The realigned output minus the reference's; None: unknown."""
+    if models is None or models.reference is None or models.mixture is None:
+        return None
+    return models.mixture - models.reference
