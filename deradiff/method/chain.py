@@ -119,8 +119,7 @@ def _as_lists(
     lams: list[Any] = list(lam)  # type: ignore[arg-type]
     if len(anchors) != len(lams):
         raise ValueError(
-            f"{len(anchors)} anchors need as many values of lam as there are anchors, and there "
-            f"are {len(lams)}"
+            f"{len(anchors)} anchors need {len(anchors)} values of lam, and there are {len(lams)}"
         )
     if trust_region is not None and len(anchors) > 1:
         raise ValueError(
