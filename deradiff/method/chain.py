@@ -1,5 +1,8 @@
-"""Algorithm 1 of DeRaDiff to the letter: a realigned reverse chain drawn from the closed-form
-posterior mixtures."""
+"""Algorithm 1 of DeRaDiff: a reverse chain that draws each step from the mixture of all models.
+
+Shapes: x (B, C, ...), a batch of B samples; an output is the same, or (B, 2C, ...) where the
+variance is learned. With K particles B = images * K, an image's particles one after the other.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from deradiff.method.gaussian import weighted_mixture
-from deradiff.method.lambdas import Lambda, Strength, broadcast_to, value_at
-from deradiff.method.lambdas import trust_region as bounded
+from deradiff.method.lambdas import Lambda, Strength, broadcast_to, limit_lam, value_at
 from deradiff.method.particles import Particles, log_weight
 from deradiff.method.transitions import data_prediction, kl_factors, network_input, transition
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(x, t) -> what the scheduler's prediction type says, for a noisy sample (B, C, ...) as the
-network sees it, and its timestep.
+"""A network: (x, timestep) -> its output, in the sense of the scheduler's prediction type.
 
-(B, 2C, ...) where the scheduler's variance is learned. Rows must not depend on each other."""
+x (B, C, ...) is the noisy sample as the network expects it. Rows must not depend on each other.
+"""
 
 
 def realigned_chain(
@@ -35,61 +37,106 @@ def realigned_chain(
     particles: int | Particles = 1,
     trust_region: float | None = None,
 ) -> Tensor:
-    """Samples of p_ref^(1 - sum lam_i) prod p_i^(lam_i), from initial noise x (B, C, ...) over
-    `scheduler.timesteps`: (B, C, ...).
+    """Samples of p_ref^(1 - sum lam_i) prod p_i^(lam_i), from noise to data.
 
-    Each step forms all models' transitions at the same x, mixes them geometrically and draws once.
-    eta: DDIM's. Where the step is linear in the output and its variance fixed, `realign` comes to
-    the same in any pipeline; with learned variances only this is exact.
-    anchor, lam: one of each, or lists of as many; a lam is a number, a tensor with one for each row
-    of x, a mask over the sample, or a schedule of the fraction of time (`deradiff.method.lambdas`).
-    generator: one, or a list of one for each row, whose noise is then its own.
-    particles: K consecutive rows of x are one image's particles, weighed and resampled
-        (`deradiff.method.particles`), and (B / K, C, ...) comes back; a `Particles(K)` tells its
-        effective sample size afterwards. trust_region: for lam > 1, how many nats the chain may go
-        beyond the anchor's, an even share of which bounds each step's overshoot
-        (`lambdas.trust_region`). Raises ValueError for a scheduler without closed form, a mixture
-        that cannot be normalised, and rows that are no multiple of K.
+    At each step all models' transitions are formed at the same x, mixed geometrically, and one
+    sample is drawn from the mixture. `deradiff.realign` does the same inside a pipeline, and at
+    less cost, where a step is linear in the output and its variance is fixed. With learned
+    variances only this is exact.
+
+    Args:
+        reference: the network at lam = 0.
+        anchor: the network at lam = 1, or a list of them.
+        scheduler: a diffusers scheduler, after `set_timesteps`.
+        x: the noise at the start (B, C, ...).
+        lam: a number, a number for each row (B,), a mask over the sample, or a schedule over time
+            (`deradiff.method.lambdas`); a list of these for a list of anchors.
+        eta: of DDIM; the other samplers have none.
+        generator: of the noise; or a list with one for each row, which then has its own noise.
+        particles: K, or `Particles(K)`, which has the effective sample size afterwards
+            (`deradiff.method.particles`).
+        trust_region: for lam > 1: nats of KL that the chain may go from the anchor's chain, in
+            equal shares for each step (`lambdas.limit_lam`). It is for one anchor.
+
+    Returns:
+        (B / K, C, ...).
+
+    Raises:
+        ValueError: for a scheduler without a closed form, a mixture that cannot be normalised, rows
+            that are not a multiple of K, and another number of lams than of anchors.
     """
-    anchors = [anchor] if callable(anchor) else list(anchor)
-    asked: list[Any] = [lam] if callable(anchor) else list(lam)  # type: ignore[arg-type]
-    if len(anchors) != len(asked) or (trust_region is not None and len(anchors) > 1):
-        raise ValueError(
-            f"{len(anchors)} anchors need as many values of lam as there are, {len(asked)}, and "
-            f"trust_region is for one anchor"
-        )
+    anchors, lambdas = _as_lists(anchor, lam, trust_region)
     cloud = particles if isinstance(particles, Particles) else Particles(particles)
     cloud.start(x)
-    factors, previous = kl_factors(scheduler).tolist(), None
+    factors = kl_factors(scheduler).tolist()
+    previous = None
     for i, t in enumerate(scheduler.timesteps):
-        seen = network_input(scheduler, t, x, index=i)
-        outputs = [model(seen, t) for model in (reference, *anchors)]
-        differences = [(output - outputs[0])[:, : x.shape[1]] for output in outputs[1:]]
+        # One evaluation of each network, at the same x.
+        network_x = network_input(scheduler, t, x, index=i)
+        outputs = [model(network_x, t) for model in (reference, *anchors)]
+        reference_output, *differences = _differences(outputs, channels=x.shape[1])
+
+        # Lambda at this step.
         fraction = 1 - float(t) / scheduler.config.num_train_timesteps
-        lams = [broadcast_to(value_at(value, fraction), x, 1) for value in asked]
+        lams = [broadcast_to(value_at(value, fraction), x, 1) for value in lambdas]
         if trust_region is not None:
-            lams = [_bounded(lams[0], factors[i], differences[0], trust_region / len(factors))]
-        weights = [1 - sum(lams), *lams]
+            share = trust_region / len(factors)
+            lams = [_limited(lams[0], factors[i], differences[0], share)]
 
-        p = weighted_mixture(
-            [transition(scheduler, t, x, out, eta, previous=previous, index=i) for out in outputs],
-            weights,
-        )
-        mixed = outputs[0][:, : x.shape[1]] + sum(value * d for value, d in zip(lams, differences))
-        previous = data_prediction(
-            scheduler, t, x, mixed, index=i
-        )  # the history of multistep samplers is the mixed chain's
-        x = p.mean + p.variance.sqrt() * randn_tensor(
-            x.shape, generator=generator, device=x.device, dtype=x.dtype
-        )
+        # The mixture of all models' transitions.
+        steps = []
+        for output in outputs:
+            steps.append(transition(scheduler, t, x, output, eta, previous=previous, index=i))
+        p = weighted_mixture(steps, [1 - sum(lams), *lams])
 
+        # The history of a multistep sampler is that of the mixed output.
+        shift = sum(value * difference for value, difference in zip(lams, differences))
+        previous = data_prediction(scheduler, t, x, reference_output + shift, index=i)
+
+        # One draw.
+        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        x = p.mean + p.variance.sqrt() * noise
+
+        # The corrector.
         if cloud.count > 1:
             cloud.reweigh(log_weight(factors[i], lams, differences))
             index = cloud.resample(last=i == len(factors) - 1)
-            x, previous = (x, previous) if index is None else (x[index], previous[index])
+            if index is not None:
+                x = x[index]
+                previous = previous[index]
     return x[:: cloud.count]
 
 
-def _bounded(lam: Strength, factor: float, difference: Tensor, nats: float) -> Tensor:
-    divergence = factor * difference.square().flatten(1).sum(1)
-    return bounded(lam, divergence.view(-1, *[1] * (difference.ndim - 1)), nats)
+def _as_lists(
+    anchor: Denoiser | Sequence[Denoiser],
+    lam: Lambda | Sequence[Lambda],
+    trust_region: float | None,
+) -> tuple[list[Denoiser], list[Any]]:
+    """The anchors and the lam of each, one or several."""
+    if callable(anchor):
+        return [anchor], [lam]
+    anchors = list(anchor)
+    lams: list[Any] = list(lam)  # type: ignore[arg-type]
+    if len(anchors) != len(lams):
+        raise ValueError(
+            f"{len(anchors)} anchors need {len(anchors)} values of lam, and there are {len(lams)}"
+        )
+    if trust_region is not None and len(anchors) > 1:
+        raise ValueError(
+            f"trust_region is for one anchor, and there are {len(anchors)}: remove trust_region"
+        )
+    return anchors, lams
+
+
+def _differences(outputs: Sequence[Tensor], channels: int) -> list[Tensor]:
+    """The reference's output, and each anchor's output minus it, without learned variances."""
+    predictions = [output[:, :channels] for output in outputs]
+    reference, *others = predictions
+    return [reference, *(other - reference for other in others)]
+
+
+def _limited(lam: Strength, kl_factor: float, difference: Tensor, nats: float) -> Strength:
+    """Lambda within the trust region of one step."""
+    divergence = kl_factor * difference.square().flatten(1).sum(1)
+    column = divergence.view(-1, *[1] * (difference.ndim - 1))
+    return limit_lam(lam, column, nats)

@@ -1,5 +1,8 @@
-"""Lambda as a number, a number per image, a mask over the latents, or a schedule over time: what a
-dial may be turned to."""
+"""What lambda may be: a number, a number for each image, a mask over the latents, or a schedule.
+
+Shapes: outputs of a denoiser (rows, C, H, W), or (rows, L, channels) of L patches of latents;
+rows = images * rows_per_image. A mask is (H, W) or (images, H, W).
+"""
 
 from __future__ import annotations
 
@@ -11,37 +14,76 @@ import torch
 from torch import Tensor
 
 Strength = float | Tensor
-"""A number; (images,), one per image; or (H, W) or (images, H, W), a mask over the latents. The
-closed form holds for every element."""
+"""The value of lambda at one moment.
+
+A number; (images,), one for each image; or a mask over the latents. The closed form holds for each
+element, so that lambda may differ between them.
+"""
 
 Lambda = Strength | Callable[[float], Strength]
-"""A strength, or a schedule: the strength at a fraction of time, 0 where the chain starts from pure
-noise and 1 at the image."""
+"""A strength, or a schedule: a function from the fraction of time to a strength.
+
+The fraction is 0 where the chain starts from pure noise, and 1 at the image.
+"""
+
+SMALLEST_DIVERGENCE = 1e-12
+"""The trust region divides by the divergence, in nats; below this there is nothing to limit."""
 
 
 def ramp(start: float, end: float) -> Callable[[float], float]:
-    """A schedule that goes from `start` at pure noise to `end` at the image, linearly in time."""
-    return lambda fraction: start + fraction * (end - start)
+    """A schedule that changes linearly in time.
+
+    Args:
+        start: lambda at pure noise.
+        end: lambda at the image.
+
+    Returns:
+        The schedule, for `realign(pipe, anchor, lam=...)`.
+    """
+
+    def schedule(fraction: float) -> float:
+        return start + fraction * (end - start)
+
+    return schedule
 
 
 def piecewise(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
-    """A schedule of steps: points (fraction of time, lam), each valid until the next; the first
-    fraction is 0.
+    """A schedule that changes in steps.
 
-    Raises ValueError for points that are not in order or do not start at 0.
+    Args:
+        points: (fraction of time, lambda) in the order of time, the first at fraction 0. Each
+            lambda is valid until the next point.
+
+    Returns:
+        The schedule, for `realign(pipe, anchor, lam=...)`.
+
+    Raises:
+        ValueError: for fractions that do not rise from 0 to at most 1.
     """
     fractions = [fraction for fraction, _ in points]
-    if not points or fractions[0] != 0 or fractions != sorted(set(fractions)) or fractions[-1] > 1:
+    is_rising = fractions == sorted(set(fractions))
+    if not points or fractions[0] != 0 or fractions[-1] > 1 or not is_rising:
         raise ValueError(
-            f"the fractions of a piecewise lam rise from 0 to at most 1, such as [(0, 1.0), "
+            "the fractions of a piecewise lam rise from 0 to at most 1, such as [(0, 1.0), "
             f"(0.5, 0.25)], not {points!r}"
         )
-    return lambda fraction: next(lam for start, lam in reversed(points) if fraction >= start)
+
+    def schedule(fraction: float) -> float:
+        return next(lam for start, lam in reversed(points) if fraction >= start)
+
+    return schedule
 
 
 def value_at(lam: Lambda, fraction: float) -> Strength:
-    """The strength that `lam` means at a fraction of time. Raises ValueError for a schedule's value
-    that is none."""
+    """The value of lambda at a moment of the chain.
+
+    Args:
+        lam: a strength, or a schedule.
+        fraction: of time, 0 at pure noise and 1 at the image.
+
+    Raises:
+        ValueError: for a schedule that returns something else than a strength.
+    """
     if isinstance(lam, Tensor) or not callable(lam):
         return lam
     value = validated(lam(fraction))
@@ -54,38 +96,42 @@ def value_at(lam: Lambda, fraction: float) -> Strength:
 
 
 def validated(lam: Lambda) -> Lambda:
-    """`lam` itself, numbers as floats; ValueError for what is no strength and no schedule."""
+    """Lambda as it was passed, numbers as floats.
+
+    Args:
+        lam: what a user passed. What a schedule returns is checked by `value_at`.
+
+    Raises:
+        ValueError: for anything that is neither a strength nor a schedule: a negative or infinite
+            number, a tensor of integers, or one of another shape.
+    """
+    if isinstance(lam, Tensor) and lam.ndim > 0:
+        _check_tensor(lam)
+        return lam
     if callable(lam) and not isinstance(lam, Tensor):
         return lam
-    if isinstance(lam, Tensor) and lam.ndim > 0:
-        if (
-            lam.ndim > 3
-            or not lam.dtype.is_floating_point
-            or not bool((lam.isfinite() & (lam >= 0)).all())
-        ):
-            said = f"{tuple(lam.shape)} {lam.dtype}"
-            raise ValueError(
-                f"a lam per image is (images,), a mask (H, W) or (images, H, W), of finite "
-                f"floats from 0 up, not {said}"
-            )
-        return lam
     value = lam.item() if isinstance(lam, Tensor) else lam
-    if (
-        not isinstance(value, Real)
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value < 0
-    ):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
         raise ValueError(
             f"lam must be a finite number, 0 (the reference) or more (1: the anchor), not {lam!r}"
         )
     return float(value)
 
 
+def _check_tensor(lam: Tensor) -> None:
+    has_valid_form = lam.ndim <= 3 and lam.dtype.is_floating_point
+    if not has_valid_form or not bool((lam.isfinite() & (lam >= 0)).all()):
+        raise ValueError(
+            "a lam per image is (images,), a mask (H, W) or (images, H, W), of finite floats from "
+            f"0 up, not {tuple(lam.shape)} {lam.dtype}"
+        )
+
+
 def broadcast_to(
     lam: Strength, output: Tensor, rows_per_image: int, patch_size: int = 1
 ) -> Strength:
-    """`lam` in a shape that broadcasts to a denoiser's output.
+    """Lambda in a shape that broadcasts to a denoiser's output.
 
     Args:
         lam: a number, (images,), or a mask (H, W) or (images, H, W) over the latents.
@@ -108,6 +154,8 @@ def broadcast_to(
             f"lam is of {len(lam)} images and the pipeline samples {images}: give a value, or a "
             "mask, for each of them"
         )
+
+    # A number for each image becomes (rows, 1, ...), a mask (rows, H, W).
     if lam.ndim == 1:
         return lam.repeat(rows_per_image).view(rows, *[1] * (output.ndim - 1))
     masks = lam.expand(images, *lam.shape[-2:]).repeat(rows_per_image, 1, 1)
@@ -128,7 +176,7 @@ def _in_latents(masks: Tensor, output: Tensor) -> Tensor:
 
 
 def _in_patches(masks: Tensor, output: Tensor, size: int) -> Tensor:
-    """Masks (rows, H, W) as patches (rows, L, channels), channels before the places in a patch."""
+    """Masks (rows, H, W) as patches (rows, L, channels): by channel, then by place in a patch."""
     rows, patches, channels = output.shape
     height, width = masks.shape[-2:]
     elements = patches * size**2
@@ -142,17 +190,25 @@ def _in_patches(masks: Tensor, output: Tensor, size: int) -> Tensor:
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(rows, patches, channels)
 
 
-def trust_region(lam: Strength, divergence: Tensor, nats: float) -> Tensor:
-    """lam > 1 shortened to where one step's overshoot, (lam - 1)^2 c |D|^2, is `nats` at most: 1 +
-    min(lam - 1, sqrt(nats / (c |D|^2))).
+def limit_lam(lam: Strength, divergence: Tensor, nats: float) -> Tensor:
+    """Lower lambda to a trust region around the anchor.
 
-    divergence: c |D|^2 = 1/2 L |D_eps|^2 of each image, in a shape that broadcasts with lam. A lam
-        of at most 1 stays.
+    Beyond the anchor, a step's overshoot is a KL of (lam - 1)^2 c |D|^2 from the anchor's step. It
+    is kept to `nats`:
+
+        lam = 1 + min(lam - 1, sqrt(nats / (c |D|^2)))
+
+    Args:
+        lam: a number, or a tensor that broadcasts to `divergence`. Values of at most 1 stay.
+        divergence: c |D|^2 = 1/2 L |D_eps|^2 of each image (see `transitions.kl_factors`), in a
+            shape that broadcasts to a denoiser's output.
+        nats: the largest overshoot of this step.
+
+    Returns:
+        Lambda in the shape and precision of `divergence`.
     """
-    overshoot = torch.clamp(
-        torch.as_tensor(lam, device=divergence.device) - 1,
-        max=(nats / divergence.clamp(min=1e-12)).sqrt(),
-    )
-    return torch.where(
-        overshoot > 0, 1 + overshoot, torch.as_tensor(lam, device=divergence.device)
-    ).to(divergence.dtype)
+    lam = torch.as_tensor(lam, device=divergence.device)
+    largest = (nats / divergence.clamp(min=SMALLEST_DIVERGENCE)).sqrt()
+    overshoot = torch.clamp(lam - 1, max=largest)
+    limited = torch.where(overshoot > 0, 1 + overshoot, lam)
+    return limited.to(divergence.dtype)

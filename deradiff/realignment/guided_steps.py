@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deradiff.method.branches import BranchStrengths
-from deradiff.method.lambdas import Strength, trust_region
+from deradiff.method.lambdas import Strength, limit_lam
 from deradiff.realignment.branches import mixture_of_branches
 from deradiff.realignment.carriers import LostTrack, companions_of, plain
 from deradiff.realignment.clock import Clock
@@ -202,7 +202,7 @@ class GuidedSteps(StepObserver):
             return output, shift, lams
         divergence = self.kl.factor * squared(anchor - models.reference)
         column = divergence.view(-1, *[1] * (output.ndim - 1))
-        lowered = trust_region(lam, column, self.limit / self.clock.steps)
+        lowered = limit_lam(lam, column, self.limit / self.clock.steps)
         share = lowered / torch.as_tensor(lam, device=lowered.device)
         if bool((share == 1).all()):
             return output, shift, lams

@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused():
     x, model = torch.randn(6, 2), lambda x, t: x
     with pytest.raises(ValueError, match="6 rows are no multiple of particles=4"):
         realigned_chain(model, model, scheduler, x, 0.5, particles=4)
-    with pytest.raises(ValueError, match="2 anchors need as many values of lam as there are, 1"):
+    with pytest.raises(ValueError, match="2 anchors need 2 values of lam, and there are 1"):
         realigned_chain(model, [model, model], scheduler, x, [0.5])
     with pytest.raises(ValueError, match="trust_region is for one anchor"):
         realigned_chain(model, [model, model], scheduler, x, [0.5, 1.0], trust_region=1.0)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from deradiff.method.lambdas import broadcast_to, piecewise, ramp, trust_region, validated, value_at
+from deradiff.method.lambdas import broadcast_to, limit_lam, piecewise, ramp, validated, value_at
 
 
 def test_a_ramp_is_linear_and_steps_hold_until_the_next():
@@ -86,12 +86,12 @@ def test_a_tensor_that_does_not_fit_the_latents_is_refused(lam, shape, rows_per_
 
 def test_the_trust_region_bounds_the_overshoot_alone():
     divergence = torch.tensor([0.5, 8.0, 0.0])
-    bounded = trust_region(3.0, divergence, nats=2.0)
+    bounded = limit_lam(3.0, divergence, nats=2.0)
     assert bounded.tolist() == pytest.approx(
         [3.0, 1.5, 3.0]
     )  # sqrt(2 / .5) = 2, sqrt(2 / 8) = .5, and nothing to bound
     assert ((bounded - 1) ** 2 * divergence <= 2.0 + 1e-6).all()
-    assert trust_region(0.7, divergence, 2.0).tolist() == pytest.approx([0.7] * 3)
-    assert trust_region(torch.tensor([0.5, 3.0, 1.0]), divergence, 2.0).tolist() == pytest.approx(
+    assert limit_lam(0.7, divergence, 2.0).tolist() == pytest.approx([0.7] * 3)
+    assert limit_lam(torch.tensor([0.5, 3.0, 1.0]), divergence, 2.0).tolist() == pytest.approx(
         [0.5, 1.5, 1.0]
     )

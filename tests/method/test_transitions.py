@@ -297,7 +297,9 @@ def test_a_timestep_that_stands_twice_and_a_variance_that_is_not_there_are_refus
     x, output, _ = inputs(0)
     scheduler, _ = double_scheduler("dpm++2m-karras")
     (twice,) = [t for t in scheduler.timesteps if (scheduler.timesteps == t).sum() > 1][:1]
-    with pytest.raises(ValueError, match=r"stands \d times in scheduler.timesteps: give its index"):
+    with pytest.raises(
+        ValueError, match=r"appears \d times in scheduler.timesteps: pass its index"
+    ):
         transition(scheduler, twice, x, output)
     learned = DDPMScheduler(clip_sample=False, variance_type="learned_range")
     learned.set_timesteps(4)
