@@ -102,8 +102,8 @@ def validated(lam: Lambda) -> Lambda:
         lam: what a user passed. What a schedule returns is checked by `value_at`.
 
     Raises:
-        ValueError: for anything that is neither a strength nor a schedule: a negative or infinite
-            number, a tensor of integers, or one of another shape.
+        ValueError: for anything that is neither a strength nor a schedule: an infinite number, a
+            tensor of integers, or one of another shape.
     """
     if isinstance(lam, Tensor) and lam.ndim > 0:
         _check_tensor(lam)
@@ -112,19 +112,20 @@ def validated(lam: Lambda) -> Lambda:
         return lam
     value = lam.item() if isinstance(lam, Tensor) else lam
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
+    if not is_number or not math.isfinite(value):
         raise ValueError(
-            f"lam must be a finite number, 0 (the reference) or more (1: the anchor), not {lam!r}"
+            "lam must be a finite number such as 0 (the reference), 1 (the anchor) or one between, "
+            f"not {lam!r}"
         )
     return float(value)
 
 
 def _check_tensor(lam: Tensor) -> None:
     has_valid_form = lam.ndim <= 3 and lam.dtype.is_floating_point
-    if not has_valid_form or not bool((lam.isfinite() & (lam >= 0)).all()):
+    if not has_valid_form or not bool(lam.isfinite().all()):
         raise ValueError(
-            "a lam per image is (images,), a mask (H, W) or (images, H, W), of finite floats from "
-            f"0 up, not {tuple(lam.shape)} {lam.dtype}"
+            "a lam per image is (images,), a mask (H, W) or (images, H, W), of finite floats, not "
+            f"{tuple(lam.shape)} {lam.dtype}"
         )
 
 

@@ -5,6 +5,7 @@ Shapes: (images, ...), those of the latents that the scheduler denoises.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 
@@ -63,7 +64,9 @@ class PathKL:
         self._factors = []
         scheduler = self.clock.scheduler
         for setting in NONLINEAR_SETTINGS:
-            if scheduler.config.get(setting):
+            # A config keeps settings of other schedulers that it was made from.
+            is_own = setting in inspect.signature(type(scheduler).__init__).parameters
+            if is_own and scheduler.config.get(setting):
                 self.unknown = f"{type(scheduler).__name__} clips its predictions ({setting}=True)"
                 self._warn_nonlinear(setting)
                 return

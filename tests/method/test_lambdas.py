@@ -29,11 +29,11 @@ def test_points_out_of_order_are_refused(points):
 @pytest.mark.parametrize(
     "lam",
     [
-        torch.tensor([0.5, -1]),
+        torch.tensor([0.5, torch.nan]),
         torch.tensor([math.nan]),
         torch.zeros(1, 4, 8, 8),
         torch.tensor([1, 2]),
-        torch.tensor(-0.5),
+        torch.tensor(torch.inf),
         "a",
     ],
 )

@@ -12,6 +12,7 @@ from deradiff.method.branches import ByBranch
 from deradiff.method.particles import log_weight
 from deradiff.method.transitions import kl_factors
 from deradiff.realignment.context import realign
+from deradiff.realignment.dial import NegativeLambdaWarning
 from deradiff.realignment.path_kl import NonlinearStepWarning, UnknownPathKLWarning
 from tests.support.toy_pipeline import GUIDANCES, ToyPipeline, toy_inputs
 
@@ -150,6 +151,21 @@ def _chain(pipe, network, guidance):
     return x
 
 
+def test_a_negative_lambda_goes_the_other_way_and_is_said_once(toy):
+    pipe, anchor, folder = toy
+    with (
+        pytest.warns(NegativeLambdaWarning, match="away from the anchor") as caught,
+        realign(pipe, folder, -0.3) as dial,
+    ):
+        x = pipe("one_batch")
+        path_kl = dial.path_kl
+        dial.lam = -0.2
+    assert [w.category for w in caught] == [NegativeLambdaWarning]
+    expected, expected_kl = by_hand(pipe, anchor, "one_batch", lam=-0.3)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(path_kl.double(), expected_kl, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::deradiff.realignment.resampling.GuidedParticlesWarning")
 @every_guidance
 def test_particles_are_weighed_by_guided_differences(toy, guidance, monkeypatch):
@@ -237,3 +253,31 @@ def test_an_output_that_is_written_elsewhere_makes_the_path_kl_nan_and_not_wrong
             assert dial.path_kl.isnan().all()
     expected, _ = by_hand(pipe, anchor, "one_batch")
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+
+
+def test_mode_sampled_is_one_network_a_step_in_the_proportions_of_lambda(toy):
+    pipe, _, folder = toy
+    used = []
+    own_forward = pipe.unet.forward
+    weight = next(pipe.unet.parameters()).detach().clone()
+
+    def note(*args, **kwargs):
+        used.append(not torch.equal(next(pipe.unet.parameters()), weight))
+        return own_forward(*args, **kwargs)
+
+    pipe.unet.forward = note
+    with realign(pipe, folder, 0.25, mode="sampled") as dial:
+        first = pipe("two_calls", steps=40)
+        assert dial.evaluations == 1
+        assert torch.equal(pipe("two_calls", steps=40), first)
+    pairs = list(zip(used[::2], used[1::2]))
+    assert all(conditional == unconditional for conditional, unconditional in pairs)
+    assert abs(sum(conditional for conditional, _ in pairs) - 2 * 10) <= 2
+    with (
+        pytest.raises(
+            ValueError, match=r"takes lam as a probability, from 0 to 1 in sum, not 1\.5"
+        ),
+        pytest.warns(UserWarning, match="beyond"),
+        realign(pipe, folder, 1.5, mode="sampled"),
+    ):
+        pipe("two_calls")

@@ -22,7 +22,7 @@ def refused(pipe, anchor, lam, message, **options):
         pass
 
 
-@pytest.mark.parametrize("lam", [-0.1, math.nan, math.inf, "0.5", None, True, [0.5, 0.5], []])
+@pytest.mark.parametrize("lam", [math.nan, math.inf, "0.5", None, True, [0.5, 0.5], []])
 def test_a_value_that_is_no_lam_is_refused(sd15, lam):
     message = r"lam must be a finite number|as many values of lam"
     refused(sd15.pipe, sd15.anchors["full1"], lam, message)
