@@ -67,7 +67,7 @@ def test_ancestral_chain_has_the_known_mean_and_variance(lam):
 
 @pytest.mark.parametrize("lam", [0.25, 0.5])
 def test_deterministic_chain_has_the_known_variance(lam):
-    """v_ref^(1 - lam) v_a^lam. The chain is an affine map of the noise; two points say its slope."""
+    """v_ref^(1 - lam) v_a^lam. The chain is an affine map of the noise: two points are enough."""
     start = torch.tensor([[0.0], [1.0]]).double()
     x = chain_ends(start, lam, eta=0.0, steps=1000)
     assert x.diff(dim=0).item() ** 2 == pytest.approx(RHO**lam, rel=0.01)
