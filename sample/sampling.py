@@ -180,6 +180,8 @@ class Images:
             **rows,
             **eta,
             **guidance,
+            **dict(self.family.call_options),
+            **dict(self.family.encoded_options),
             num_inference_steps=config.steps,
             height=config.height,
             width=config.width,

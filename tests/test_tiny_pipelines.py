@@ -38,11 +38,12 @@ def sampled(family, network_of, latents):
         if isinstance(part, torch.nn.Module):
             part.to(torch.float64)
     options = {"height": 64, "width": 64, FAMILIES[family].guidance_argument: 3.0}
+    options |= dict(FAMILIES[family].call_options)
     if FAMILIES[family].flow:
         options["max_sequence_length"] = 16
     with torch.no_grad():
         return pipe(
-            ["a red fox", "a blue bird"],
+            prompt=["a red fox", "a blue bird"],
             num_inference_steps=3,
             output_type="latent",
             latents=latents.clone(),

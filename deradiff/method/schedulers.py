@@ -154,4 +154,20 @@ def make_scheduler(sampler: str, published: Any) -> Any:
     scheduler_type = OUR_SCHEDULERS.get(chosen.scheduler)
     if scheduler_type is None:
         scheduler_type = getattr(diffusers, chosen.scheduler)
-    return scheduler_type.from_config(published, **dict(chosen.options))
+    options = dict(chosen.options)
+    if chosen.flow:
+        options |= flow_shift(published)
+    return scheduler_type.from_config(published, **options)
+
+
+def flow_shift(published: Any) -> dict[str, float]:
+    """The shift of a flow, as flow Euler takes it, where a config has it under another name.
+
+    DPM-Solver's, which is Sana's own scheduler, calls it `flow_shift`.
+
+    Args:
+        published: the config of a base model's scheduler.
+    """
+    if "shift" in published or "flow_shift" not in published:
+        return {}
+    return {"shift": published["flow_shift"]}

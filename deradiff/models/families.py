@@ -9,14 +9,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from deradiff.models.chroma import CHROMA
 from deradiff.models.family import Family, unwrapped
 from deradiff.models.flux import FLUX
+from deradiff.models.flux2 import FLUX2, FLUX2_KLEIN
 from deradiff.models.qwen_image import QWEN_IMAGE
+from deradiff.models.sana import SANA
 from deradiff.models.sd3 import SD3
 from deradiff.models.unet import SD15, SDXL
+from deradiff.models.z_image import Z_IMAGE
 
 # A family whose single files also hold another one's names comes after that one.
-_ALL = (SD15, SDXL, SD3, FLUX, QWEN_IMAGE)
+_ALL = (SD15, SDXL, SD3, FLUX, QWEN_IMAGE, Z_IMAGE, CHROMA, FLUX2_KLEIN, FLUX2, SANA)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 DENOISERS = tuple(dict.fromkeys(family.denoiser for family in FAMILIES.values()))
@@ -78,7 +82,7 @@ def family_of_original(names: Iterable[str]) -> Family | None:
     names = list(names)
     found = None
     for family in FAMILIES.values():
-        if any(name.startswith(family.original_sign) for name in names):
+        if family.owns_original(names):
             found = family
     return found
 

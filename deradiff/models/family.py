@@ -112,7 +112,9 @@ class Family(ABC):
             an image.
         guidance_argument: the argument of the pipeline's call that takes the guidance scale.
         no_guidance: the largest guidance scale with which the pipeline does not guide.
-        call_options: what a call with a plain prompt needs beside it to be guided, by argument.
+        call_options: further arguments of the pipeline's call.
+        prompt_options: what a call with a plain prompt needs beside it to be guided, by argument.
+        encoded_options: what a call with encoded prompts needs beside them.
         sliced_decoding: decode images one by one, because a batch needs too much memory.
         nested_original: diffusers reads the original layout only with the prefix of a whole
             checkpoint.
@@ -144,6 +146,8 @@ class Family(ABC):
     guidance_argument: str = "guidance_scale"
     no_guidance: float = 1.0
     call_options: tuple[tuple[str, Any], ...] = ()
+    prompt_options: tuple[tuple[str, Any], ...] = ()
+    encoded_options: tuple[tuple[str, Any], ...] = ()
     sliced_decoding: bool = True
 
     # Files
@@ -157,6 +161,14 @@ class Family(ABC):
         Families with one denoiser class tell themselves apart by other entries of the config.
         """
         return config.get("_class_name") == self.denoiser_class
+
+    def owns_original(self, names: Sequence[str]) -> bool:
+        """Whether names of tensors are this family's, in its authors' own single-file layout.
+
+        Args:
+            names: without the prefix of a whole checkpoint.
+        """
+        return any(name.startswith(self.original_sign) for name in names)
 
     @abstractmethod
     def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:

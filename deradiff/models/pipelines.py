@@ -62,6 +62,6 @@ def known_family(pipe: Any) -> Family | None:
 
 
 def pipeline_label(pipe: Any) -> str:
-    """How messages name a pipeline: by its family (`sd15`), or by its class (`QwenImage`)."""
+    """How messages name a pipeline: by its family (`sd15`), or by its class (`Wan`)."""
     family = known_family(pipe)
     return family.name if family else type(pipe).__name__.removesuffix("Pipeline")

@@ -1,4 +1,4 @@
-"""The forward processes of training: a noise schedule (SD1.5, SDXL) or a flow (SD3, FLUX).
+"""The forward processes of training: a noise schedule (SD1.5, SDXL) or a flow (the others).
 
 Shapes: B examples, P images of an example, latents of C channels, H rows and W columns.
 """
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+
+from deradiff.method.schedulers import flow_shift
 
 
 class Noising(Protocol):
@@ -128,7 +130,10 @@ class Flow:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        self.schedule = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        published = scheduler.config
+        self.schedule = FlowMatchEulerDiscreteScheduler.from_config(
+            published, **flow_shift(published)
+        )
         self.timesteps = self.schedule.timesteps  # descending; sigma times their number
 
     @property

@@ -53,7 +53,7 @@ def sample_panel(
         "width": resolution,
     }
     family = family_of(pipe)
-    options |= dict(family.call_options)
+    options |= dict(family.call_options) | dict(family.prompt_options)
     if guidance_scale is not None:
         options[family.guidance_argument] = guidance_scale
 
@@ -65,7 +65,7 @@ def sample_panel(
             for lam in lambdas:
                 dial.lam = lam
                 generator = torch.Generator().manual_seed(seed + row)
-                images += pipe(prompt, generator=generator, **options).images
+                images += pipe(prompt=prompt, generator=generator, **options).images
             rows.append(images)
     return tile(rows, prompts, [f"lambda {lam:g}" for lam in lambdas])
 

@@ -27,12 +27,14 @@ FOREIGN = [  # each begins as a family's name does, or has a family's denoiser
     "StableDiffusionXLPAGInpaintPipeline",
     "StableDiffusionLatentUpscalePipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
-    "Flux2Pipeline",
     "FluxKontextPipeline",
     "FluxFillPipeline",
     "FluxControlPipeline",
     "FluxControlInpaintPipeline",
     "KolorsPipeline",
+    "Flux2KleinKVPipeline",
+    "QwenImageEditPipeline",
+    "SanaSprintPipeline",
 ]
 
 
@@ -81,6 +83,8 @@ def packed(pipe, latents, family):
     """Latents as the pipeline's call takes them."""
     if FAMILIES[family].patch_size == 1:
         return latents
+    if hasattr(pipe, "_patchify_latents"):
+        return pipe._patchify_latents(latents)
     return type(pipe)._pack_latents(latents, *latents.shape)
 
 
@@ -88,6 +92,9 @@ def unpacked(pipe, output, family):
     """What the scheduler is given, in the shape of the latents (B, C, H, W)."""
     if FAMILIES[family].patch_size == 1:
         return output
+    if hasattr(pipe, "_patchify_latents"):
+        ids = pipe._prepare_latent_ids(torch.zeros(len(output), 16, SIDE // 2, SIDE // 2))
+        return pipe._unpatchify_latents(pipe._unpack_latents_with_ids(output, ids))
     latents = type(pipe)._unpack_latents(output, PIXELS, PIXELS, 8)
     return latents.squeeze(2) if latents.ndim == 5 else latents  # an image is a video of one frame
 
@@ -107,13 +114,14 @@ def given_to_the_scheduler(pipe, latents, family):
     pipe.scheduler.step = step
     try:
         pipe(
-            PROMPTS,
+            prompt=list(PROMPTS),  # Z-Image's pipeline writes its template into the list
             height=PIXELS,
             width=PIXELS,
             num_inference_steps=1,
             latents=packed(pipe, latents, family),
             output_type="latent",
             **{kind.guidance_argument: guidance},
+            **dict(kind.call_options),
         )
     finally:
         del pipe.scheduler.step
@@ -154,27 +162,82 @@ def test_gradient_checkpointing_changes_no_output(family):
     torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "channels"),
-    [("sd15", 4), ("sdxl", 4), ("sd3", 16), ("flux", 16), ("qwen_image", 4)],
-)
-def test_latents_have_the_familys_shape(pipes, family, channels):
-    assert FAMILIES[family].latent_shape(pipes[family], PIXELS) == (channels, SIDE, SIDE)
+CHANNELS = {
+    "sd15": 4,
+    "sdxl": 4,
+    "sd3": 16,
+    "flux": 16,
+    "qwen_image": 4,
+    "z_image": 16,
+    "chroma": 16,
+    "flux2_klein": 4,
+    "flux2": 4,
+    "sana": 4,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_latents_have_the_familys_shape(pipes, family):
+    pipe = pipes[family]
+    side = PIXELS // pipe.vae_scale_factor
+    assert FAMILIES[family].latent_shape(pipe, PIXELS) == (CHANNELS[family], side, side)
     message = f"multiples of {FAMILIES[family].multiple} pixels, and 63 is not one"
     with pytest.raises(ValueError, match=message):
         FAMILIES[family].latent_shape(pipes[family], 63)
 
 
-def test_oblong_latents_keep_their_rows_and_columns(pipes):
-    """FLUX tells a patch from its place; a transposed image is another question."""
-    flux = FAMILIES["flux"]
-    transformer = pipes["flux"].transformer
+@pytest.mark.parametrize("family", FAMILIES)
+def test_oblong_latents_keep_their_rows_and_columns(pipes, family):
+    """A network that tells a patch by its place gives another answer to a transposed image."""
+    kind = FAMILIES[family]
+    pipe = pipes[family]
+    channels = kind.latent_channels(pipe.vae.config)
     timesteps = torch.tensor([500.0])
-    wide = torch.randn(1, 16, 4, 8, generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(1, channels, 4, 8, generator=torch.Generator().manual_seed(0))
     high = wide.transpose(2, 3).contiguous()
-    prompt = flux.encode_prompts(pipes["flux"], ["x"])
     with torch.no_grad():
-        wide_output = flux.denoise(transformer, wide, timesteps, prompt, PIXELS)
-        high_output = flux.denoise(transformer, high, timesteps, prompt, PIXELS)
+        prompt = kind.encode_prompts(pipe, ["x"])
+        denoiser = getattr(pipe, kind.denoiser)
+        wide_output = kind.denoise(denoiser, wide, timesteps, prompt, PIXELS)
+        high_output = kind.denoise(denoiser, high, timesteps, prompt, PIXELS)
     assert wide_output.shape == wide.shape
     assert not torch.allclose(wide_output, high_output.transpose(2, 3), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_caption_is_the_same_in_every_batch(pipes, family):
+    """Longer captions beside it, and the padding of a cache, change it by rounding at most."""
+    kind = FAMILIES[family]
+    pipe = pipes[family]
+    denoiser = getattr(pipe, kind.denoiser)
+    noisy = torch.randn(1, *kind.latent_shape(pipe, PIXELS))
+    captions = ["a cat", "a much longer caption, of two red dogs on a green bench"]
+    outputs = []
+    with torch.no_grad():
+        for batch in (captions[:1], captions):
+            rows = kind.encode_prompts(pipe, batch)
+            latents = noisy.expand(len(batch), -1, -1, -1)
+            timesteps = torch.full((len(batch),), 500.0)
+            outputs.append(kind.denoise(denoiser, latents, timesteps, rows, PIXELS)[0])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-5)
+
+
+def test_chromas_single_blocks_get_the_mask_where_memory_is_saved(pipes):
+    """diffusers alone gives it to the double blocks only."""
+    chroma = FAMILIES["chroma"]
+    network = tiny_pipeline("chroma").transformer.train()
+    network.enable_gradient_checkpointing()
+    inputs = []
+    checkpoint = network._gradient_checkpointing_func
+
+    def listen(block, *arguments):
+        inputs.append(len(arguments))
+        return checkpoint(block, *arguments)
+
+    network._gradient_checkpointing_func = listen
+    with torch.no_grad():
+        rows = chroma.encode_prompts(pipes["chroma"], ["a cat"])
+    noisy = torch.randn(1, *chroma.latent_shape(pipes["chroma"], PIXELS))
+    chroma.denoise(network, noisy, torch.tensor([500.0]), rows, PIXELS)
+    assert inputs == [5, 4], "a double block, and a single one with the mask"
+    assert network._gradient_checkpointing_func is listen

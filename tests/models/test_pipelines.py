@@ -51,7 +51,7 @@ def test_a_pipeline_without_a_denoiser_is_refused():
 def test_a_pipeline_is_named_by_its_family_or_else_by_its_class():
     with torch.device("cpu"):
         known = tiny_pipeline("sd15")
-        other = bare_pipeline("qwen")
+        other = bare_pipeline("wan")
     assert known_family(known).name == pipeline_label(known) == "sd15"
     assert known_family(other) is None
-    assert pipeline_label(other) == "QwenImage"
+    assert pipeline_label(other) == "Wan"

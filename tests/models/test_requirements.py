@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers.optimization import Adafactor
 
+from deradiff.models.families import FAMILIES
 from deradiff.models.published import DENOISERS
 from deradiff.models.requirements import cache_bytes, dpo_requirements
 from tests.support.tiny_pipelines import WIDTH, tiny_denoiser
@@ -66,6 +67,28 @@ def test_activations_are_those_that_autograd_keeps(family, sizes):
     assert counted == pytest.approx(kept_by(unet, sizes), rel=0.06)
     assert requirements(unet, batch=3).activations == 3 * counted
     assert requirements(unet, checkpointing=True).activations < 0.6 * counted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_needs_are_counted(family):
+    config = {"_class_name": FAMILIES[family].denoiser_class, **tiny_denoiser(family).config}
+    lora = LoraConfig(r=4, target_modules=list(FAMILIES[family].lora_targets))
+    for checkpointing in (False, True):
+        needs = dpo_requirements(
+            config,
+            16,
+            16,
+            10,
+            8,
+            312,
+            tokens=TOKENS,
+            method="lora",
+            lora=lora,
+            checkpointing=checkpointing,
+        )
+        assert 0 < needs.trained < needs.parameters
+        assert needs.activations > 0
+    assert cache_bytes(config, 16, 16, images=1, captions=0, tokens=TOKENS) > 0
 
 
 def test_the_attention_function_is_given_back():

@@ -54,13 +54,14 @@ def sample(pipe):
     """Latents of two prompts."""
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     return pipe(
-        ["a fox", "a cat"],
+        prompt=["a fox", "a cat"],
         generator=generators,
         num_inference_steps=3,
         output_type="latent",
         height=64,
         width=64,
         **{family_of(pipe).guidance_argument: 3.0},
+        **dict(family_of(pipe).call_options),
     ).images
 
 

@@ -74,7 +74,8 @@ def give_generator(scheduler, generator):
 def guidance_of(name):
     """How a call of the family's pipeline with a plain prompt is guided."""
     family = FAMILIES[name]
-    return {family.guidance_argument: 3.0, **dict(family.call_options)}
+    options = dict(family.call_options) | dict(family.prompt_options)
+    return {family.guidance_argument: 3.0, **options}
 
 
 @pytest.mark.parametrize(("family", "sampler"), families_and_samplers())
@@ -95,7 +96,7 @@ def test_every_family_and_sampler_is_the_stock_pipeline_at_both_ends(
         if sampler == "flow_sde":
             give_generator(pipe.scheduler, noise)
         output = pipe(
-            "a red fox",
+            prompt="a red fox",
             num_inference_steps=3,
             height=64,
             width=64,

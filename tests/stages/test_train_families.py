@@ -40,9 +40,9 @@ def sample(pipe, name):
     """Latents of two prompts of unlike lengths, without guidance."""
     family = FAMILIES[name]
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    options = {family.guidance_argument: family.no_guidance}
+    options = {family.guidance_argument: family.no_guidance, **dict(family.call_options)}
     return pipe(
-        ["a cat", "two red dogs"],
+        prompt=["a cat", "two red dogs"],
         height=64,
         width=64,
         num_inference_steps=2,

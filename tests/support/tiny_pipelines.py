@@ -1,4 +1,4 @@
-"""Whole pipelines of every family, with random weights: under a megabyte, and made in a second.
+"""Whole pipelines of every family, with random weights: under two megabytes, and made in a second.
 
 `TINY` has a row for each family. A new family adds one, and the tests for every family run for it.
 """
@@ -17,22 +17,35 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     ControlNetModel,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     SD3ControlNetModel,
 )
 from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -54,6 +67,12 @@ than in the base model: by a factor of 4 at most over 3 steps of DDIM. At a scal
 10^4 to 10^7, and two processors that round differently make different images
 (`tests/test_tiny_pipelines.py`).
 """
+
+QWEN_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The part of Qwen's chat template that a prompt goes through."""
 
 KINDS = {
     "text2img": "",
@@ -126,7 +145,9 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
     symbols = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     marks = ["<|im_start|>", "<|im_end|>"]
-    return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=marks)
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], extra_special_tokens=marks, chat_template=QWEN_CHAT
+    )
 
 
 def tiny_qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
@@ -153,6 +174,106 @@ def tiny_qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
         },
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def tiny_qwen3(layers: int, head: bool = False) -> Qwen3Model | Qwen3ForCausalLM:
+    """A Qwen3. Z-Image reads the last layer but one, FLUX.2-klein layers 9, 18 and 27."""
+    config = Qwen3Config(
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    kind = Qwen3ForCausalLM if head else Qwen3Model
+    return kind(config).eval()
+
+
+MISTRAL_MARKS = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
+MISTRAL_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{% set text = message.content[0].text %}"
+    "{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
+)
+"""The part of Mistral's chat template that a prompt goes through."""
+
+
+def tiny_mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """Mistral's tokenizer over single bytes, without merges.
+
+    FLUX.2-dev has it inside a processor of texts and images, which needs torchvision. A prompt goes
+    through the tokenizer alone.
+    """
+    symbols = ["<unk>", "<s>", "</s>", "<pad>", *MISTRAL_MARKS, *sorted(ByteLevel.alphabet())]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=MISTRAL_MARKS,
+        chat_template=MISTRAL_CHAT,
+    )
+
+
+def tiny_mistral() -> Mistral3ForConditionalGeneration:
+    """A Mistral 3 of 30 narrow layers, of which FLUX.2-dev reads the layers 10, 20 and 30."""
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": 265,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        image_token_index=8,
+    )
+    return Mistral3ForConditionalGeneration(config).eval()
+
+
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """Gemma's own tokenizer over the printable characters of ASCII."""
+    marks = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", "\n"]
+    letters = [character for character in string.printable if not character.isspace()]
+    vocabulary = {symbol: i for i, symbol in enumerate([*marks, *letters])}
+    return GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
+
+
+def tiny_gemma() -> Gemma2Model:
+    """A Gemma 2 of one layer."""
+    config = Gemma2Config(
+        vocab_size=128,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    return Gemma2Model(config).eval()
 
 
 def _sd15_encoders() -> dict[str, Any]:
@@ -192,6 +313,29 @@ def _qwen_image_encoders() -> dict[str, Any]:
     return {"text_encoder": tiny_qwen_vl(), "tokenizer": tiny_qwen_tokenizer()}
 
 
+def _z_image_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_qwen3(layers=2), "tokenizer": tiny_qwen_tokenizer()}
+
+
+def _chroma_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_t5(), "tokenizer": tiny_t5_tokenizer()}
+
+
+def _flux2_klein_encoders() -> dict[str, Any]:
+    return {
+        "text_encoder": tiny_qwen3(layers=27, head=True),
+        "tokenizer": tiny_qwen_tokenizer(),
+    }
+
+
+def _flux2_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_mistral(), "tokenizer": tiny_mistral_tokenizer()}
+
+
+def _sana_encoders() -> dict[str, Any]:
+    return {"text_encoder": tiny_gemma(), "tokenizer": tiny_gemma_tokenizer()}
+
+
 def _noise_schedule() -> DDIMScheduler:
     """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
@@ -207,6 +351,13 @@ def _noise_schedule() -> DDIMScheduler:
 def _flow_schedule(by_size: bool) -> FlowMatchEulerDiscreteScheduler:
     """A flow, shifted by a constant or by the image's size."""
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=by_size)
+
+
+def _solver_schedule() -> DPMSolverMultistepScheduler:
+    """A flow for DPM-Solver++, as Sana has it."""
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
 
 
 def _unet_controlnet(denoiser: Any, inpaint: bool) -> ControlNetModel:
@@ -263,14 +414,41 @@ FLOW_AUTOENCODER = {  # more channels, shifted, and no 1x1 convolutions around t
 }
 
 
+FLUX2_TRANSFORMER = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "in_channels": 16,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 3 * 16,
+    "timestep_guidance_channels": 32,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+DEEP_AUTOENCODER = {
+    "latent_channels": 4,
+    "attention_head_dim": 4,
+    "scaling_factor": 0.41407,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": (8,) * 6,
+    "decoder_block_out_channels": (8,) * 6,
+    "encoder_layers_per_block": (1,) * 6,
+    "decoder_layers_per_block": (1,) * 6,
+    "encoder_qkv_multiscales": ((),) * 6,
+    "decoder_qkv_multiscales": ((),) * 6,
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+}
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """How the tests make a family with few random weights.
 
     Attributes:
         denoiser: config of its denoiser class, for latents with sides of SIDE.
-        autoencoder: config of its autoencoder; of an AutoencoderKL, as far as it is not the same
-            for all.
+        autoencoder: config of its autoencoder; of an AutoencoderKL, or FLUX.2's, as far as it is
+            not the same for all.
         encoders: makes the text encoders and tokenizers, by component of the pipeline.
         scheduler: makes its scheduler.
         latents: shape of one image's latents in a call of its pipeline.
@@ -379,6 +557,71 @@ TINY = {
         scheduler=lambda: _flow_schedule(by_size=True),
         latents=(SIDE // 2 * SIDE // 2, 16),
     ),
+    "z_image": TinyFamily(
+        denoiser={
+            "in_channels": 16,
+            "dim": 32,
+            "n_layers": 1,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 16,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [1024, 64, 64],
+        },
+        autoencoder=FLOW_AUTOENCODER,
+        encoders=_z_image_encoders,
+        scheduler=lambda: _flow_schedule(by_size=False),
+        latents=(16, SIDE, SIDE),
+    ),
+    "chroma": TinyFamily(
+        denoiser=TRANSFORMER
+        | {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "in_channels": 64,
+            "axes_dims_rope": (4, 6, 6),
+            "approximator_num_channels": 16,
+            "approximator_hidden_dim": 32,
+            "approximator_layers": 1,
+        },
+        autoencoder=FLOW_AUTOENCODER,
+        encoders=_chroma_encoders,
+        scheduler=lambda: _flow_schedule(by_size=True),
+        latents=(SIDE // 2 * SIDE // 2, 64),
+    ),
+    "flux2_klein": TinyFamily(
+        denoiser=FLUX2_TRANSFORMER | {"guidance_embeds": False},
+        autoencoder=AUTOENCODER,
+        encoders=_flux2_klein_encoders,
+        scheduler=lambda: _flow_schedule(by_size=True),
+        latents=(16, SIDE // 2, SIDE // 2),
+    ),
+    "flux2": TinyFamily(
+        denoiser=FLUX2_TRANSFORMER,
+        autoencoder=AUTOENCODER,
+        encoders=_flux2_encoders,
+        scheduler=lambda: _flow_schedule(by_size=True),
+        latents=(16, SIDE // 2, SIDE // 2),
+    ),
+    "sana": TinyFamily(
+        denoiser={
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": WIDTH,
+            "sample_size": 32,
+        },
+        autoencoder=DEEP_AUTOENCODER,
+        encoders=_sana_encoders,
+        scheduler=_solver_schedule,
+        latents=(4, 2, 2),
+    ),
 }
 
 EVERY_KIND = tuple(name for name, tiny in TINY.items() if tiny.controlnet)
@@ -399,8 +642,14 @@ def tiny_denoiser(family: str, **overrides: Any) -> Any:
 def tiny_autoencoder(family: str) -> Any:
     """The autoencoder alone."""
     kind = getattr(diffusers, FAMILIES[family].autoencoder_class)
-    shared = KL_AUTOENCODER if kind is AutoencoderKL else {}
-    return kind(**shared, **TINY[family].autoencoder).eval()
+    has_kl_config = kind in (AutoencoderKL, AutoencoderKLFlux2)
+    shared = KL_AUTOENCODER if has_kl_config else {}
+    vae = kind(**shared, **TINY[family].autoencoder).eval()
+    if kind is AutoencoderKLFlux2:
+        # Its statistics are learned, and a new network's would change nothing
+        vae.bn.running_mean.uniform_(-0.5, 0.5)
+        vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
 
 
 def tiny_pipeline(family: str, seed: int = 0) -> Any:

@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
+from deradiff.method.schedulers import make_scheduler
 from deradiff.training.noising import Flow, noising_of
 
 
@@ -49,6 +54,17 @@ def test_a_flow_is_a_straight_line_and_its_target_the_velocity_along_it():
             back = noisy[image, i] - time * target[image, i]
             torch.testing.assert_close(back, latents[image, i], atol=1e-5, rtol=1e-5)
     assert torch.equal(flow.time(timesteps), timesteps / 1000)
+
+
+def test_a_solver_of_flows_has_its_shift_under_another_name():
+    """Sana's own scheduler is DPM-Solver++: its `flow_shift` is flow Euler's `shift`."""
+    solver = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    shifted = noising_of(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert noising_of(solver).key == shifted.key
+    assert make_scheduler("flow_euler", solver.config).config.shift == 3.0
+    assert make_scheduler("flow_euler", shifted.schedule.config).config.shift == 3.0
 
 
 @pytest.mark.parametrize("shift, dynamic", [(3.0, False), (3.0, True), (1.0, False)])
