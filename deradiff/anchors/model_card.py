@@ -28,7 +28,7 @@ imitates a model that was trained at beta / `lam`.
 
 {grid}```python
 with deradiff.realign(pipe, "{place}", lam=0.5):
-    image = pipe("a red fox in the snow").images[0]
+    image = pipe(prompt="a red fox in the snow").images[0]
 ```
 
 where `pipe` is the base model as diffusers loads it:

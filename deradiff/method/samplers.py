@@ -1,8 +1,9 @@
 """The samplers that a command can name: a scheduler of diffusers' or ours, and its options.
 
 A new sampler is a row here. Any scheduler whose step is linear in the network's output works inside
-`realign`. Its closed form, which `deradiff.method.chain` draws from, is in `steps` and
-`transitions`; a row of `tests/method/test_transitions.py` holds the two equal.
+`realign`. `deradiff.method.chain` needs the closed form of the step, too: the noise levels in
+`steps`, a function in `transitions`, and a row of `tests/method/test_transitions.py`, which holds
+it equal to the scheduler's own step.
 
 This table imports nothing heavy: configs read it before torch is loaded.
 `schedulers.make_scheduler` makes the scheduler.
@@ -23,11 +24,11 @@ class Sampler:
 
     Attributes:
         scheduler: the class, of diffusers or of `deradiff.method.schedulers`.
-        options: what it is told besides the base model's own noise schedule.
-        flow: it is for flow-matching families.
-        takes_eta: it has DDIM's eta.
-        exact_spacing: it steps to its own next timestep only where the number of steps fits the
-            timestep spacing.
+        options: its settings besides the base model's own noise schedule, as (name, value).
+        flow: whether it is for flow-matching families.
+        takes_eta: whether it has DDIM's eta.
+        exact_spacing: whether it steps to its own next timestep only where the number of steps fits
+            the timestep spacing.
     """
 
     scheduler: str
@@ -60,5 +61,9 @@ SAMPLERS = {
 
 
 def samplers_for(flow: bool) -> list[str]:
-    """The samplers for flow-matching families, or for the others."""
+    """Names of the samplers for one kind of model family.
+
+    Args:
+        flow: for flow-matching families; False: for the others.
+    """
     return [name for name, sampler in SAMPLERS.items() if sampler.flow == flow]

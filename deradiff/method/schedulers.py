@@ -17,6 +17,7 @@ from torch import Tensor
 from deradiff.method.samplers import SAMPLERS
 
 Generators = torch.Generator | list[torch.Generator] | None
+"""A generator, one for each row of a batch, or none."""
 
 
 class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
@@ -37,6 +38,9 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     Attributes:
         generators: a generator, or one for each row, for calls that pass none. The pipelines of SD3
             and FLUX pass none, and an image would depend on its batch. None: torch's global one.
+
+    Raises:
+        ValueError: for a negative noise level.
     """
 
     generators: Generators = None
@@ -76,7 +80,14 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         )
 
     def noise_std(self, index: int) -> Tensor:
-        """Standard deviation of the noise that step `index` adds."""
+        """Standard deviation of a step's noise: noise_level sqrt(t / (1 - t) (t - t_n)).
+
+        Args:
+            index: place of the step in `timesteps`.
+
+        Returns:
+            A number ().
+        """
         t = self.sigmas[index]
         t_next = self.sigmas[index + 1]
         finite = torch.where(t == 1, t_next, t)
@@ -125,6 +136,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 OUR_SCHEDULERS = {"FlowMatchSDEScheduler": FlowMatchSDEScheduler}
+"""Schedulers that diffusers has not, by the name in `SAMPLERS`."""
 
 
 def make_scheduler(sampler: str, published: Any) -> Any:
@@ -134,6 +146,9 @@ def make_scheduler(sampler: str, published: Any) -> Any:
         sampler: a key of `SAMPLERS`.
         published: the config of the base model's scheduler, as its file says it. What the file
             leaves open is the new class's default.
+
+    Returns:
+        A scheduler of diffusers, or of this module.
     """
     chosen = SAMPLERS[sampler]
     scheduler_type = OUR_SCHEDULERS.get(chosen.scheduler)

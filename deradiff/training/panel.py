@@ -45,14 +45,14 @@ def sample_panel(
         guidance_scale: None: the pipeline's own.
         seed: of the first prompt; the others count up from it.
     """
-    if "beta_schedule" in pipe.scheduler.config:
+    family = family_of(pipe)
+    if not family.flow:
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     options: dict[str, Any] = {
         "num_inference_steps": steps,
         "height": resolution,
         "width": resolution,
     }
-    family = family_of(pipe)
     options |= dict(family.call_options) | dict(family.prompt_options)
     if guidance_scale is not None:
         options[family.guidance_argument] = guidance_scale

@@ -1,5 +1,4 @@
-"""Lambda over time, per image and per region: the values that the dial turns to, and what it
-refuses."""
+"""Lambda over time, for each image and over a mask, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,15 +6,22 @@ import math
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 
 from deradiff.method.lambdas import broadcast_to, limit_lam, piecewise, ramp, validated, value_at
 
 
-def test_a_ramp_is_linear_and_steps_hold_until_the_next():
-    assert [ramp(1.0, 0.2)(f) for f in (0, 0.5, 1)] == pytest.approx([1.0, 0.6, 0.2])
-    steps = piecewise([(0, 1.0), (0.5, 0.25), (0.75, 0.0)])
-    assert [steps(f) for f in (0, 0.49, 0.5, 0.74, 0.75, 1)] == [1.0, 1.0, 0.25, 0.25, 0.0, 0.0]
-    assert value_at(steps, 0.6) == 0.25 and value_at(0.3, 0.6) == 0.3
+def test_a_ramp_is_linear_in_time():
+    schedule = ramp(1.0, 0.2)
+    assert [schedule(fraction) for fraction in (0, 0.5, 1)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_each_step_of_a_piecewise_schedule_holds_until_the_next():
+    schedule = piecewise([(0, 1.0), (0.5, 0.25), (0.75, 0.0)])
+    fractions = (0, 0.49, 0.5, 0.74, 0.75, 1)
+    assert [schedule(fraction) for fraction in fractions] == [1.0, 1.0, 0.25, 0.25, 0.0, 0.0]
+    assert value_at(schedule, 0.6) == 0.25
+    assert value_at(0.3, 0.6) == 0.3
 
 
 @pytest.mark.parametrize(
@@ -37,12 +43,12 @@ def test_points_out_of_order_are_refused(points):
         "a",
     ],
 )
-def test_what_is_no_strength_is_refused(lam):
+def test_what_is_neither_a_strength_nor_a_schedule_is_refused(lam):
     with pytest.raises(ValueError, match="lam"):
         validated(lam)
 
 
-def test_a_schedule_that_returns_none_is_refused_when_it_does():
+def test_a_schedule_that_returns_no_strength_is_refused_when_it_does():
     with pytest.raises(ValueError, match="finite number"):
         value_at(lambda _: math.inf, 0.5)
     with pytest.raises(ValueError, match=r"at 0.5 of the time it returned"):
@@ -52,18 +58,16 @@ def test_a_schedule_that_returns_none_is_refused_when_it_does():
 def test_images_and_masks_become_rows_of_a_guided_batch():
     output = torch.zeros(4, 3, 2, 6)
     per_image = broadcast_to(torch.tensor([0.1, 0.7]), output, rows_per_image=2)
-    assert per_image.shape == (4, 1, 1, 1) and per_image.flatten().tolist() == pytest.approx(
-        [0.1, 0.7, 0.1, 0.7]
-    )
-    one, each = torch.rand(2, 6), torch.rand(2, 2, 6)
-    assert torch.equal(broadcast_to(one, output, 2), one.expand(4, 1, 2, 6))
-    assert torch.equal(broadcast_to(each, output, 2), torch.cat([each, each])[:, None])
+    assert per_image.shape == (4, 1, 1, 1)
+    assert per_image.flatten().tolist() == pytest.approx([0.1, 0.7, 0.1, 0.7])
+    mask = torch.rand(2, 6)
+    assert torch.equal(broadcast_to(mask, output, 2), mask.expand(4, 1, 2, 6))
+    masks = torch.rand(2, 2, 6)
+    assert torch.equal(broadcast_to(masks, output, 2), torch.cat([masks, masks])[:, None])
     assert broadcast_to(0.5, output, 2) == 0.5
 
 
 def test_a_mask_is_packed_as_flux_packs_latents():
-    from diffusers import FluxPipeline
-
     mask = torch.rand(2, 4, 6)
     latents = mask[:, None].expand(2, 16, 4, 6)
     packed = FluxPipeline._pack_latents(latents, 2, 16, 4, 6)
@@ -86,12 +90,12 @@ def test_a_tensor_that_does_not_fit_the_latents_is_refused(lam, shape, rows_per_
 
 def test_the_trust_region_bounds_the_overshoot_alone():
     divergence = torch.tensor([0.5, 8.0, 0.0])
-    bounded = limit_lam(3.0, divergence, nats=2.0)
-    assert bounded.tolist() == pytest.approx(
-        [3.0, 1.5, 3.0]
-    )  # sqrt(2 / .5) = 2, sqrt(2 / 8) = .5, and nothing to bound
-    assert ((bounded - 1) ** 2 * divergence <= 2.0 + 1e-6).all()
+    limited = limit_lam(3.0, divergence, nats=2.0)
+    # sqrt(2 / 0.5) = 2, sqrt(2 / 8) = 0.5, and no divergence to bound.
+    assert limited.tolist() == pytest.approx([3.0, 1.5, 3.0])
+    assert ((limited - 1) ** 2 * divergence <= 2.0 + 1e-6).all()
+
+    # Up to the anchor there is no overshoot.
     assert limit_lam(0.7, divergence, 2.0).tolist() == pytest.approx([0.7] * 3)
-    assert limit_lam(torch.tensor([0.5, 3.0, 1.0]), divergence, 2.0).tolist() == pytest.approx(
-        [0.5, 1.5, 1.0]
-    )
+    lams = torch.tensor([0.5, 3.0, 1.0])
+    assert limit_lam(lams, divergence, 2.0).tolist() == pytest.approx([0.5, 1.5, 1.0])

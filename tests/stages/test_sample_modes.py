@@ -53,11 +53,13 @@ def config_of(tiny, anchor="sd15-lora", **options):
 
 
 def families_and_samplers():
-    """Every sampler of each family; of SDXL, which has those of SD1.5, one."""
+    """Every sampler of SD1.5, SD3 and FLUX; of each other family its default or a plain one."""
     combinations = [("sdxl", "euler")]
     for name, family in FAMILIES.items():
-        if name != "sdxl":
+        if name in ("sd15", "sd3", "flux"):
             combinations += [(name, sampler) for sampler in samplers_for(family.flow)]
+        elif name != "sdxl":
+            combinations.append((name, family.sampling.sampler))
     return combinations
 
 

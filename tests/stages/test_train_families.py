@@ -60,6 +60,7 @@ def test_an_anchor_is_trained_loads_in_stock_diffusers_and_is_dialled(name, meth
     card = read_card(anchor)
     assert (card.family, card.method, card.steps) == (name, method, 1)
     assert card.flops > 0
+    assert (anchor / "grid.png").is_file(), "a panel"
 
     # The ends are the stock pipelines, to the bit; the middle is between them
     pipe = BaseModel(str(base)).load_pipeline()
