@@ -160,7 +160,7 @@ class Adapter:
                     "pipe.unfuse_lora(), and fuse before or after the context"
                 )
 
-    def _module_at(self, path: str) -> nn.Module | None:
+    def _module_at(self, path: str) -> Any:
         """The module at a path of the network; None where there is none any more."""
         try:
             return self.denoiser.get_submodule(path)

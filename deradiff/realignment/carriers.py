@@ -154,7 +154,7 @@ def _companion_result(
 ) -> list[Any] | None:
     """The leaves of one companion's result; None: unknown."""
     carriers = _carriers(args, kwargs)
-    companions = [_companion(carrier, number) for carrier in carriers]
+    companions: list[Any] = [_companion(carrier, number) for carrier in carriers]
     if any(companion is None for companion in companions):
         return None
     if getattr(func, "__name__", "") in CASTS:

@@ -307,9 +307,9 @@ def _attach_all(
         adapter = Adapter(pipe, anchor, number, name)
         stack.callback(adapter.remove)
         attached.append(adapter)
-    for adapter in attached:
-        if isinstance(adapter, Adapter):
-            stack.enter_context(adapter.detached())
+    for network_anchor in attached:
+        if isinstance(network_anchor, Adapter):
+            stack.enter_context(network_anchor.detached())
     return attached
 
 
@@ -343,7 +343,8 @@ class _Hook(ModelHook):
         """One evaluation that the pipeline asks for."""
         forward: Any = self.compiled_forward or self.fn_ref.original_forward
         args, kwargs = all_plain((args, kwargs))
-        parameters = parameters_of(type(unwrapped(module)))
+        network_class: Any = type(unwrapped(module))
+        parameters = parameters_of(network_class)
         call = Call(forward, args, kwargs, parameters, self.shared_arguments)
 
         # Which step is this, and what is lambda there?

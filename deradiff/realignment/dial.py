@@ -164,7 +164,7 @@ class Dial:
         )
 
 
-def validated_lams(lam: Lambda | Sequence[Lambda], anchors: int) -> list[Lambda]:
+def validated_lams(lam: Lambda | ByBranch | Sequence[Lambda | ByBranch], anchors: int) -> list[Any]:
     """The lam of each anchor.
 
     Args:

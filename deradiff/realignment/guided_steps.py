@@ -115,14 +115,18 @@ class GuidedSteps(StepObserver):
         else:
             models = Companions.of(companions, len(self.dial.strengths))
         if models is not None and models.blocks:
-            output, shift = self._mixed_by_branch(output, models, sample)
+            output, moved = self._mixed_by_branch(output, models, sample)
+            self.kl.add(moved, len(output))
+            return output
+        shift = _shift(models)
+        if self.limit is None and self.resampling is None:
             self.kl.add(shift, len(output))
             return output
+
+        # The trust region may lower lambda, and the particles are weighed by what it left.
         lams = [lam_of_rows(lam, output, self.patch_size) for lam in self.dial.strengths]
-        shift = _shift(models)
         if shift is not None and self.limit is not None:
             output, shift, lams = self._bounded(output, shift, models, lams)
-
         self.kl.add(shift, len(output))
         self._weigh(models, lams, sample)
         return output

@@ -202,8 +202,8 @@ class Exact(Mode):
         for position, companions in enumerate(mixed.companions):
             if companions is None:
                 continue
-            reference = companions.reference
-            anchors = companions.anchors
+            reference: Any = companions.reference
+            anchors: Any = companions.anchors
             if isinstance(call.x, list):
                 own = [owners[position]]
                 parts = block_parts(reference[None], [a[None] for a in anchors], block, own)
@@ -591,8 +591,9 @@ def _companions(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) -
     # An anchor of weight 0 is as good as the reference: its difference counts for nothing.
     own_anchors = []
     for anchor in wide[1:]:
-        is_known = anchor is not None or wide[0] is None
-        own_anchors.append(anchor if is_known else wide[0].clone())
+        if anchor is None and wide[0] is not None:
+            anchor = wide[0].clone()
+        own_anchors.append(anchor)
     return Companions(wide[0], mixture.clone(), tuple(own_anchors))
 
 
@@ -645,6 +646,8 @@ def _extrapolated(history: Sequence[_Evaluated], fraction: float) -> list[Tensor
     slope = (fraction - last.fraction) / (last.fraction - before.fraction)
     result: list[Tensor | None] = []
     for newer, older in zip(last.differences, before.differences):
-        is_known = newer is not None and older is not None
-        result.append(newer + slope * (newer - older) if is_known else None)
+        if newer is None or older is None:
+            result.append(None)
+        else:
+            result.append(newer + slope * (newer - older))
     return result

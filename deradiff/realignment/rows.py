@@ -64,8 +64,9 @@ def check_images(lam: Strength, sample: Any) -> None:
     Raises:
         ValueError: where it is of another number.
     """
-    has_images = isinstance(lam, Tensor) and lam.ndim in (1, 3)
-    if has_images and isinstance(sample, Tensor) and len(lam) != len(sample):
+    if not isinstance(lam, Tensor) or lam.ndim == 2 or not isinstance(sample, Tensor):
+        return
+    if len(lam) != len(sample):
         raise ValueError(
             f"lam is of {len(lam)} images and the pipeline samples {len(sample)}: give a value, or "
             "a mask, for each of them"

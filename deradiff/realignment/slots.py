@@ -140,7 +140,7 @@ def _offloaded_slots(denoiser: nn.Module) -> dict[str, Slot]:
 
 def _offload_hook(module: nn.Module) -> Any:
     """accelerate's hook that brings a module's weights to the device; None where there is none."""
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     for candidate in hooks:
         is_offload = isinstance(candidate, AlignDevicesHook) and candidate.offload

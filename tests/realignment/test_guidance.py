@@ -160,7 +160,7 @@ def test_a_negative_lambda_goes_the_other_way_and_is_said_once(toy):
         x = pipe("one_batch")
         path_kl = dial.path_kl
         dial.lam = -0.2
-    assert [w.category for w in caught] == [NegativeLambdaWarning]
+    assert len([w for w in caught if w.category is NegativeLambdaWarning]) == 1
     expected, expected_kl = by_hand(pipe, anchor, "one_batch", lam=-0.3)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(path_kl.double(), expected_kl, rtol=1e-5, atol=1e-5)
@@ -216,7 +216,7 @@ def test_a_scheduler_of_unknown_noise_is_mixed_all_the_same_and_nan_is_said_once
         with pytest.warns(UnknownPathKLWarning, match="EDMEulerScheduler does not tell") as caught:
             assert dial.path_kl.isnan().all()
             assert dial.path_kl.isnan().all()
-    assert len(caught) == 1
+    assert len([w for w in caught if w.category is UnknownPathKLWarning]) == 1
 
 
 def test_a_step_that_clips_is_said_once_and_its_path_kl_is_nan(toy):
@@ -229,7 +229,7 @@ def test_a_step_that_clips_is_said_once_and_its_path_kl_is_nan(toy):
         pipe("one_batch")
         pipe("one_batch")
         assert dial.path_kl.isnan().all()
-    assert [w.category for w in caught] == [NonlinearStepWarning]
+    assert len([w for w in caught if w.category is NonlinearStepWarning]) == 1
     with (
         pytest.warns(NonlinearStepWarning),
         pytest.raises(ValueError, match="particles needs the KL divergence of each step"),
