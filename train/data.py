@@ -167,10 +167,12 @@ def _sample_images(
         prompts,
         data.count,
         batch_size=data.batch_size,
+        negative_prompt=sampler.family.negative_prompt,
         num_inference_steps=data.steps,
-        guidance_scale=data.guidance_scale,
         height=resolution,
         width=resolution,
+        **{sampler.family.guidance_argument: data.guidance_scale},
+        **dict(sampler.family.call_options),
     )
     accelerator.wait_for_everyone()
     return CaptionedImages(str(path), streaming=True)
