@@ -161,6 +161,7 @@ def _sample_images(
     )
     name = slug(Path(sampler.source).name, 40)
     path = folder / f"sampled-{name}-{data.count}-{_digest(key)}"
+    call: dict[str, Any] = {sampler.family.guidance_argument: data.guidance_scale}
     synthetic_pairs.write_sampled_images(
         path,
         partial(_sampling_pipeline, sampler, config, accelerator),
@@ -171,7 +172,7 @@ def _sample_images(
         num_inference_steps=data.steps,
         height=resolution,
         width=resolution,
-        **{sampler.family.guidance_argument: data.guidance_scale},
+        **call,
         **dict(sampler.family.call_options),
     )
     accelerator.wait_for_everyone()
