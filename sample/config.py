@@ -81,7 +81,9 @@ class SampleConfig:
     sampler: str | None = setting(None, "null: the model's default; " + ", ".join(SAMPLERS))
     eta: float = setting(0.0, "of DDIM: 0 (deterministic) to 1")
     steps: int | None = setting(None, "denoising steps; null: the model's default")
-    guidance_scale: float | None = setting(None, "1: no guidance; null: the model's default")
+    guidance_scale: float | None = setting(
+        None, "1: no guidance (Z-Image: 0); null: the model's default"
+    )
     height: int | None = setting(None, "of an image, in pixels; null: the model's")
     width: int | None = setting(None, "in pixels, as height")
     dtype: str | None = setting(

@@ -161,16 +161,19 @@ def _sample_images(
     )
     name = slug(Path(sampler.source).name, 40)
     path = folder / f"sampled-{name}-{data.count}-{_digest(key)}"
+    call: dict[str, Any] = {sampler.family.guidance_argument: data.guidance_scale}
     synthetic_pairs.write_sampled_images(
         path,
         partial(_sampling_pipeline, sampler, config, accelerator),
         prompts,
         data.count,
         batch_size=data.batch_size,
+        negative_prompt=sampler.family.negative_prompt,
         num_inference_steps=data.steps,
-        guidance_scale=data.guidance_scale,
         height=resolution,
         width=resolution,
+        **call,
+        **dict(sampler.family.call_options),
     )
     accelerator.wait_for_everyone()
     return CaptionedImages(str(path), streaming=True)

@@ -41,6 +41,7 @@ def write_sampled_images(
     *,
     seed: int = 0,
     batch_size: int = 8,
+    negative_prompt: str | None = None,
     **call: Any,
 ) -> None:
     """Sample two images for each of `count` pairs, and write them as captioned images.
@@ -55,7 +56,8 @@ def write_sampled_images(
         count: number of pairs.
         seed: of the noise.
         batch_size: images of one call of the pipeline.
-        call: arguments of the pipeline (num_inference_steps, guidance_scale, height, width).
+        negative_prompt: of every image; None: the pipeline's own, or none.
+        call: further arguments of the pipeline, such as num_inference_steps, height and width.
     """
     pipe = functools.cache(load)
 
@@ -69,7 +71,10 @@ def write_sampled_images(
         images: list[Image.Image] = []
         for start in range(0, len(captions), batch_size):
             batch = slice(start, start + batch_size)
-            output = pipe()(prompt=captions[batch], generator=generators[batch], **call)
+            options = dict(call)
+            if negative_prompt is not None:
+                options["negative_prompt"] = [negative_prompt] * len(captions[batch])
+            output = pipe()(prompt=captions[batch], generator=generators[batch], **options)
             images += output.images
         write_table(file, {"image": _encode_all(images), "caption": captions})
 

@@ -95,7 +95,8 @@ class Family(ABC):
         denoiser_class: diffusers' class of that network.
         autoencoder_class: diffusers' class of the autoencoder.
         sampling: its defaults: the paper's evaluation, or the model card's example.
-        prompt_tokens: tokens of a prompt, as its pipeline encodes it.
+        prompt_tokens: tokens of a prompt, as its pipeline encodes it; the most of them, where
+            prompts have unlike lengths.
         original_sign: how a name of a tensor begins in the authors' own single-file layout. Where a
             file has the signs of several families, the last of them in FAMILIES counts.
         flow: flow matching: x_t = (1 - t) x_0 + t noise, and the network predicts the velocity
@@ -113,7 +114,7 @@ class Family(ABC):
         guidance_argument: the argument of the pipeline's call that takes the guidance scale.
         no_guidance: the largest guidance scale with which the pipeline does not guide.
         call_options: further arguments of the pipeline's call.
-        prompt_options: what a call with a plain prompt needs beside it to be guided, by argument.
+        negative_prompt: what a guided call with plain prompts must be given; None: nothing.
         encoded_options: what a call with encoded prompts needs beside them.
         sliced_decoding: decode images one by one, because a batch needs too much memory.
         nested_original: diffusers reads the original layout only with the prefix of a whole
@@ -146,7 +147,7 @@ class Family(ABC):
     guidance_argument: str = "guidance_scale"
     no_guidance: float = 1.0
     call_options: tuple[tuple[str, Any], ...] = ()
-    prompt_options: tuple[tuple[str, Any], ...] = ()
+    negative_prompt: str | None = None
     encoded_options: tuple[tuple[str, Any], ...] = ()
     sliced_decoding: bool = True
 

@@ -127,5 +127,5 @@ QWEN_IMAGE = QwenImageFamily(
     multiple=16,
     patch_size=PATCH,
     guidance_argument="true_cfg_scale",
-    prompt_options=(("negative_prompt", NEGATIVE_PROMPT),),
+    negative_prompt=NEGATIVE_PROMPT,
 )

@@ -53,7 +53,9 @@ def sample_panel(
         "height": resolution,
         "width": resolution,
     }
-    options |= dict(family.call_options) | dict(family.prompt_options)
+    options |= dict(family.call_options)
+    if family.negative_prompt is not None:
+        options["negative_prompt"] = family.negative_prompt
     if guidance_scale is not None:
         options[family.guidance_argument] = guidance_scale
 

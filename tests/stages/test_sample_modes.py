@@ -76,8 +76,10 @@ def give_generator(scheduler, generator):
 def guidance_of(name):
     """How a call of the family's pipeline with a plain prompt is guided."""
     family = FAMILIES[name]
-    options = dict(family.call_options) | dict(family.prompt_options)
-    return {family.guidance_argument: 3.0, **options}
+    options = {family.guidance_argument: 3.0, **dict(family.call_options)}
+    if family.negative_prompt is not None:
+        options["negative_prompt"] = family.negative_prompt
+    return options
 
 
 @pytest.mark.parametrize(("family", "sampler"), families_and_samplers())

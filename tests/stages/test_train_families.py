@@ -52,6 +52,25 @@ def sample(pipe, name):
     ).images
 
 
+def test_qwen_image_samples_the_pairs_that_it_is_trained_on(tmp_path):
+    """It is guided by an argument of its own, with a negative prompt for each caption."""
+    base = save_tiny("qwen_image", tmp_path / "base")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na green square\n")
+    config = small_run(base, tmp_path / "runs")
+    data = replace(
+        config.data,
+        source="sampled_pairs",
+        prompts=str(prompts),
+        scorer="colourful",
+        count=4,
+        steps=1,
+        guidance_scale=4.0,
+    )
+    anchor = go(replace(config, data=data, steps=1))
+    assert read_card(anchor).steps == 1
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", NEW)
 def test_an_anchor_is_trained_loads_in_stock_diffusers_and_is_dialled(name, method, tmp_path):
