@@ -19,6 +19,7 @@ from deradiff.anchors.anchor import Anchor
 from deradiff.anchors.lora_files import LoraWeights
 from deradiff.models.family import unwrapped
 from deradiff.models.pipelines import pipeline_label
+from deradiff.realignment.slots import LOADING
 
 PREFIX = "deradiff_"
 """How the names of the anchors' adapters begin."""
@@ -121,7 +122,7 @@ class Adapter:
         if prepared is not None:
             setattr(self.denoiser, HOTSWAP, None)
         try:
-            with warnings.catch_warnings():
+            with LOADING, warnings.catch_warnings():
                 # Several LoRAs on one network are meant.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 self.denoiser.load_lora_adapter(

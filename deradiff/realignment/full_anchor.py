@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.realignment.slots import (
+    LOADING,
     Slot,
     fitted,
     in_place,
@@ -70,7 +71,8 @@ class FullAnchor:
         first = _first_weight(slots)
         is_offloaded = first.device.type == "meta"
         device = torch.device("cpu") if is_offloaded else first.device
-        network = self.anchor.network(self.denoiser, device, self.denoiser.dtype)
+        with LOADING:
+            network = self.anchor.network(self.denoiser, device, self.denoiser.dtype)
 
         weights = dict(network.state_dict())
         _fuse(weights, slots)

@@ -8,6 +8,7 @@ Names are those of the network without any LoRA on it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import PrefixedDataset, named_module_tensors
 from torch import Tensor, nn
+
+LOADING = threading.RLock()
+"""Held while weights are loaded: the libraries change torch's modules for that time, for all
+threads."""
 
 LORA_PART = ".lora_"
 """What the names of a LoRA's own weights contain."""

@@ -92,7 +92,7 @@ BAD_VALUES = [
     ("seeds", [1, 1], "1 twice"),
     ("seeds", [-1], "-1 is not"),
     ("seeds", [0.5], "0.5 is not"),
-    ("mode", "fast", "one of exact, reuse, weights, not 'fast'"),
+    ("mode", "fast", "one of exact, reuse, weights, sampled, not 'fast'"),
     ("sampler", "pndm", "one of ddim, ddpm, euler, euler_ancestral, dpmpp_2m,"),
     ("dtype", "int8", "one of float32, float16, bfloat16"),
     ("eta", 0.5, "belongs to sampler=ddim"),
