@@ -25,6 +25,9 @@ from deradiff.realignment.scheduler_tap import SchedulerTap, StepObserver
 LOST = "the pipeline does something to the network's output that could not be followed"
 """Why the guided output of the reference is unknown."""
 
+NO_STEP = "the pipeline has taken no step with its own scheduler"
+"""Why the path KL is unknown before the first step, and where copies of the scheduler step."""
+
 OUTSIDE = "the network was evaluated after the chain had ended, by another scheduler or by hand"
 """Why the path KL of the last call is no longer known."""
 
@@ -90,7 +93,9 @@ class GuidedSteps(StepObserver):
         Args:
             rows: of the batch.
         """
-        self._is_first_step |= self.clock.is_new_call
+        if self.clock.is_new_call:
+            self._is_first_step = True
+            self.kl.forget(NO_STEP)
         self._rows_of_step += rows
 
     def note_outside_evaluation(self) -> None:

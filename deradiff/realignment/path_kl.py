@@ -120,7 +120,7 @@ class PathKL:
             reason: why, as part of a sentence.
         """
         self.unknown = reason
-        self.total = torch.full_like(self.total, torch.nan)
+        self.total = torch.full((max(self.total.numel(), 1),), torch.nan)
 
     def warn_unknown(self, stacklevel: int) -> None:
         """Say once why the sum is nan, where that is no choice of the user's.

@@ -13,6 +13,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 GUIDANCE_SCALE = 3.0
+BOUNDARY = 500
+"""The time at which `TwoDenoisers` goes over to its second network."""
+
 GuidedOutput = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
 """A guided output by a network, latents, a time, and the embeddings of a prompt and of none."""
 
@@ -122,6 +125,39 @@ class ToyPipeline(DiffusionPipeline):
             told = t if dtype is None else t.to(dtype)
             scaled = self.scheduler.scale_model_input(x, t)
             guided = GUIDANCES[guidance](self.unet, scaled, told, text, empty)
+            x = self.scheduler.step(guided, t, x, return_dict=False)[0]
+        return x
+
+
+class TwoDenoisers(DiffusionPipeline):
+    """One UNet for early steps and another for late ones, as the transformers of Wan 2.2.
+
+    Args:
+        transformer: for times of at least BOUNDARY.
+        transformer_2: for the rest.
+        scheduler: any scheduler that they take.
+    """
+
+    def __init__(self, transformer: Any, transformer_2: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, transformer_2=transformer_2, scheduler=scheduler
+        )
+
+    @torch.no_grad()
+    def __call__(self, steps: int = 6) -> Tensor:
+        """Latents (2, 4, 8, 8) after the last step.
+
+        Args:
+            steps: of the chain.
+        """
+        x, text, empty = toy_inputs(2)
+        self.scheduler.set_timesteps(steps)
+        x = x * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            scaled = self.scheduler.scale_model_input(x, t)
+            network = self.transformer if t >= BOUNDARY else self.transformer_2
+            guided = two_calls(network, scaled, t, text, empty)
             x = self.scheduler.step(guided, t, x, return_dict=False)[0]
         return x
 
