@@ -23,9 +23,11 @@ def test_both_tables_come_out(capsys):
         ("lora", "exact, batched"): 2,
         ("lora", "weights"): 1,
         ("lora", "reuse, every=4"): 1.25,
+        ("lora", "sampled"): 1,
         ("full", "exact"): 2,
         ("full", "weights"): 1,
         ("full", "reuse, every=4"): 1.25,
+        ("full", "sampled"): 1,
     }
     assert [row[0].strip("| ") for row in rows if len(row) == 4] == [
         "sweep of 5 lambdas",

@@ -14,6 +14,7 @@ from deradiff.method.branches import BranchStrengths
 from deradiff.method.lambdas import Strength, limit_lam
 from deradiff.realignment.branches import mixture_of_branches
 from deradiff.realignment.carriers import LostTrack, companions_of, plain
+from deradiff.realignment.clipping import effective_difference
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.dial import Dial
 from deradiff.realignment.modes import Companions
@@ -103,8 +104,9 @@ class GuidedSteps(StepObserver):
         if self._has_finished_chain:
             self.kl.forget(OUTSIDE)
 
-    def before_step(self, output: Any, timestep: Any, sample: Any) -> Any:
+    def before_step(self, output: Any, options: dict[str, Any]) -> Any:
         """Measure the step that is about to be taken, and bound it to the trust region."""
+        sample = options.get("sample")
         companions = companions_of(output)
         output = plain(output)
         if self.clock.index is None or not self._rows_of_step:
@@ -125,6 +127,8 @@ class GuidedSteps(StepObserver):
             return output
         shift = _shift(models)
         if self.limit is None and self.resampling is None:
+            if shift is not None and self.kl.clipping:
+                shift = self._clipped_shift(models, options)
             self.kl.add(shift, len(output))
             return output
 
@@ -183,6 +187,8 @@ class GuidedSteps(StepObserver):
         self.kl.begin_chain()
         if self.kl.unknown:
             self._check_is_needed(self.kl.unknown)
+        if self.kl.clipping:
+            self._check_is_needed(f"the scheduler clips its predictions ({self.kl.clipping}=True)")
         if self.resampling is not None:
             self.resampling.begin_chain(sample)
 
@@ -195,6 +201,19 @@ class GuidedSteps(StepObserver):
             option = "trust_region"
         if option is not None:
             raise ValueError(f"{option} needs the KL divergence of each step: {reason}")
+
+    def _clipped_shift(self, models: Companions | None, options: dict[str, Any]) -> Tensor | None:
+        """What the realigned output is beyond the reference's, by what the clipped step does."""
+        assert models is not None
+        assert models.mixture is not None and models.reference is not None
+        try:
+            return effective_difference(
+                self.clock.scheduler, options, models.mixture, models.reference
+            )
+        except Exception as error:
+            # Schedulers are many, and nobody may have asked for the path KL.
+            self.kl.unknown = f"the steps of a scheduler that clips could not be measured ({error})"
+            return None
 
     def _bounded(
         self, output: Tensor, shift: Tensor, models: Companions | None, lams: list[Strength]

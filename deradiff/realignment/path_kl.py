@@ -5,7 +5,6 @@ Shapes: (images, ...), those of the latents that the scheduler denoises.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 
@@ -13,10 +12,8 @@ import torch
 from torch import Tensor
 
 from deradiff.method.transitions import kl_factors
+from deradiff.realignment.clipping import clipping_setting
 from deradiff.realignment.clock import Clock
-
-NONLINEAR_SETTINGS = ("clip_sample", "thresholding")
-"""Settings of schedulers whose steps are not linear in the network's output."""
 
 
 class NonlinearStepWarning(UserWarning):
@@ -36,11 +33,12 @@ class PathKL:
     The sum over the steps of one call of the pipeline of 1/2 L |D|^2, where
     L = ln(SNR_next / SNR) and D = eps_realigned - eps_reference, both after the pipeline's own
     guidance. With one anchor and linear guidance D = lam (eps_anchor - eps_reference). |D|^2 sums
-    over channels and pixels.
+    over channels and pixels. Where the scheduler clips its predictions, D is measured on its steps
+    (`deradiff.realignment.clipping`).
 
     It is an estimate, not a bound: within a tenth of the true KL at lam = 1 on analytic beds. It is
-    nan where a step did not evaluate the reference, and where the scheduler's step is not linear or
-    its signal-to-noise ratio is unknown.
+    nan where a step did not evaluate the reference, and where the scheduler's signal-to-noise ratio
+    is unknown.
 
     Args:
         clock: the step that the pipeline is at.
@@ -48,6 +46,7 @@ class PathKL:
     Attributes:
         total: the sum so far (images,).
         unknown: why it is nan, where that is no choice of the user's; empty: it is known.
+        clipping: the setting by which the scheduler clips its predictions; None: it does not.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -56,6 +55,8 @@ class PathKL:
         self.unknown = ""
         self._factors: list[float] = []
         self._has_warned = False
+        self._has_warned_nonlinear = False
+        self.clipping: str | None = None
 
     def begin_chain(self) -> None:
         """Begin the sum of a new chain, at its first step."""
@@ -63,28 +64,25 @@ class PathKL:
         self.unknown = ""
         self._factors = []
         scheduler = self.clock.scheduler
-        for setting in NONLINEAR_SETTINGS:
-            # A config keeps settings of other schedulers that it was made from.
-            is_own = setting in inspect.signature(type(scheduler).__init__).parameters
-            if is_own and scheduler.config.get(setting):
-                self.unknown = f"{type(scheduler).__name__} clips its predictions ({setting}=True)"
-                self._warn_nonlinear(setting)
-                return
+        self.clipping = clipping_setting(scheduler)
+        if self.clipping:
+            self._warn_nonlinear()
         try:
             self._factors = kl_factors(scheduler).tolist()
         except Exception as error:
             # Schedulers are many, and nobody may have asked for the path KL.
             self.unknown = f"{type(scheduler).__name__} does not tell its noise levels ({error})"
 
-    def _warn_nonlinear(self, setting: str) -> None:
+    def _warn_nonlinear(self) -> None:
         """Say once that the scheduler's step is not linear in the network's output."""
-        if self._has_warned:
+        if self._has_warned_nonlinear:
             return
-        self._has_warned = True
+        self._has_warned_nonlinear = True
+        scheduler = type(self.clock.scheduler).__name__
         warnings.warn(
-            f"{self.unknown}, so that its step is not linear: the outputs are mixed before it as "
-            "always, but this is not the mixture of the steps' distributions, and the path KL is "
-            f"nan; give a scheduler with {setting}=False",
+            f"{scheduler} clips its predictions ({self.clipping}=True), so that its step is not "
+            "linear: the outputs are mixed before it as always, but this is not the mixture of the "
+            f"steps' distributions; give a scheduler with {self.clipping}=False",
             NonlinearStepWarning,
             stacklevel=2,
         )

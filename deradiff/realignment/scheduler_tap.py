@@ -22,13 +22,13 @@ class StepObserver(ABC):
         """The pipeline has set new timesteps."""
 
     @abstractmethod
-    def before_step(self, output: Any, timestep: Any, sample: Any) -> Any:
+    def before_step(self, output: Any, options: dict[str, Any]) -> Any:
         """A step is about to be taken.
 
         Args:
             output: the network's output after guidance, possibly with companions.
-            timestep: the scheduler's time of the step.
-            sample: the noisy latents.
+            options: the other arguments of `step`: `timestep`, `sample` (the noisy latents) and
+                what else the scheduler takes.
 
         Returns:
             The output to take the step with.
@@ -152,15 +152,21 @@ def _observed_step(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             call = signature.bind(scheduler, *args, **kwargs)
             given = call.arguments
-            given["model_output"] = observer.before_step(
-                given["model_output"], given.get("timestep"), given.get("sample")
-            )
+            options = _options(given)
+            given["model_output"] = observer.before_step(given["model_output"], options)
             args, kwargs = all_plain((call.args, call.kwargs))
             return observer.after_step(scheduler, method(*args, **kwargs))
         finally:
             stepping.discard(id(scheduler))
 
     return step
+
+
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a step beside the scheduler and the output, by name."""
+    options = dict(list(arguments.items())[1:])
+    options.pop("model_output")
+    return all_plain(options | options.pop("kwargs", {}))
 
 
 def _observed_timesteps(method: Callable[..., Any]) -> Callable[..., Any]:

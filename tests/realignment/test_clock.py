@@ -8,8 +8,10 @@ import torch
 
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.guided_steps import GuidedSteps
+from deradiff.realignment.path_kl import PathKL
 from deradiff.realignment.scheduler_tap import SchedulerTap
 
+pytestmark = pytest.mark.filterwarnings("ignore::deradiff.realignment.path_kl.NonlinearStepWarning")
 SCHEDULERS = [
     "DDIMScheduler",
     "DDPMScheduler",
@@ -47,9 +49,9 @@ TOLD = {
 def walked(scheduler, told, dtype, calls, steps):
     """The index and evaluation of each evaluation of one chain, and what they should be."""
     clock = Clock()
-    no_kl = SimpleNamespace(begin_chain=lambda: None, add=lambda *_: None, unknown="")
+    kl = PathKL(clock)
     dial = SimpleNamespace(strengths=[])
-    guided = GuidedSteps(clock, no_kl, dial, None, None, 1)
+    guided = GuidedSteps(clock, kl, dial, None, None, 1)
     tap = SchedulerTap(guided)
     guided.follow(SimpleNamespace(scheduler=scheduler), tap)
     seen = []

@@ -6,7 +6,12 @@ guides the reference and the mixture apart.
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+)
 
 from deradiff.method.branches import ByBranch
 from deradiff.method.particles import log_weight
@@ -219,23 +224,65 @@ def test_a_scheduler_of_unknown_noise_is_mixed_all_the_same_and_nan_is_said_once
     assert len([w for w in caught if w.category is UnknownPathKLWarning]) == 1
 
 
-def test_a_step_that_clips_is_said_once_and_its_path_kl_is_nan(toy):
-    pipe, _, folder = toy
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+def test_a_step_that_clips_is_said_once_and_measured_on_itself(toy, kind):
+    pipe, anchor, folder = toy
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, clip_sample=True)
     with (
         pytest.warns(NonlinearStepWarning, match="clip_sample=False") as caught,
         realign(pipe, folder, LAM) as dial,
     ):
+        torch.manual_seed(5)
         pipe("one_batch")
+        path_kl = dial.path_kl
         pipe("one_batch")
-        assert dial.path_kl.isnan().all()
     assert len([w for w in caught if w.category is NonlinearStepWarning]) == 1
+
+    # By hand: how far the step's mean is from the reference's, in units of its noise prediction.
+    torch.manual_seed(5)
+    expected = clipped_by_hand(pipe, anchor)
+    torch.testing.assert_close(path_kl.double(), expected, rtol=1e-3, atol=1e-3)
     with (
         pytest.warns(NonlinearStepWarning),
         pytest.raises(ValueError, match="particles needs the KL divergence of each step"),
         realign(pipe, folder, LAM, particles=2),
     ):
         pipe("one_batch")
+
+
+@torch.no_grad()
+def clipped_by_hand(pipe, anchor):
+    """The path KL of a chain of clipped steps, whose mean is a x0 + b eps."""
+    scheduler = pipe.scheduler
+    x, text, empty = toy_inputs(2)
+    scheduler.set_timesteps(4)
+    factors = kl_factors(scheduler)
+    total = torch.zeros(2, dtype=torch.float64)
+    gap = scheduler.config.num_train_timesteps // 4
+    for index, t in enumerate(scheduler.timesteps.tolist()):
+        bar = scheduler.alphas_cumprod[t].double()
+        is_last = t - gap < 0
+        final = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0))
+        bar_next = (final if is_last else scheduler.alphas_cumprod[t - gap]).double()
+        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+        alpha_next, sigma_next = bar_next.sqrt(), (1 - bar_next).sqrt()
+
+        mixed = GUIDANCES["one_batch"](mixture_of(pipe.unet, anchor, LAM), x, t, text, empty)
+        reference = GUIDANCES["one_batch"](pipe.unet, x, t, text, empty)
+        limit = scheduler.config.clip_sample_range
+        data = [((x - sigma * eps) / alpha).clamp(-limit, limit) for eps in (mixed, reference)]
+        if isinstance(scheduler, DDIMScheduler):
+            moved = alpha_next * (data[0] - data[1]) + sigma_next * (mixed - reference)
+            slope = sigma_next - alpha_next * sigma / alpha
+        else:
+            # The posterior mean of DDPM (Ho et al. 2020, Eq. 7) sees the clipped data alone.
+            weight = alpha_next * (1 - bar / bar_next) / (1 - bar)
+            moved = weight * (data[0] - data[1])
+            slope = -weight * sigma / alpha
+        effective = moved / slope
+        total += factors[index] * effective.double().square().sum((1, 2, 3))
+        x = scheduler.step(mixed, t, x, return_dict=False)[0]
+    return total
 
 
 def test_an_output_that_is_written_elsewhere_makes_the_path_kl_nan_and_not_wrong(toy, monkeypatch):
