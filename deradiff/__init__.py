@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
+    from deradiff.method.branches import ByBranch
     from deradiff.method.lambdas import piecewise, ramp
     from deradiff.realignment.bake import bake
     from deradiff.realignment.context import realign
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Anchor",
     "AnchorCard",
+    "ByBranch",
     "Dial",
     "bake",
     "load_anchor",
@@ -33,6 +35,7 @@ __all__ = [
 _MODULES = {
     "Anchor": "deradiff.anchors.anchor",
     "AnchorCard": "deradiff.anchors.anchor",
+    "ByBranch": "deradiff.method.branches",
     "Dial": "deradiff.realignment.dial",
     "bake": "deradiff.realignment.bake",
     "load_anchor": "deradiff.anchors.anchor",

@@ -18,6 +18,7 @@ PUBLIC_NAMES = (
     "Dial",
     "ramp",
     "piecewise",
+    "ByBranch",
     "load_anchor",
     "Anchor",
     "AnchorCard",
