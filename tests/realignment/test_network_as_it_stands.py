@@ -274,3 +274,63 @@ def test_several_threads_have_a_pipeline_each(sd15, worlds):
     for (image, path_kl), (expected, expected_kl) in zip(results, alone):
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(path_kl, expected_kl, rtol=1e-4, atol=0)
+
+
+def test_a_full_anchor_on_quantised_weights_is_refused(sd15):
+    layer = sd15.pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+    weight = torch.zeros(layer.weight.shape, dtype=torch.int8)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with (
+        pytest.raises(ValueError, match=r"network is quantised .* give a LoRA anchor"),
+        realign(sd15.pipe, sd15.anchors["full1"], 0.5),
+    ):
+        pass
+
+
+def test_a_chain_that_ends_early_is_followed_and_the_next_one_begins_anew(worlds):
+    """As SDXL's base does for its refiner."""
+    sdxl = worlds["sdxl"].copy()
+    options = {"num_inference_steps": 6}
+    with realign(sdxl.pipe, sdxl.anchors["full1"], 0.5) as dial:
+        sample(sdxl.pipe, **options)
+        whole = dial.path_kl
+        sample(sdxl.pipe, denoising_end=0.5, **options)
+        half = dial.path_kl
+        sample(sdxl.pipe, **options)
+        again = dial.path_kl
+    assert half.gt(0).all()
+    assert (half < whole).all()
+    torch.testing.assert_close(again, whole, rtol=1e-5, atol=0)
+
+
+def test_each_image_of_a_prompt_has_its_own_lambda(sd15):
+    options = {"num_images_per_prompt": 2}
+    with realign(sd15.pipe, sd15.anchors["full1"], torch.tensor([0.0, 1.0, 0.3, 1.0])):
+        images = sample(sd15.pipe, **options)
+    reference = sample(sd15.pipe, **options)
+    anchored = sample(sd15.stock("full1"), **options)
+    torch.testing.assert_close(images[0], reference[0], rtol=0, atol=1e-4)
+    for image in (1, 3):
+        torch.testing.assert_close(images[image], anchored[image], rtol=0, atol=1e-4)
+    assert not torch.allclose(images[2], reference[2], atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["exact", "reuse"])
+def test_guidance_may_be_switched_off_in_the_middle(sd15, mode):
+    def switch_off(pipe, step, t, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    options = {
+        "num_inference_steps": 6,
+        "callback_on_step_end": switch_off,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    anchored = sample(sd15.stock("full1"), **options)
+    with realign(sd15.pipe, sd15.anchors["full1"], 1, mode=mode, every=2) as dial:
+        assert torch.equal(sample(sd15.pipe, **options), anchored)
+        dial.lam = 0.5
+        assert sample(sd15.pipe, **options).isfinite().all()
+        assert dial.path_kl.isfinite().all()
