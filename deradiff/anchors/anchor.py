@@ -32,6 +32,9 @@ from deradiff.files import write_atomic
 from deradiff.models.base_model import INDEX, BaseModel
 from deradiff.models.families import DENOISERS, FAMILIES, family_of_config
 
+BETA_CONVENTION = "mean-half"
+"""What our betas multiply: half the difference of two errors, each a mean over C, H and W."""
+
 CARD = "anchor.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_SIGNS = ("lora", "hada_", "lokr_")
@@ -49,7 +52,7 @@ class AnchorCard:
         family: a key of `deradiff.models.families.FAMILIES`.
         method: `lora` or `full`.
         beta: as the loss has it, by `beta_convention`; None: unknown.
-        beta_convention: `mean-half`: beta multiplies half the mean squared error.
+        beta_convention: what beta multiplies; of our own anchors BETA_CONVENTION.
         objective: what it was trained by.
         steps: optimiser steps.
         pairs_seen: training pairs, with repetitions.
@@ -71,7 +74,7 @@ class AnchorCard:
     family: str
     method: str
     beta: float | None
-    beta_convention: str = "mean-half"
+    beta_convention: str = BETA_CONVENTION
     objective: str = "dpo"
     steps: int = 0
     pairs_seen: int = 0

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.realignment.context import realign
+from deradiff.realignment.dial import BeyondAnchorWarning
 
 LINE = 14  # pixels of a line of text
 SMALLEST = 96  # pixels of a cell's side, at least
@@ -44,6 +45,7 @@ def sample_panel(
         guidance_scale: None: the pipeline's own.
         seed: of the first prompt; the others count up from it.
     """
+    # How each image is sampled.
     if "beta_schedule" in pipe.scheduler.config:
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     options: dict[str, Any] = {
@@ -54,9 +56,10 @@ def sample_panel(
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
 
+    # One row of images for each prompt. A lambda above 1 is asked for, so its warning is no news.
     rows: list[list[Image.Image]] = []
-    with warnings.catch_warnings(), realign(pipe, anchor, lambdas[0]) as dial:
-        warnings.simplefilter("ignore")  # a lambda above 1 is meant
+    expected = warnings.catch_warnings(action="ignore", category=BeyondAnchorWarning)
+    with expected, realign(pipe, anchor, lambdas[0]) as dial:
         for row, prompt in enumerate(prompts):
             images = []
             for lam in lambdas:
@@ -77,11 +80,14 @@ def tile(
         left: a text for each row.
         top: a text for each column.
     """
+    # An empty sheet of square cells, with the line above the columns.
     side = min(LARGEST, max(SMALLEST, rows[0][0].width))
     sheet = Image.new("RGB", (side * len(top), LINE + (side + LINE) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, text in enumerate(top):
         draw.text((column * side + 3, 1), text, fill="black")
+
+    # Each row: its line of text, and below it its images.
     for row, images in enumerate(rows):
         y = LINE + row * (side + LINE)
         draw.text((3, y + 1), left[row], fill="black")

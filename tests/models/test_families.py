@@ -5,7 +5,9 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+from torch.nn import functional
 
+from deradiff.models import flux
 from deradiff.models.families import FAMILIES, family_of
 from tests.support.tiny_pipelines import (
     KINDS,
@@ -145,3 +147,19 @@ def test_oblong_latents_keep_their_rows_and_columns(pipes):
         high_output = flux.denoise(transformer, high, timesteps, prompt, PIXELS)
     assert wide_output.shape == wide.shape
     assert not torch.allclose(wide_output, high_output.transpose(2, 3), atol=1e-3)
+
+
+def test_patches_of_flux_are_those_of_torch_in_the_same_order_in_memory():
+    latents = torch.arange(2 * 16 * 6 * 8, dtype=torch.float32).reshape(2, 16, 6, 8)
+    patches = functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+    assert torch.equal(flux.pack(latents), patches)
+    assert flux.pack(latents).stride() == patches.stride()
+
+    # The order in memory decides in which order a loss adds, and so the last bits of training.
+    leaf = patches.clone().requires_grad_()
+    back = flux.unpack(leaf, 3, 4)
+    shuffled = functional.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (3, 4)), 2)
+    assert torch.equal(back, latents)
+    assert back.stride() == shuffled.stride()
+    (gradient,) = torch.autograd.grad(back.square().sum(), leaf)
+    assert gradient.stride() == patches.stride()
