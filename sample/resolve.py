@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from configs.checks import section
-from deradiff.anchors.anchor import Anchor, check_anchor_family, load_anchor
+from deradiff.anchors.anchor import BETA_CONVENTION, Anchor, check_anchor_family, load_anchor
 from deradiff.method.samplers import SAMPLERS, samplers_for
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel, check_autoencoder
 from deradiff.models.families import FAMILIES
@@ -92,15 +92,26 @@ def _with_defaults(config: SampleConfig, base: BaseModel, anchor: Anchor) -> Sam
 
 
 def lams_of_targets(config: SampleConfig, anchor: Anchor) -> list[float]:
-    """lambda = beta / target, for each target. Raises ValueError where beta is not known."""
+    """lambda = beta / target, for each target.
+
+    Raises:
+        ValueError: where the anchor's beta is not known, or not in the convention of the targets.
+    """
     if not config.targets:
         return []
-    if anchor.card is None or anchor.card.beta is None:
+    card = anchor.card
+    if card is None or card.beta is None:
         raise ValueError(
             f"the beta of {config.anchor} is not known, so targets cannot be turned into lambdas: "
             "give lambdas=[...] instead"
         )
-    return [anchor.card.beta / target for target in config.targets]
+    if card.beta_convention != BETA_CONVENTION:
+        raise ValueError(
+            f"targets are betas in the convention {BETA_CONVENTION}, and the beta of "
+            f"{config.anchor} is in the convention {card.beta_convention}: give lambdas=[...] "
+            "instead, each the anchor's beta / the target's in one convention"
+        )
+    return [card.beta / target for target in config.targets]
 
 
 def _check_fits(config: SampleConfig, base: BaseModel, anchor: Anchor) -> None:

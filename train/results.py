@@ -20,13 +20,12 @@ import transformers
 from torch import nn
 
 from configs.tracking import Tracker
-from deradiff.anchors.anchor import AnchorCard, load_anchor, save_anchor
+from deradiff.anchors.anchor import BETA_CONVENTION, AnchorCard, load_anchor, save_anchor
 from deradiff.anchors.model_card import GRID, write_model_card
 from deradiff.files import write_atomic
 from deradiff.hub import push
 from deradiff.models.base_model import BaseModel
 from deradiff.training.checkpoints import Progress
-from deradiff.training.dpo import BETA_CONVENTION
 from deradiff.training.objectives.base import AnchorObjective, Objective
 from deradiff.training.panel import sample_panel
 from train.build import frozen_dtype

@@ -56,6 +56,9 @@ from deradiff.models.pipelines import (
     pipeline_label,
 )
 
+BETA_CONVENTION = "mean-half"
+"""What our betas multiply: half the difference of two errors, each a mean over C, H and W."""
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_FILES = (LORA_FILE, PEFT_FILE)
 PICKLED_PEFT_FILE = "adapter_model.bin"
@@ -85,7 +88,7 @@ class AnchorCard:
         family: a key of `deradiff.models.families.FAMILIES`.
         method: `lora` or `full`.
         beta: as the loss has it, by `beta_convention`; None: unknown.
-        beta_convention: `mean-half`: beta multiplies half the mean squared error.
+        beta_convention: what beta multiplies; of our own anchors BETA_CONVENTION.
         objective: what it was trained by.
         steps: optimiser steps.
         pairs_seen: training pairs, with repetitions.
@@ -107,7 +110,7 @@ class AnchorCard:
     family: str
     method: str
     beta: float | None
-    beta_convention: str = "mean-half"
+    beta_convention: str = BETA_CONVENTION
     objective: str = "dpo"
     steps: int = 0
     pairs_seen: int = 0

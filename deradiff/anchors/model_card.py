@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from deradiff.anchors.anchor import AnchorCard
+from deradiff.anchors.anchor import BETA_CONVENTION, AnchorCard
 from deradiff.files import write_atomic
 from deradiff.hub import is_hub_id
 from deradiff.models.families import FAMILIES
@@ -22,7 +22,7 @@ TEMPLATE = """---
 
 # {title}
 
-An **anchor** for DeRaDiff (ICLR 2026): {base}, aligned once by Diffusion-DPO at beta = {beta}.
+An **anchor** for DeRaDiff (ICLR 2026): {base}, aligned once by {objective} at beta = {beta}.
 While sampling, `lam` sets how strongly it is aligned: 0 is the base model, 1 this anchor, and `lam`
 imitates a model that was trained at beta / `lam`.
 
@@ -41,9 +41,7 @@ Without deradiff, at lambda = 1: `{load_anchor}`.
 
 ## Beta
 
-{beta}, in the convention `{convention}`: it multiplies half the difference of the errors, each a
-mean over channels, height and width, as the published code has it; diffusers' example calls half of
-this number beta.
+{beta}, in the convention `{convention}`{explanation}.
 
 ## Recipe
 
@@ -56,6 +54,16 @@ this number beta.
 {hours:.3g} GPU-hours on {device}; {flops:.3g} FLOPs (forward and backward passes of the denoisers,
 counted on the model's own config).
 """
+
+OBJECTIVE_NAMES = {"dpo": "Diffusion-DPO"}
+"""The names that the field has for objectives; any other is called as its card calls it."""
+
+EXPLANATIONS = {
+    BETA_CONVENTION: """: it multiplies half the difference of the errors, each a
+mean over channels, height and width, as the published code has it; diffusers' example calls half of
+this number beta"""
+}
+"""What a convention of beta means, as the README goes on after its name."""
 
 
 def write_model_card(
@@ -80,12 +88,14 @@ def write_model_card(
         front_matter=_front_matter(card),
         title=title,
         base=card.base_model,
+        objective=OBJECTIVE_NAMES.get(card.objective, f"the objective `{card.objective}`"),
         beta=beta,
         grid=grid,
         place=place,
         load_base=_load_base(card, family),
         load_anchor=_load_anchor(card, family, place),
         convention=card.beta_convention,
+        explanation=EXPLANATIONS.get(card.beta_convention, ""),
         recipe=_recipe_rows(card, recipe),
         hours=card.gpu_hours,
         device=card.device,
@@ -104,7 +114,8 @@ def _front_matter(card: AnchorCard) -> str:
         relation = "adapter" if card.method == "lora" else "finetune"
         lines += [f"base_model: {card.base_model}", f"base_model_relation: {relation}"]
 
-    lines += ["tags:", "- deradiff", "- diffusion-dpo", f"- {card.family}"]
+    objective = OBJECTIVE_NAMES.get(card.objective, card.objective).lower()
+    lines += ["tags:", "- deradiff", f"- {objective}", f"- {card.family}"]
     if card.method == "lora":
         lines.append("- lora")
     return "\n".join(lines)

@@ -114,10 +114,12 @@ def _read(repo: str, prompt_set: PromptSet) -> list[Any]:
 def _tables_of_split(names: list[str], split: str) -> list[str]:
     """The tables of a split among the files of a repository; one table alone is that split."""
     tables = [name for name in names if name.endswith(TABLE_ENDINGS)]
-    of_split = [name for name in tables if _split_of(name) == split] or tables
-    if not tables or (len(tables) > 1 and of_split == tables):
-        raise OSError(f"it has no table of the split {split}")
-    return of_split
+    of_split = [name for name in tables if _split_of(name) == split]
+    if of_split:
+        return of_split
+    if len(tables) == 1:
+        return tables
+    raise OSError(f"it has no table of the split {split}")
 
 
 def _split_of(name: str) -> str:

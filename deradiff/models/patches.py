@@ -24,10 +24,16 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(patches: Tensor, rows: int, columns: int) -> Tensor:
-    """Patches (B, rows * columns, 4 C) as latents (B, C, 2 rows, 2 columns)."""
+    """Patches (B, rows * columns, 4 C) as latents (B, C, 2 rows, 2 columns).
+
+    The channels come last in memory, as `torch.nn.functional.pixel_shuffle` leaves them. The order
+    in memory decides in which order a loss adds the elements, and so its last bits.
+    """
     channels = patches.transpose(1, 2).unflatten(2, (rows, columns))  # (B, 4 C, rows, columns)
     squares = channels.unflatten(1, (-1, PATCH, PATCH))  # (B, C, 2, 2, rows, columns)
-    return squares.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    lines = squares.permute(0, 4, 2, 5, 3, 1)  # (B, rows, 2, columns, 2, C)
+    latents = lines.flatten(3, 4).flatten(1, 2)  # (B, 2 rows, 2 columns, C)
+    return latents.permute(0, 3, 1, 2)
 
 
 def patch_coordinates(like: Tensor, rows: int, columns: int, numbers: int = 3) -> Tensor:

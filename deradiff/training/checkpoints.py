@@ -15,6 +15,8 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from deradiff.files import write_atomic
+
 PROGRESS = "progress.json"  # written last: a folder without it is no checkpoint
 BLOCK = 1 << 24  # bytes read at once
 
@@ -87,7 +89,8 @@ class Checkpoints:
         for file in sorted(part.rglob("*")):
             if file.is_file():
                 checksums[file.relative_to(part).as_posix()] = _checksum(file)
-        _write_synced(part / PROGRESS, json.dumps(asdict(progress) | {"files": checksums}))
+        write_atomic(part / PROGRESS, json.dumps(asdict(progress) | {"files": checksums}))
+        _sync(part)
         final = self.folder / f"step-{progress.step:06d}"
         shutil.rmtree(final, ignore_errors=True)  # a torn one of this step, which was skipped
         os.replace(part, final)
@@ -97,12 +100,15 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove all but the newest and the best."""
         whole = self.whole()
+
+        # The best: the lowest loss, and of equal losses the older one.
         losses = {}
         for folder in whole:
             loss = _progress(folder).loss
             if loss is not None:
                 losses[folder] = loss
         best = sorted(losses, key=lambda folder: (losses[folder], folder.name))
+
         kept = {*whole[-self.keep_last :], *best[: self.keep_best]}
         for folder in whole:
             if folder not in kept:
@@ -120,6 +126,7 @@ class Checkpoints:
             How far the run was; step 0 where there is no checkpoint.
         """
         for folder in reversed(self.whole()):
+            # The state is loaded only where every file is as it was written.
             try:
                 _check(folder)
                 load(folder)
@@ -156,14 +163,6 @@ def _checksum(file: Path) -> int:
         while block := handle.read(BLOCK):
             value = zlib.crc32(block, value)
     return value
-
-
-def _write_synced(file: Path, text: str) -> None:
-    with open(file, "w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    _sync(file.parent)
 
 
 def _sync(folder: Path) -> None:

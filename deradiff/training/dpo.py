@@ -1,4 +1,7 @@
-"""The Diffusion-DPO loss (Wallace et al. 2023), and the conventions of its beta.
+"""The Diffusion-DPO loss (Wallace et al. 2023), and its beta.
+
+Beta follows the convention `mean-half` of the published code: it multiplies half the difference of
+the errors, and an error is a mean over C, H and W.
 
 Shapes: B pairs; the first axis, of 2, is the winner and the loser, in this order.
 """
@@ -13,10 +16,7 @@ from torch import Tensor
 from deradiff.training.noising import Noising
 from deradiff.training.options import LEARNING_RATE_RULES
 
-# Beta scales half the difference of the errors, and an error is a mean over C, H and W, as in the
-# published code.
-BETA_CONVENTION = "mean-half"
-BETA_OF_RATE = 2000  # at which the rule `inverse_beta` leaves a learning rate as it is
+BETA_OF_RATE = 2000  # the beta at which the rule `inverse_beta` changes no learning rate
 
 
 @dataclass
@@ -70,7 +70,7 @@ def dpo_terms(error: Tensor, reference_error: Tensor, beta: float) -> DPOTerms:
     Args:
         error: `pair_error` of the trained network, (2, B); for flow models, of velocities.
         reference_error: `pair_error` of the reference, (2, B).
-        beta: in the convention BETA_CONVENTION.
+        beta: in the convention `mean-half`.
     """
     # How much worse than the reference the trained network denoises each image, (B,).
     winner, loser = error - reference_error
@@ -85,7 +85,7 @@ def dpo_loss(pred: Tensor, reference_pred: Tensor, target: Tensor, beta: float) 
         pred: outputs of the trained network, (2, B, C, H, W).
         reference_pred: outputs of the reference, (2, B, C, H, W).
         target: (2, B, C, H, W).
-        beta: in the convention BETA_CONVENTION.
+        beta: in the convention `mean-half`.
     """
     return dpo_terms(pair_error(pred, target), pair_error(reference_pred, target), beta)
 
@@ -96,7 +96,7 @@ def kl_strength(beta: float, elements: int, noising: Noising) -> float:
     See docs/method.md, *Beta has one convention*.
 
     Args:
-        beta: in the convention BETA_CONVENTION.
+        beta: in the convention `mean-half`.
         elements: D, the number of elements of a latent.
         noising: the forward process, whose `kl_weight` is the sum.
     """
@@ -110,7 +110,7 @@ def learning_rate(base: float, rule: str, beta: float, pairs_per_step: int = 1) 
         base: the rate that the config gives.
         rule: `inverse_beta`: base * pairs_per_step * 2000 / beta, as the DiffusionDPO paper
             states it; `fixed`: base * pairs_per_step, as its code has it.
-        beta: in the convention BETA_CONVENTION.
+        beta: in the convention `mean-half`.
         pairs_per_step: pairs of one optimiser step; 1 where base is a rate per step.
 
     Raises:

@@ -71,6 +71,7 @@ def train(
     progress = checkpoints.resume(trained.load)
     batches = iter(loader(objective, examples, options, progress.step, accelerator))
 
+    # What the run reports. The time of a run goes on where it was interrupted.
     report = _Report(run_dir, options, progress, accelerator, log)
     window = Window(options, accelerator)
     checkpoint_loss = _MeanLoss()
@@ -109,6 +110,7 @@ def train(
             if stop_signal and not is_last:
                 raise Preempted(stop_signal, progress.step)
 
+            # Something to look at, such as a panel.
             if options.show_every and progress.step % options.show_every == 0:
                 _show(trained, show, progress.step, accelerator)
 

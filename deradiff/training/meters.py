@@ -69,15 +69,19 @@ class Window:
             terms: other metrics; `loss` among them replaces the scalar.
             batch: what they were computed on.
         """
+        # Each metric adds to its sum and its count.
         values = {"loss": loss.detach().float()}
         for name, value in terms.items():
             values[name] = value.detach().float()
         for name, value in values.items():
             self._sum(name, value)
 
+        # The accuracy of each pair also adds to its band of time.
         accuracy = values.get("implicit_accuracy")
         if accuracy is not None and accuracy.dim() == 1 and "time" in batch:
             self._sum_bands("implicit_accuracy", accuracy, batch["time"])
+
+        # Kept until the end of the step, to find the pair behind a loss that is not finite.
         self._losses.append((values["loss"], batch))
 
     def _sum(self, name: str, values: Tensor) -> None:
@@ -103,6 +107,7 @@ class Window:
             scaler then skips the step.
         """
         losses = torch.cat([rows.flatten() for rows, _ in self._losses])
+        # A gradient that counts: one that is known, and that no scaler looks at.
         unscaled = norm is not None and self.accelerator.mixed_precision != "fp16"
         gradient = torch.tensor(float(norm) if unscaled else 1.0)  # type: ignore[arg-type]
         finite = bool(losses.isfinite().all() and gradient.isfinite())
@@ -131,7 +136,7 @@ class Window:
 
     def close(self, **more: float) -> Metrics:
         """The means since the last call, over all ranks; collective. more: metrics to add."""
-        # Means.
+        # The means: the sums and counts of all ranks travel as one tensor.
         names = list(self._sums)
         sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
         means = {}
@@ -150,6 +155,7 @@ class Window:
         if self.peak and self.options.flops_per_step:
             means["mfu"] = steps_per_second * self.options.flops_per_step / (self.peak * devices)
 
+        # The next window begins.
         self._sums = {}
         self._steps = 0
         self._start = now
@@ -167,6 +173,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
+        # Lines up to the step stay. A line that a kill has cut is the last one.
         kept = []
         lines = path.read_text().splitlines() if path.is_file() else []
         for line in lines:

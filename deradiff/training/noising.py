@@ -106,10 +106,13 @@ class Diffusion:
 
     def __call__(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents and targets, (P, B, C, H, W) each."""
+        # The scheduler takes one axis of images: the P images of all examples, one after another.
         images = len(latents)
         clean = latents.flatten(0, 1)
         noise = noise.expand_as(latents).flatten(0, 1)
         timesteps = timesteps.repeat(images)
+
+        # What the network reads, and what it should answer.
         noisy = self.schedule.add_noise(clean, noise, timesteps)
         if self.prediction == "epsilon":
             target = noise
@@ -153,6 +156,7 @@ class Flow:
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """A timestep (1,), logit-normal over the schedule."""
+        # A sigmoid that rounds to 1 would be one past the last timestep.
         position = torch.sigmoid(torch.randn(1, generator=generator)) * len(self.timesteps)
         return self.timesteps[position.long().clamp(max=len(self.timesteps) - 1)]
 
@@ -162,5 +166,6 @@ class Flow:
 
     def __call__(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents and targets, (P, B, C, H, W) each."""
+        # (B,) becomes (B, 1, 1, 1), which broadcasts over the P images of each example.
         time = self.time(timesteps).to(latents.dtype).reshape(-1, *[1] * (noise.dim() - 1))
         return (1 - time) * latents + time * noise, noise - latents

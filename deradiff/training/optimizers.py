@@ -20,6 +20,7 @@ def learning_rate_at(step: int, options: TrainingOptions) -> float:
         step: the number of steps done before it.
         options: `learning_rate`, `warmup`, `decay` and `steps` are read.
     """
+    # Warm-up begins above 0, and ends with step `warmup`.
     rate = options.learning_rate * min(1.0, (step + 1) / (options.warmup + 1))
     if options.decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / options.steps))
@@ -46,6 +47,8 @@ def make_optimizer(parameters: list[Tensor], options: TrainingOptions) -> torch.
     """
     check_optimizer(options.optimizer)
     common = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+
+    # Adafactor would otherwise scale the learning rate, and choose it by itself.
     if options.optimizer == "adafactor":
         return Adafactor(
             parameters,
@@ -54,6 +57,8 @@ def make_optimizer(parameters: list[Tensor], options: TrainingOptions) -> torch.
             clip_threshold=1.0,
             **common,
         )
+
+    # AdamW: torch's, or that of the package with 8-bit moments.
     adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     package = OPTIMIZERS[options.optimizer]
     if package is not None:

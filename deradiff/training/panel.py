@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from deradiff.anchors.anchor import Anchor
 from deradiff.models.families import family_of
 from deradiff.realignment.context import realign
+from deradiff.realignment.dial import BeyondAnchorWarning
 
 LINE = 14  # pixels of a line of text
 SMALLEST = 96  # pixels of a cell's side, at least
@@ -45,6 +46,7 @@ def sample_panel(
         guidance_scale: None: the pipeline's own.
         seed: of the first prompt; the others count up from it.
     """
+    # How each image is sampled.
     family = family_of(pipe)
     if not family.flow:
         pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -59,9 +61,10 @@ def sample_panel(
     if guidance_scale is not None:
         options[family.guidance_argument] = guidance_scale
 
+    # One row of images for each prompt. A lambda above 1 is asked for, so its warning is no news.
     rows: list[list[Image.Image]] = []
-    with warnings.catch_warnings(), realign(pipe, anchor, lambdas[0]) as dial:
-        warnings.simplefilter("ignore")  # a lambda above 1 is meant
+    expected = warnings.catch_warnings(action="ignore", category=BeyondAnchorWarning)
+    with expected, realign(pipe, anchor, lambdas[0]) as dial:
         for row, prompt in enumerate(prompts):
             images = []
             for lam in lambdas:
@@ -82,11 +85,14 @@ def tile(
         left: a text for each row.
         top: a text for each column.
     """
+    # An empty sheet of square cells, with the line above the columns.
     side = min(LARGEST, max(SMALLEST, rows[0][0].width))
     sheet = Image.new("RGB", (side * len(top), LINE + (side + LINE) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, text in enumerate(top):
         draw.text((column * side + 3, 1), text, fill="black")
+
+    # Each row: its line of text, and below it its images.
     for row, images in enumerate(rows):
         y = LINE + row * (side + LINE)
         draw.text((3, y + 1), left[row], fill="black")

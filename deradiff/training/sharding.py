@@ -53,12 +53,15 @@ class TrainedNetwork:
         self.objective = objective
         self.accelerator = accelerator
         self.norm: Tensor | float | None = torch.tensor(0.0)
+        # Copied now: once the network is sharded, a plain copy of it cannot be made.
         skeleton = empty_copy(objective.network)
 
         # DeepSpeed asks for what it would have read off a data loader of accelerate's.
         plugin = accelerator.state.deepspeed_plugin
         if plugin is not None:
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+
+        # The optimiser gets the plain parameters; accelerate replaces them where it shards.
         parameters = [p for p in objective.network.parameters() if p.requires_grad]
         optimizer = make_optimizer(parameters, options)
         self.network, self.optimizer = accelerator.prepare(objective.network, optimizer)
@@ -120,9 +123,12 @@ class TrainedNetwork:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, in place, on every rank."""
+        # Weights and average.
         assign(self.weights, load_file(folder / "weights.safetensors"))
         if self.average is not None:
             assign(self.average.weights, load_file(folder / "average.safetensors"))
+
+        # The optimiser, and fp16's scaler. DeepSpeed reads its own state on every rank.
         if self.deepspeed:
             self.network.load_checkpoint(folder, tag="deepspeed")
             return
@@ -188,6 +194,7 @@ def assign(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """
     for name, tensor in into.items():
         value: Any = values[name]
+        # FSDP2: this rank's part of the value. ZeRO 3: rank 0 writes the whole tensor.
         if isinstance(tensor, DTensor):
             value = value.to(tensor.device)
             tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
@@ -202,6 +209,7 @@ def assign(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def empty_copy(module: nn.Module) -> nn.Module:
     """A copy of a module whose parameters hold no memory (meta device)."""
+    # `deepcopy` takes what the memo holds instead of copying it.
     empty = {}
     for p in module.parameters():
         empty[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)

@@ -102,6 +102,22 @@ def test_tables_of_other_kinds(serve):
     assert texts("drawbench") == ["a fox"]
 
 
+def test_a_split_may_be_all_tables_of_its_repository(serve):
+    files = {
+        "data/train-00000-of-00002.parquet": parquet(Prompts=["a fox"]),
+        "data/train-00001-of-00002.parquet": parquet(Prompts=["a hare", "an owl"]),
+    }
+    serve({"sayakpaul/drawbench": files})
+    assert texts("drawbench") == ["a fox", "a hare", "an owl"]
+
+
+def test_of_several_tables_none_is_taken_for_a_split_that_they_do_not_name(serve):
+    files = {"a.parquet": parquet(Prompts=["a"]), "b.parquet": parquet(Prompts=["b"])}
+    serve({"sayakpaul/drawbench": files})
+    with pytest.raises(ValueError, match="it has no table of the split train"):
+        load_prompts("drawbench")
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

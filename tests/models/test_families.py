@@ -5,8 +5,10 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+from torch.nn import functional
 
 from deradiff.models.families import FAMILIES, family_of
+from deradiff.models.patches import pack, unpack
 from tests.support.tiny_pipelines import (
     EVERY_KIND,
     KINDS,
@@ -241,3 +243,19 @@ def test_chromas_single_blocks_get_the_mask_where_memory_is_saved(pipes):
     chroma.denoise(network, noisy, torch.tensor([500.0]), rows, PIXELS)
     assert inputs == [5, 4], "a double block, and a single one with the mask"
     assert network._gradient_checkpointing_func is listen
+
+
+def test_patches_of_flux_are_those_of_torch_in_the_same_order_in_memory():
+    latents = torch.arange(2 * 16 * 6 * 8, dtype=torch.float32).reshape(2, 16, 6, 8)
+    patches = functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+    assert torch.equal(pack(latents), patches)
+    assert pack(latents).stride() == patches.stride()
+
+    # The order in memory decides in which order a loss adds, and so the last bits of training.
+    leaf = patches.clone().requires_grad_()
+    back = unpack(leaf, 3, 4)
+    shuffled = functional.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (3, 4)), 2)
+    assert torch.equal(back, latents)
+    assert back.stride() == shuffled.stride()
+    (gradient,) = torch.autograd.grad(back.square().sum(), leaf)
+    assert gradient.stride() == patches.stride()

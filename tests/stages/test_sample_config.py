@@ -324,6 +324,17 @@ def test_targets_of_an_anchor_without_a_beta_are_refused(config, anchors):
         resolve(bare)
 
 
+def test_targets_of_an_anchor_in_another_convention_of_beta_are_refused(config, anchors, tmp_path):
+    folder = tmp_path / "anchor"
+    shutil.copytree(config.anchor, folder)
+    card = json.loads((folder / "anchor.json").read_text())
+    (folder / "anchor.json").write_text(json.dumps(card | {"beta_convention": "sum"}))
+    foreign = replace(config, anchor=str(folder))
+    assert resolve(foreign)[0].lambdas == resolve(config)[0].lambdas
+    with pytest.raises(ValueError, match="is in the convention sum: give lambdas="):
+        resolve(replace(foreign, targets=[500.0]))
+
+
 # What commands compose, and what runs are called
 
 

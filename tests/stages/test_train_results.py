@@ -162,6 +162,32 @@ def test_the_readme_names_its_base_where_the_hub_can_link_it(tmp_path, base_mode
     assert ("import locate" in body) == ("locate(" in body)
 
 
+@pytest.mark.parametrize(
+    "objective, convention, words, tag, explained",
+    [
+        ("dpo", "mean-half", "aligned once by Diffusion-DPO at", "diffusion-dpo", True),
+        ("kto", "sum", "aligned once by the objective `kto` at", "kto", False),
+    ],
+)
+def test_the_readme_names_the_objective_and_what_its_beta_multiplies(
+    tmp_path, objective, convention, words, tag, explained
+):
+    card = AnchorCard(
+        base_model="org/name",
+        family="sd15",
+        method="lora",
+        beta=500.0,
+        objective=objective,
+        beta_convention=convention,
+    )
+    write_model_card(tmp_path, card, {})
+    front, body = (tmp_path / "README.md").read_text().split("---\n")[1:3]
+    assert yaml.safe_load(front)["tags"] == ["deradiff", tag, "sd15", "lora"]
+    assert words in body
+    assert f"500, in the convention `{convention}`" in body
+    assert ("half the difference" in body) == explained
+
+
 def test_a_full_anchor_says_how_stock_diffusers_takes_it(train_config):
     folder = go(replace(train_config, finetune=FinetuneConfig(method="full"), steps=1))
     text = (folder / "README.md").read_text()

@@ -35,6 +35,7 @@ class _NoisyAutoencoder(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         mean = self.vae.encode(images).latent_dist.mean
+        # Of each channel, over the whole batch.
         std = mean.std(dim=(0, 2, 3), keepdim=True)
         return self.vae.decode(mean + POSTERIOR_STD * std * noise).sample
 
@@ -85,12 +86,13 @@ class Autoencoder:
         """Make the latents white, fix the posterior's variance, and write the autoencoder."""
         vae = self.network.vae
 
-        # The latents of the first images; training has met, and marked, the broken ones.
-        rows = [
-            row for row in range(min(MOMENTS_FROM, len(self.data))) if row not in self.data.broken
-        ]
+        # The first images; training has met, and marked, the broken ones.
+        count = min(MOMENTS_FROM, len(self.data))
+        rows = [row for row in range(count) if row not in self.data.broken]
         first_images = [self.data.images(row)[0] for row in rows]
         images = torch.stack([image_tensor(image, self.resolution) for image in first_images])
+
+        # The moments of their latents, by which the autoencoder's own 1 x 1 layers are adapted.
         means = []
         for part in images.split(SLICE):
             means.append(vae.encode(part.to(vae.device)).latent_dist.mean)

@@ -70,9 +70,12 @@ class Contrastive(_ClipObjective):
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of the losses from images to captions and back; logs the accuracy."""
+        # The scaled cosine of every image with every distinct caption.
         inputs = {name: value for name, value in batch.items() if name != "owner"}
         owner = batch["owner"]
         logits = network(**inputs).logits_per_image  # (B, K)
+
+        # An image has one caption. A caption may have several images, which share its probability.
         image_to_caption = F.cross_entropy(logits, owner)
         positives = F.one_hot(owner, logits.shape[1]).T.float()  # (K, B)
         caption_to_image = F.cross_entropy(logits.T, positives / positives.sum(1, keepdim=True))
@@ -108,9 +111,12 @@ class Preference(_ClipObjective):
         """The mean loss of the pairs; logs the accuracy."""
         logits = network(**batch).logits_per_image  # (2 B, B)
         pairs = len(logits) // 2
-        pair = torch.arange(pairs)
+
         # Each pair's images against its own caption: (B, 2), winner first.
+        pair = torch.arange(pairs)
         own = logits.unflatten(0, (pairs, 2))[pair, :, pair]
+
+        # A choice between two images, of which the first is right.
         winner = torch.zeros(pairs, dtype=torch.long, device=own.device)
         accuracy = (own[:, 0] > own[:, 1]).float().mean()
         return F.cross_entropy(own, winner), {"accuracy": accuracy}

@@ -58,10 +58,14 @@ class DenoiserObjective:
         self.cache = cache
         self.caption_dropout = caption_dropout
         self.flip = flip
-        self.network: Any = getattr(pipe, family_of(pipe).denoiser)
-        self.noising = noising_of(pipe.scheduler)
+
+        # What the pipeline says: its denoiser, its forward process and the shape of its latents.
         self.family = family_of(pipe)
+        self.network: Any = getattr(pipe, self.family.denoiser)
+        self.noising = noising_of(pipe.scheduler)
         self.latent_shape = self.family.latent_shape(pipe, resolution)
+
+        # Without a cache, a step needs the autoencoder and the text encoders.
         self.frozen: list[nn.Module] = []
         if cache is None:
             for part in pipe.components.values():
@@ -79,9 +83,7 @@ class DenoiserObjective:
         """
         # An example draws from its own generator, in this order: a change would change every run.
         timesteps = torch.cat([self.noising.draw(item.generator) for item in items])
-        noise = torch.stack(
-            [torch.randn(self.latent_shape, generator=item.generator) for item in items]
-        )
+        noise = torch.stack([self._noise(item) for item in items])
         captions = [self._caption(item) for item in items]
         flips = [self._flips(item) for item in items]
         batch: Batch = {
@@ -93,14 +95,19 @@ class DenoiserObjective:
             "epoch_indices": [item.epoch_index for item in items],
         }
 
+        # What the cache holds, or else the images, from which `encoded` makes the same.
         if self.cache is not None:
             latents = [self.cache.latents(item.index, flip) for item, flip in zip(items, flips)]
             batch["latents"] = torch.stack(latents, dim=1)
             batch["conditioning"] = self.cache.embeddings(captions)
         else:
-            images = [self._pixels(item, flip) for item, flip in zip(items, flips)]
+            images = [self._images(item, flip) for item, flip in zip(items, flips)]
             batch["images"] = torch.stack(images, dim=1)
         return batch
+
+    def _noise(self, item: Item) -> Tensor:
+        """(C, H, W)."""
+        return torch.randn(self.latent_shape, generator=item.generator)
 
     def _caption(self, item: Item) -> str:
         dropped = torch.rand(1, generator=item.generator) < self.caption_dropout
@@ -109,17 +116,20 @@ class DenoiserObjective:
     def _flips(self, item: Item) -> bool:
         return self.flip and bool(torch.rand(1, generator=item.generator) < 0.5)
 
-    def _pixels(self, item: Item, flip: bool) -> Tensor:
+    def _images(self, item: Item, flip: bool) -> Tensor:
         """(P, 3, R, R)."""
         return torch.stack([image_tensor(image, self.resolution, flip) for image in item.images])
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The latents (P, B, C, H, W) and the conditioning rows of a batch, on its device."""
+        # From the cache: the loop has moved the tensors of a batch, but not those inside a dict.
         if self.cache is not None:
             device = batch["noise"].device
             rows = {name: row.to(device) for name, row in batch["conditioning"].items()}
             return batch["latents"].float(), rows
+
+        # From the images, whose first two axes become one for the autoencoder.
         images = batch["images"]
         latents = encode_images(self.pipe, images.flatten(0, 1)).unflatten(0, images.shape[:2])
         # Autoencoders may put channels last in memory; as from a cache, they come before the sides.
@@ -144,6 +154,7 @@ class DenoiserObjective:
         Returns:
             (P, B, C, H, W).
         """
+        # The network takes one axis of images, with a row of conditioning for each.
         images = len(noisy)
         rows = {}
         for name, row in conditioning.items():
@@ -164,8 +175,7 @@ class Pretrain(DenoiserObjective):
     @classmethod
     def from_parts(cls, parts: Parts) -> Pretrain:
         """The objective of a run of the train stage."""
-        cache = parts.cache
-        return cls(parts.pipe, parts.resolution, cache, parts.caption_dropout, parts.flip)
+        return cls(parts.pipe, parts.resolution, parts.cache, parts.caption_dropout, parts.flip)
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared error of the network's output; nothing else is logged."""
@@ -217,6 +227,8 @@ class DPO(DenoiserObjective):
         self.card = card
         self.errors = errors
         self.stored_reference = complete
+
+        # A LoRA is switched off for the reference; a full fine-tune needs a second network.
         self.copy: nn.Module | None = None
         if card.method == "full" and not complete:
             self.copy = self._frozen_copy()
@@ -226,13 +238,12 @@ class DPO(DenoiserObjective):
     def from_parts(cls, parts: Parts) -> DPO:
         """The objective of a run of the train stage."""
         assert parts.card is not None
-        cache = parts.cache
-        pipe = parts.pipe
+        # If the store holds all errors, no copy of the network is kept for the reference.
         errors, complete = parts.reference_errors
         return cls(
-            pipe,
+            parts.pipe,
             parts.resolution,
-            cache,
+            parts.cache,
             parts.caption_dropout,
             parts.flip,
             card=parts.card,
@@ -284,11 +295,16 @@ class DPO(DenoiserObjective):
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of Diffusion-DPO, and per pair what `docs/training.md` explains."""
+        # Winner and loser with the same noise, at the same timestep.
         latents, conditioning = self.encoded(batch)
         noisy, target = self.noising(latents, batch["noise"], batch["timesteps"])
+
+        # How well the reference and the trained network denoise them.
         reference_error = self.reference_error(batch, noisy, target, conditioning)
         output = self.predict(network, noisy, batch["timesteps"], conditioning)
         terms = dpo_terms(pair_error(output, target), reference_error, self.beta)
+
+        # What is logged; an image that is denoised worse than by the reference has more than 0.
         worse_than_reference = terms.error - reference_error
         return terms.loss, {
             "loss": terms.losses.detach(),
@@ -307,11 +323,15 @@ class DPO(DenoiserObjective):
         # Ranks agree whether to evaluate: a sharded network must be called by all of them.
         if self.errors is not None and _true_on_every_rank(batch["known"], noisy.device):
             return batch["reference_error"]
+
+        # The reference is evaluated on the whole batch, also where a part of it is known.
         with self.reference() as reference:
             output = self.predict(reference, noisy, batch["timesteps"], conditioning)
             errors = pair_error(output, target)
         if self.errors is None:
             return errors
+
+        # New errors are stored. Known ones count, so that a resumed run reads what it has read.
         if not batch["known"]:
             self.errors.add(batch["epoch_indices"], errors)
         return torch.where(batch["reference_error"].isnan(), errors, batch["reference_error"])
@@ -329,13 +349,15 @@ class DPO(DenoiserObjective):
             examples: pairs of one optimiser step.
             checkpointing: count the forward pass that gradient checkpointing repeats.
         """
-        _, height, width = self.latent_shape
+        # Tokens of a caption. The tokenizer of a flow model's T5 names no length; its family does.
         family = FAMILIES[self.card.family]
-        # The tokenizer of a flow model's T5 names no length; its pipeline does.
         if family.flow:
             tokens = family.prompt_tokens
         else:
             tokens = self.pipe.tokenizer.model_max_length
+
+        # One forward pass of one image, then all passes of a step.
+        _, height, width = self.latent_shape
         forward = denoiser_flops(self.network.config, height, width, tokens)
         return dpo_step_flops(
             forward, examples, self.card.method, checkpointing, self.stored_reference
@@ -347,6 +369,7 @@ class DPO(DenoiserObjective):
 
 
 def _true_on_every_rank(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is true on all ranks; collective where there are several."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return flag
     agreed = torch.tensor(int(flag), device=device)
