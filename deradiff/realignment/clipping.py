@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CLIPPING_SETTINGS = ("clip_sample", "thresholding")
+CLIPPING_SETTINGS = ("clip_sample", "clip_denoised", "thresholding")
 """Settings of schedulers whose steps are not linear in the network's output."""
+
+SMALLEST_SLOPE = 1e-5
+"""Below it, an unclipped step does not depend on the output, and there is nothing to compare."""
 
 
 def clipping_setting(scheduler: Any) -> str | None:
@@ -42,14 +45,18 @@ def effective_difference(
         reference: the reference's guided output (images, ...).
 
     Returns:
-        (images, ...); where nothing is clipped it is `output - reference`.
+        (images, ...); where nothing is clipped it is `output - reference`; nan at a step that would
+        not move without clipping.
     """
     unclipped = copy.deepcopy(scheduler)
-    unclipped.register_to_config(**dict.fromkeys(CLIPPING_SETTINGS, False))
+    settings = [setting for setting in CLIPPING_SETTINGS if setting in scheduler.config]
+    unclipped.register_to_config(**dict.fromkeys(settings, False))
     zeros = torch.zeros_like(output)
-    slope = _next(unclipped, options, zeros + 1) - _next(unclipped, options, zeros)
+    slope = (_next(unclipped, options, zeros + 1) - _next(unclipped, options, zeros)).mean()
+    if slope.abs() < SMALLEST_SLOPE:
+        return torch.full_like(output, torch.nan)
     moved = _next(scheduler, options, output) - _next(scheduler, options, reference)
-    return moved / slope.mean()
+    return moved / slope
 
 
 def _next(scheduler: Any, options: dict[str, Any], output: Tensor) -> Tensor:

@@ -328,3 +328,12 @@ def test_mode_sampled_is_one_network_a_step_in_the_proportions_of_lambda(toy):
         realign(pipe, folder, 1.5, mode="sampled"),
     ):
         pipe("two_calls")
+
+
+def test_a_clipped_step_that_would_not_move_makes_the_path_kl_nan(toy):
+    pipe, _, folder = toy
+    settings = {"clip_sample": True, "steps_offset": 0, "set_alpha_to_one": False}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **settings)
+    with pytest.warns(NonlinearStepWarning), realign(pipe, folder, LAM) as dial:
+        pipe("one_batch")
+        assert dial.path_kl.isnan().all()
