@@ -4,6 +4,8 @@ Arrays in, numbers out.
 A candidate is one lambda of one anchor. It is chosen on some prompts and reported on others, so
 that what is reported was not picked for being high. The path KL of a run costs nothing more
 (`deradiff.realignment.path_kl`), so the budget needs no extra model.
+
+Shapes: P prompts, C candidates, K scores.
 """
 
 from __future__ import annotations
@@ -15,32 +17,45 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deradiff.evaluation.statistics import LEVEL, Array, Estimate, paired_bootstrap
+from deradiff.evaluation.statistics import LEVEL, UNKNOWN, Array, Estimate, paired_bootstrap
 
 
 def for_choosing(prompt_ids: Sequence[str], share: float = 0.5) -> NDArray[np.bool_]:
-    """(P,): True for prompts to choose by, False for prompts to report on; about `share` of them
-    True.
+    """Which prompts choose; the others report.
 
-    By a hash of the prompt_id alone: a prompt falls on the same side in every run, whatever stands
-    beside it and in which order.
+    It follows from a hash of the prompt_id alone: a prompt falls on the same side in every run,
+    whatever stands beside it and in which order.
+
+    Args:
+        prompt_ids: P of them.
+        share: about so many of them choose, in [0, 1].
+
+    Returns:
+        (P,), True for prompts to choose by.
     """
-    drawn = [
-        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
-        for text in prompt_ids
-    ]
-    return np.array(drawn, dtype=np.float64) < share
+    numbers = [_uniform_number(prompt_id) for prompt_id in prompt_ids]
+    return np.array(numbers, dtype=np.float64) < share
+
+
+def _uniform_number(text: str) -> float:
+    """A number in [0, 1) that a text stands for."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which candidate, and what it is worth on the prompts that did not choose it.
+    """A candidate, and what it is worth on the prompts that did not choose it.
 
-    index: of the candidate. affordable: (C,), whose mean path KL, path_kl (C,), is within the
-        budget. chosen_by: (C,), mean scores on the choosing prompts. score: the chosen one's mean
-        score; gain: above the reference's, paired; lead: above the next best affordable
-        candidate's, paired (nan where there is none): an interval that holds 0 says that the two
-        are not told apart.
+    Attributes:
+        index: of the candidate.
+        affordable: (C,), whether its mean path KL is within the budget.
+        path_kl: (C,), mean path KL in nats.
+        chosen_by: (C,), mean scores on the choosing prompts.
+        score: the chosen candidate's mean score.
+        gain: that score above the reference's, paired.
+        lead: that score above the next best affordable candidate's, paired; nan where there is
+            none. An interval that holds 0 says that the two are not told apart.
     """
 
     index: int
@@ -60,70 +75,99 @@ def choose(
     reference: Array | None = None,
     seed: int = 0,
 ) -> Choice:
-    """The candidate with the highest mean score on the choosing prompts among those with a mean
-    path KL of at most `budget` nats.
+    """The affordable candidate with the highest mean score on the choosing prompts.
 
-    scores, path_kl: (P, C), nan where a prompt lacks a candidate. budget: None for any; else a
-    candidate without a path KL is not affordable. choosing: (P,), as `for_choosing` makes it.
-    reference: (P,), the reference's scores. Of equal candidates the one with the smaller path KL is
-    chosen. Raises ValueError where no candidate is affordable, or one side of the split holds no
-    prompt.
+    Of equal candidates the one with the smaller path KL is chosen.
+
+    Args:
+        scores: (P, C), nan where a prompt lacks a candidate.
+        path_kl: (P, C), in nats.
+        budget: the largest mean path KL in nats; None: any. With a budget, a candidate without a
+            path KL is not affordable.
+        choosing: (P,), as `for_choosing` makes it.
+        reference: (P,), the reference's scores; None: unknown.
+        seed: of the draws.
+
+    Raises:
+        ValueError: where no candidate is affordable, or one side of the split holds no prompt.
     """
     if not choosing.any() or choosing.all():
         raise ValueError(
             f"{len(choosing)} prompts do not make two halves, one to choose lambda by and one to "
-            f"report on: sample more prompts"
+            "report on: sample more prompts"
         )
-    kl, means = _means(path_kl), _means(scores[choosing])
-    affordable = ~np.isnan(means) & (np.ones(len(kl), bool) if budget is None else kl <= budget)
+    mean_kl = _column_means(path_kl)
+    mean_scores = _column_means(scores[choosing])
+    is_within = np.ones(len(mean_kl), bool) if budget is None else mean_kl <= budget
+    affordable = ~np.isnan(mean_scores) & is_within
     if not affordable.any():
-        least = (
-            f"; the smallest is {np.nanmin(kl):.4g}"
-            if np.isfinite(kl).any()
-            else ", for none was recorded"
-        )
-        raise ValueError(
-            f"no lambda has a mean path KL within {budget:g} nats{least}: raise the budget or "
-            f"sample smaller lambdas"
-        )
-    order = sorted(
-        np.flatnonzero(affordable), key=lambda c: (-means[c], np.nan_to_num(kl[c], nan=np.inf))
-    )
-    best, held = int(order[0]), scores[~choosing]
-    nothing = Estimate(np.nan, np.nan, np.nan)
+        raise ValueError(_nothing_affordable(mean_kl, budget))
+
+    def rank(candidate: int) -> tuple[float, float]:
+        return -mean_scores[candidate], np.nan_to_num(mean_kl[candidate], nan=np.inf)
+
+    # The best by the choosing prompts, and its worth on the others.
+    order = sorted(np.flatnonzero(affordable).tolist(), key=rank)
+    best = order[0]
+    held_out = scores[~choosing]
+    gain = UNKNOWN
+    if reference is not None:
+        gain = _mean_change(reference[~choosing], held_out[:, best], seed)
+    lead = UNKNOWN
+    if len(order) > 1:
+        lead = _mean_change(held_out[:, order[1]], held_out[:, best], seed)
     return Choice(
         index=best,
         affordable=affordable,
-        path_kl=kl,
-        chosen_by=means,
-        score=paired_bootstrap(held[:, [best]], lambda m: m[..., 0], seed),
-        gain=nothing if reference is None else _change(reference[~choosing], held[:, best], seed),
-        lead=_change(held[:, order[1]], held[:, best], seed) if len(order) > 1 else nothing,
+        path_kl=mean_kl,
+        chosen_by=mean_scores,
+        score=paired_bootstrap(held_out[:, [best]], _only_column, seed),
+        gain=gain,
+        lead=lead,
     )
 
 
-def _means(values: Array) -> Array:
-    """Means of the columns, nan where a column is empty."""
+def _nothing_affordable(mean_kl: Array, budget: float | None) -> str:
+    """How the error says that no candidate is within the budget."""
+    least = ", for none was recorded"
+    if np.isfinite(mean_kl).any():
+        least = f"; the smallest is {np.nanmin(mean_kl):.4g}"
+    return (
+        f"no lambda has a mean path KL within {budget:g} nats{least}: raise the budget or sample "
+        "smaller lambdas"
+    )
+
+
+def _column_means(values: Array) -> Array:
+    """The means of columns; nan where a column is empty."""
     with np.errstate(invalid="ignore"):
         return np.nansum(values, axis=0) / (~np.isnan(values)).sum(axis=0)
 
 
-def _change(before: Array, after: Array, seed: int, level: float = LEVEL) -> Estimate:
-    """Mean of after - before over the prompts that have both."""
+def _only_column(means: Array) -> Array:
+    """The statistic that is the mean of the only column itself."""
+    return means[..., 0]
+
+
+def _mean_change(before: Array, after: Array, seed: int, level: float = LEVEL) -> Estimate:
+    """The mean of after - before over the prompts that have both."""
     difference = (after - before)[:, None]
     difference = difference[~np.isnan(difference[:, 0])]
-    return (
-        paired_bootstrap(difference, lambda m: m[..., 0], seed, level)
-        if len(difference)
-        else Estimate(np.nan, np.nan, np.nan)
-    )
+    if not len(difference):
+        return UNKNOWN
+    return paired_bootstrap(difference, _only_column, seed, level)
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Reward hacking from one model to another. rise: change of the optimised score, 95 %. changes:
-    of all K scores, the optimised one too, the others' intervals widened for their number. fallen:
-    which others fell clearly. raised: the optimised one rose clearly, and any fell.
+    """Whether there is reward hacking from one model to another.
+
+    Attributes:
+        rise: the change of the optimised score, with its 95 % interval.
+        changes: of all K scores, the optimised one too. The intervals of the others are widened for
+            their number.
+        fallen: which of the others fell clearly.
+        raised: the alarm: the optimised score rose clearly, and another one fell.
     """
 
     rise: Estimate
@@ -133,20 +177,28 @@ class Alarm:
 
 
 def reward_hacking(before: Array, after: Array, optimised: int = 0, seed: int = 0) -> Alarm:
-    """Whether the score that was optimised rises while another one falls, from `before` to `after`,
-    each (P, K), paired by prompt.
+    """Whether the score that was optimised rises while another one falls.
 
-    Clearly: the bootstrap interval of the mean change over prompts lies on one side of 0; those of
-        the K - 1 others at 95 % together (Bonferroni), so that more scorers do not make more false
-        alarms. optimised: the column of the score that alignment optimised.
+    A change is clear where the bootstrap interval of its mean over prompts lies on one side of 0.
+    The intervals of the K - 1 other scores hold at 95 % together (Bonferroni), so that more scorers
+    do not make more false alarms.
+
+    Args:
+        before: (P, K), the scores of one model.
+        after: (P, K), of the other, on the same prompts.
+        optimised: the column of the score that alignment optimised.
+        seed: of the draws.
     """
     others = before.shape[1] - 1
-    level = 1 - (1 - LEVEL) / max(others, 1)
-    changes = [
-        _change(b, a, seed, LEVEL if k == optimised else level)
-        for k, (b, a) in enumerate(zip(before.T, after.T, strict=True))
-    ]
-    fallen = tuple(k for k, change in enumerate(changes) if k != optimised and change.high < 0)
-    return Alarm(
-        changes[optimised], tuple(changes), fallen, bool(changes[optimised].low > 0 and fallen)
-    )
+    level_of_others = 1 - (1 - LEVEL) / max(others, 1)
+    changes = []
+    for column, (own_before, own_after) in enumerate(zip(before.T, after.T, strict=True)):
+        level = LEVEL if column == optimised else level_of_others
+        changes.append(_mean_change(own_before, own_after, seed, level))
+
+    fallen = []
+    for column, change in enumerate(changes):
+        if column != optimised and change.high < 0:
+            fallen.append(column)
+    rise = changes[optimised]
+    return Alarm(rise, tuple(changes), tuple(fallen), bool(rise.low > 0 and fallen))

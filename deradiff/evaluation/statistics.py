@@ -1,9 +1,11 @@
 """Approximation errors of paired scores: arrays in, numbers out. Every interval is a percentile
 bootstrap over prompts.
 
-Prompts are what a new evaluation would draw anew, so prompts are resampled, not images: an array
-holds one value a prompt, the mean over that prompt's seeds. All columns of a prompt are drawn
+A new evaluation would draw other prompts, so prompts are resampled, and not images: an array holds
+one value for each prompt, the mean over that prompt's seeds. All columns of a prompt are drawn
 together, so that what prompts differ in cancels from every difference.
+
+Shapes: P prompts, K columns of values, C cells (a target and a scorer), R resamples.
 """
 
 from __future__ import annotations
@@ -16,74 +18,111 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-RESAMPLES, LEVEL = 2000, 0.95
+
+RESAMPLES = 2000
+"""R: how often the prompts are drawn anew for an interval."""
+
+LEVEL = 0.95
+"""The coverage of an interval."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval. The interval is nan where one prompt is all there is."""
+    """A number and its 95 % interval.
+
+    Attributes:
+        value: the number.
+        low: the interval's lower end; nan where there is one prompt alone.
+        high: its upper end; nan likewise.
+    """
 
     value: float
     low: float
     high: float
 
     def absolute(self) -> Estimate:
-        """Of |x|, from the estimate of x: an interval that holds 0 becomes [0, its farther end],
-        never one that leaves 0 out."""
+        """The estimate of |x|, from this one of x.
+
+        An interval that holds 0 becomes one from 0 to its farther end, so that 0 stays in it.
+        """
         near, far = sorted((abs(self.low), abs(self.high)))
-        return Estimate(abs(self.value), 0.0 if self.low <= 0 <= self.high else near, far)
+        holds_zero = self.low <= 0 <= self.high
+        return Estimate(abs(self.value), 0.0 if holds_zero else near, far)
+
+
+UNKNOWN = Estimate(np.nan, np.nan, np.nan)
+"""An estimate of something that cannot be estimated."""
 
 
 @lru_cache(maxsize=8)
-def _counts(prompts: int, seed: int) -> Array:
-    """(1 + 2000, P): how often each prompt was drawn; the first row is the sample itself."""
-    draws = np.random.default_rng(seed).multinomial(
-        prompts, np.full(prompts, 1 / prompts), size=RESAMPLES
-    )
+def _draw_counts(prompts: int, seed: int) -> Array:
+    """How often each prompt was drawn: (1 + R, P); the first row is the sample itself."""
+    generator = np.random.default_rng(seed)
+    evenly = np.full(prompts, 1 / prompts)
+    draws = generator.multinomial(prompts, evenly, size=RESAMPLES)
     return np.vstack([np.ones(prompts), draws])
 
 
 def resampled_means(values: Array, seed: int = 0) -> Array:
-    """Column means (1 + 2000, K) of the sample, and of 2000 resamples of its rows with replacement.
+    """The means of columns, of the sample and of resamples of its rows with replacement.
 
-    values: (P, K), a row a prompt; a nan is left out of its column's mean. Raises ValueError for no
-        rows.
+    Args:
+        values: (P, K), a row for each prompt. A nan does not count in its column's mean.
+        seed: of the draws. The same seed draws the same prompts, for any columns.
+
+    Returns:
+        (1 + R, K); the first row is the sample's.
+
+    Raises:
+        ValueError: for no rows.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("a bootstrap needs at least one prompt")
-    counts, present = _counts(len(values), seed), ~np.isnan(values)
+    counts = _draw_counts(len(values), seed)
+    present = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return counts @ np.where(present, values, 0.0) / (counts @ present)
+        sums = counts @ np.where(present, values, 0.0)
+        return sums / (counts @ present)
 
 
 def paired_bootstrap(
     values: Array, statistic: Callable[[Array], Array], seed: int = 0, level: float = LEVEL
 ) -> Estimate:
-    """Percentile interval of a statistic of column means (Efron and Tibshirani 1993, chapter 13),
-    rows resampled with replacement.
+    """A statistic of column means with its percentile interval (Efron and Tibshirani 1993, ch. 13).
 
-    values: (P, K), as in `resampled_means`. statistic: column means (..., K) -> (...); it is called
-        once, on the sample's means and those of 2000 resamples. Raises ValueError for no rows.
+    Args:
+        values: (P, K), as `resampled_means` takes them.
+        statistic: (..., K) -> (...) of column means. It is called once, on those of the sample and
+            of all resamples.
+        seed: of the draws.
+        level: the interval's coverage.
+
+    Raises:
+        ValueError: for no rows.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = statistic(resampled_means(values, seed))
-    drawn = found[1:][np.isfinite(found[1:])]
-    if len(values) == 1 or not len(drawn):
-        return Estimate(float(found[0]), np.nan, np.nan)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(found[0]), float(low), float(high))
+        statistics = statistic(resampled_means(values, seed))
+    value = float(statistics[0])
+    resampled = statistics[1:]
+    finite = resampled[np.isfinite(resampled)]
+    if len(values) == 1 or not len(finite):
+        return Estimate(value, np.nan, np.nan)
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high))
 
 
 @dataclass(frozen=True)
 class ApproximationError:
-    """How far a model's mean score lies from the mean score of the model that it stands for, the
-    target.
+    """How far a model's mean score is from that of the model that it stands for, the target.
 
-    difference: signed, model less target. error: |difference| (the paper's approximation error).
-        percent_of_mean: of |target mean|.
-    share: error in percent of `distance`, |target mean - reference mean|: 0 is the target itself,
-        100 is as far off as the reference.
+    Attributes:
+        difference: the model's mean less the target's.
+        error: |difference|: the paper's approximation error.
+        percent_of_mean: the error in percent of |the target's mean|.
+        share: the error in percent of `distance`: 0 is the target itself, and 100 is as far off as
+            the reference.
+        distance: |the target's mean less the reference's|.
     """
 
     difference: Estimate
@@ -94,22 +133,28 @@ class ApproximationError:
 
     @property
     def distance_is_clear(self) -> bool:
-        """Whether the interval of the distance leaves 0 out; where it does not, a share of it says
-        nothing."""
+        """Whether the distance is clearly above 0. Where it is not, a share of it says nothing."""
         return self.distance.low > 0
 
 
 def approximation_error(
     model: Array, target: Array, reference: Array, seed: int = 0
 ) -> ApproximationError:
-    """Approximation error of one realigned model with intervals. model, target, reference: (P,),
-    paired by prompt."""
+    """The approximation error of one realigned model.
+
+    Args:
+        model: (P,), its scores.
+        target: (P,), of the same prompts.
+        reference: (P,), of the same prompts.
+        seed: of the draws.
+    """
     values = np.stack([model, target, reference], axis=1)
 
     def estimate(statistic: Callable[[Array, Array, Array], Array]) -> Estimate:
-        return paired_bootstrap(
-            values, lambda means: statistic(means[..., 0], means[..., 1], means[..., 2]), seed
-        )
+        def of_means(means: Array) -> Array:
+            return statistic(means[..., 0], means[..., 1], means[..., 2])
+
+        return paired_bootstrap(values, of_means, seed)
 
     difference = estimate(lambda m, t, r: m - t)
     return ApproximationError(
@@ -124,23 +169,43 @@ def approximation_error(
 def share_of_anchor(
     model: Array, target: Array, anchor: Array, reference: Array, seed: int = 0
 ) -> Estimate:
-    """The error in percent of what the anchor itself changed, |anchor mean - reference mean|: one
-    unit for all targets of an anchor.
+    """The approximation error in percent of what the anchor itself changed.
 
-    All (P,), paired by prompt. nan where the interval of that distance holds 0.
+    That is |the anchor's mean less the reference's|, one unit for all targets of an anchor.
+
+    Args:
+        model: (P,), the realigned model's scores.
+        target: (P,), of the same prompts.
+        anchor: (P,), of the same prompts.
+        reference: (P,), of the same prompts.
+        seed: of the draws.
+
+    Returns:
+        nan where what the anchor changed is not clearly above 0.
     """
     values = np.stack([model, target, anchor, reference], axis=1)
-    distance = paired_bootstrap(values, lambda means: means[..., 2] - means[..., 3], seed)
-    if distance.absolute().low <= 0:
-        return Estimate(np.nan, np.nan, np.nan)
-    share = lambda means: 100 * (means[..., 0] - means[..., 1]) / (means[..., 2] - means[..., 3])  # noqa: E731
+
+    def changed(means: Array) -> Array:
+        return means[..., 2] - means[..., 3]
+
+    def share(means: Array) -> Array:
+        return 100 * (means[..., 0] - means[..., 1]) / changed(means)
+
+    if paired_bootstrap(values, changed, seed).absolute().low <= 0:
+        return UNKNOWN
     return paired_bootstrap(values, share, seed).absolute()
 
 
 @dataclass(frozen=True)
 class MeanApproximationError:
-    """Approximation errors averaged over cells; share: over the cells with a clear distance, nan
-    where there is none."""
+    """Approximation errors averaged over cells.
+
+    Attributes:
+        error: the mean of |model - target| (the paper's MAE).
+        percent_of_mean: the mean of the errors in percent of the target's mean.
+        share: the mean of the errors in percent of the distance, over the cells with a clear one;
+            nan where there is none.
+    """
 
     error: Estimate
     percent_of_mean: Estimate
@@ -150,11 +215,17 @@ class MeanApproximationError:
 def mean_approximation_error(
     model: Array, target: Array, reference: Array, clear: NDArray[np.bool_], seed: int = 0
 ) -> MeanApproximationError:
-    """Mean over C cells of the approximation error (the paper's MAE), with intervals.
+    """The mean approximation error over cells.
 
-    model, target, reference: (P, C), a row a prompt, nan where a cell lacks it. clear: (C,), the
-    cells whose share counts. An average of absolute values cannot be 0: where every difference is
-    noise, so is the interval's lower end.
+    An average of absolute values cannot be 0: where every difference is noise, so is the lower end
+    of the interval.
+
+    Args:
+        model: (P, C), nan where a prompt lacks a cell.
+        target: (P, C).
+        reference: (P, C).
+        clear: (C,), the cells whose share counts.
+        seed: of the draws.
     """
     cells = model.shape[1]
     values = np.concatenate([model, target, reference], axis=1)
@@ -163,12 +234,15 @@ def mean_approximation_error(
         statistic: Callable[[Array, Array, Array], Array], which: NDArray[np.bool_]
     ) -> Estimate:
         if not which.any():
-            return Estimate(np.nan, np.nan, np.nan)
+            return UNKNOWN
 
-        def split(means: Array) -> list[Array]:
-            return [means[..., i * cells : (i + 1) * cells][..., which] for i in range(3)]
+        def mean_over_cells(means: Array) -> Array:
+            m = means[..., :cells][..., which]
+            t = means[..., cells : 2 * cells][..., which]
+            r = means[..., 2 * cells :][..., which]
+            return statistic(m, t, r).mean(axis=-1)
 
-        return paired_bootstrap(values, lambda means: statistic(*split(means)).mean(axis=-1), seed)
+        return paired_bootstrap(values, mean_over_cells, seed)
 
     every = np.ones(cells, dtype=bool)
     return MeanApproximationError(
@@ -180,11 +254,14 @@ def mean_approximation_error(
 
 @dataclass(frozen=True)
 class ErrorSpread:
-    """How the errors of C cells are spread, and how large they are beside what prompts differ in.
+    """How the errors of cells are spread, and how large they are beside what prompts differ in.
 
-    under: share of errors at most the threshold, in percent. median: of the errors. deviation:
-        standard deviation of the target's scores over prompts, mean over cells. median_percent: the
-        median error in percent of it (the paper's "20 % of its standard deviation").
+    Attributes:
+        under: the share of errors at most the threshold, in percent.
+        median: of the errors.
+        deviation: the standard deviation of the target's scores over prompts, mean over cells.
+        median_percent: the median error in percent of it (the paper's "20 % of its standard
+            deviation").
     """
 
     under: Estimate
@@ -196,19 +273,23 @@ class ErrorSpread:
 def error_spread(
     model: Array, target: Array, threshold: float | Array, seed: int = 0
 ) -> ErrorSpread:
-    """Spread of the absolute approximation errors. model, target: (P, C), a row a prompt.
-    threshold: one, or one a cell (C,)."""
+    """How the absolute approximation errors of cells are spread.
+
+    Args:
+        model: (P, C), a row for each prompt.
+        target: (P, C).
+        threshold: one for all cells, or one for each (C,).
+        seed: of the draws.
+    """
     cells = model.shape[1]
     values = np.concatenate([model, target], axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        present = (~np.isnan(target)).sum(axis=0)
-        centred = target - np.where(present > 0, np.nansum(target, axis=0) / present, np.nan)
-        deviation = float(np.nanmean(np.sqrt(np.nansum(centred**2, axis=0) / (present - 1))))
+    deviation = _mean_deviation(target)
 
     def estimate(statistic: Callable[[Array], Array]) -> Estimate:
-        return paired_bootstrap(
-            values, lambda means: statistic(abs(means[..., :cells] - means[..., cells:])), seed
-        )
+        def of_errors(means: Array) -> Array:
+            return statistic(abs(means[..., :cells] - means[..., cells:]))
+
+        return paired_bootstrap(values, of_errors, seed)
 
     return ErrorSpread(
         under=estimate(lambda errors: 100 * (errors <= threshold).mean(axis=-1)),
@@ -216,3 +297,12 @@ def error_spread(
         deviation=deviation,
         median_percent=estimate(lambda errors: 100 * np.median(errors, axis=-1) / deviation),
     )
+
+
+def _mean_deviation(scores: Array) -> float:
+    """The standard deviation of each column (P, C) over its prompts, mean over columns."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        present = (~np.isnan(scores)).sum(axis=0)
+        means = np.where(present > 0, np.nansum(scores, axis=0) / present, np.nan)
+        variances = np.nansum((scores - means) ** 2, axis=0) / (present - 1)
+        return float(np.nanmean(np.sqrt(variances)))

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from deradiff.realignment.registry import label_of
+from deradiff.realignment.registry import LineStyle, label_of
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's, those that stand out from white and from near-black alike."""
@@ -137,6 +137,6 @@ def anchor_styles(models: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def dash(label: str) -> str:
+def dash(label: str) -> LineStyle:
     """The dash of a mode, by its label."""
     return label_of(label).line_style
