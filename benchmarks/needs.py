@@ -24,7 +24,7 @@ COUNTED_ON = GPUS["A100-80GB"]
 
 
 def requirements(family: str, method: str) -> Requirements:
-    """Of the published run on an A100, one pair at a time, checkpointing as the launcher has it."""
+    """What the published run needs on an A100, one pair at a time, checkpointing as published."""
     run = PUBLISHED_RUNS[family]
     side = DENOISERS[family]["sample_size"]
     return dpo_requirements(
@@ -43,9 +43,12 @@ def requirements(family: str, method: str) -> Requirements:
 
 def table_row(family: str, method: str) -> list[str]:
     """One recipe as text: FLOPs, hours by GPU, memory, GPUs that it fits on, cache, data set."""
+    # What the recipe needs.
     needed = requirements(family, method)
     side = DENOISERS[family]["sample_size"]
     cache = cache_bytes(DENOISERS[family], side, side, 2 * DATA.rows, DATA.captions or DATA.rows)
+
+    # Hours on each GPU, and the GPUs whose memory is large enough.
     gpus = {name: GPUS[name] for name in COMPARED_GPUS}
     hours = [f"{needed.hours * COUNTED_ON.tflops / gpu.tflops:,.0f}" for gpu in gpus.values()]
     fitting = [name for name, gpu in gpus.items() if needed.memory < gpu.memory]

@@ -1,5 +1,4 @@
-"""What realignment costs: each mode beside a plain model, and a sweep over lambdas beside the
-published loop.
+"""What realignment costs: each mode beside a plain model, and a sweep beside the published loop.
 
     python -m benchmarks.sample                           the shapes world, on the CPU
     python -m benchmarks.sample --network sd15 --width 64      SD1.5's shape at a fifth of its width
@@ -70,11 +69,14 @@ def random_pipeline(network: str, width: int, pixels: int) -> Any:
         width: channels of its first block; the published networks have 320.
         pixels: side of an image.
     """
+    # What both have in common; the missing parts are not needed to denoise.
     scheduler = diffusers.EulerAncestralDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     )
     size = {"sample_size": pixels // 8, "norm_num_groups": 32}
     missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+
+    # SD1.5's shape.
     if network == "sd15":
         unet = diffusers.UNet2DConditionModel(
             **size,
@@ -90,6 +92,8 @@ def random_pipeline(network: str, width: int, pixels: int) -> Any:
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+    # SDXL's shape.
     unet = diffusers.UNet2DConditionModel(
         **size,
         block_out_channels=(width, 2 * width, 4 * width),
@@ -131,13 +135,14 @@ def make_anchors(pipe: Any, folder: Path, rank: int = 16) -> dict[str, Anchor]:
         folder: where the LoRA is saved.
         rank: of the LoRA.
     """
+    # The full anchor, in memory.
     family = family_of(pipe)
-
     full = copy.deepcopy(pipe.unet)
     for parameter in full.parameters():
         parameter.mul_(1.01)
     network = Anchor("full", "", "", "full", family=family.name, _network=full)
 
+    # The LoRA, as a folder. A new adapter changes nothing, so its second factors are drawn.
     adapted = copy.deepcopy(pipe.unet)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(family.lora_targets))
     adapted.add_adapter(config, adapter_name="default")
@@ -153,6 +158,7 @@ def make_anchors(pipe: Any, folder: Path, rank: int = 16) -> dict[str, Anchor]:
 
 def embeddings(pipe: Any, batch: int) -> dict[str, Tensor]:
     """Random text embeddings in the shapes that the pipeline takes, a row an image."""
+    # SDXL also takes pooled embeddings.
     config = pipe.unet.config
     width = config.cross_attention_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -163,6 +169,8 @@ def embeddings(pipe: Any, batch: int) -> dict[str, Tensor]:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         shapes["pooled_prompt_embeds"] = (batch, pooled)
         shapes["negative_pooled_prompt_embeds"] = (batch, pooled)
+
+    # The values do not matter.
     generator = torch.Generator().manual_seed(2)
     tensors = {}
     for name, shape in shapes.items():
@@ -269,6 +277,7 @@ class Stopwatch:
                     if dial:
                         evaluations[i] = dial.evaluations
 
+        # Each variant's median, and its ratio to the plain model of the same repetition.
         plain = seconds[0]
         rows = []
         for variant, own, count in zip(variants, seconds, evaluations):
@@ -317,6 +326,7 @@ class Stopwatch:
                         prompt,
                     )
 
+        # In turn, so that a machine that slows down is fair to both.
         images = self.args.batch * len(LAMBDAS)
         ours = []
         published = []
@@ -354,6 +364,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
+
+    # What is sampled, and how.
     parser.add_argument("--network", choices=("shapes", "sd15", "sdxl"), default="shapes")
     parser.add_argument(
         "--width", type=int, default=320, help="channels of a random network's first block"
@@ -365,6 +377,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true")
+
+    # What is printed.
     parser.add_argument("--table", choices=("cost", "sweep"), help="one table alone")
     return parser.parse_args(arguments)
 
@@ -376,6 +390,7 @@ def print_costs(stopwatch: Stopwatch) -> None:
     print("| anchor | mode | evaluations | s an image | x plain | TFLOP/s |")
     print("|---|---|---|---|---|---|")
     for row in stopwatch.costs():
+        # A mode computes as many FLOPs more as it evaluates the networks more often.
         rate = flops * row["evaluations"] / row["seconds"]
         rate_text = f"{rate / 1e12:.3g}"
         if stopwatch.args.device == "cuda":

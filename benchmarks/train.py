@@ -64,6 +64,7 @@ def variants(method: str) -> list[str]:
 
 def small_pipeline(channels: tuple[int, ...], autoencoder_channels: tuple[int, ...]) -> Any:
     """A pipeline of SD1.5's kind for latents of 16 x 16."""
+    # Three levels of the denoiser, and an autoencoder that shrinks by 8 as the published one.
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=channels,
@@ -147,7 +148,7 @@ class Worker:
         base = BaseModel(str(folder / "base"))
         dtype = shape.half or torch.float32
 
-        # The base model, without its encoders where the data is encoded
+        # The base model, without its encoders where the data is encoded.
         cache = None
         parts: dict[str, Any] = {}
         if "cache" in savings:
@@ -157,7 +158,7 @@ class Worker:
         pipe = base.load_pipeline(dtype, parts)
         self.network = pipe.unet.to(self.device)
 
-        # The published launcher's second network, and what is trained
+        # The published launcher's second network, and what is trained.
         needs_second = method == "lora" and "adapter" not in savings
         second = copy.deepcopy(self.network).requires_grad_(False) if needs_second else None
         self._make_trainable(method, family_of(pipe).lora_targets)
@@ -166,7 +167,7 @@ class Worker:
         if "compile" in savings:
             self.network.compile_repeated_blocks()
 
-        # The objective, with the reference's errors where they are known
+        # The objective, with the reference's errors where they are known.
         self.examples = Examples(data, 0)
         self.epoch_indices = self.examples.epoch_indices(0, PAIRS)
         errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in savings else None
@@ -215,12 +216,15 @@ class Worker:
 
     def step(self) -> None:
         """One optimiser step."""
+        # The next pairs, on the device.
         start = self.steps * self.batch % PAIRS
         epoch_indices = self.epoch_indices[start : start + self.batch]
         batch = self.examples.batch(self.objective.collate, epoch_indices)
         for key, value in batch.items():
             if torch.is_tensor(value):
                 batch[key] = value.to(self.device)
+
+        # Forward, backward, and the optimiser.
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
             loss, _ = self.objective.loss(self.network, batch)
         loss.backward()
@@ -287,7 +291,7 @@ def work(options: argparse.Namespace) -> None:
     base = memory_without_model(options) if shape.device == "cpu" else 0.0
     worker = Worker(options.work, options.method, options.folder, shape, options.batch)
 
-    # The first epoch compiles, and fills the store of the reference's errors
+    # The first epoch compiles, and fills the store of the reference's errors.
     for _ in range(PAIRS // options.batch):
         worker.step()
     if worker.objective.errors:
@@ -303,7 +307,7 @@ def measure(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     command += ["--folder", str(options.folder), "--shape", options.shape]
     command += ["--batch", str(options.batch)]
 
-    # An earlier run, of another beta, leaves the reference's errors behind
+    # An earlier run, of another beta, leaves the reference's errors behind.
     first = [*command, "--work", "errors"]
     subprocess.run(first, input="", text=True, check=True, stdout=subprocess.DEVNULL)
 
@@ -315,7 +319,7 @@ def measure(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         if workers[name].stdout.readline() != "ready\n":
             raise RuntimeError(f"the variant {name} did not start")
 
-    # One step of each in turn
+    # One step of each in turn.
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     memory: dict[str, float] = {}
     for _ in range(options.rounds):
@@ -337,6 +341,7 @@ def measure(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(method: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """The rows of `measure` as a markdown table, beside the published way."""
+    # A row for each variant.
     published = next(row for row in rows if row["variant"] == "published")
     lines = [
         f"| {method} | pairs/s | x published | peak memory, GB | x published |",
@@ -349,6 +354,8 @@ def table(method: str, rows: list[dict[str, Any]], options: argparse.Namespace) 
         share = row["memory"] / published["memory"]
         name = VARIANTS[row["variant"]]
         lines.append(f"| {name} | {pace:.2f} | {speed:.2f} | {gigabytes:.2f} | {share:.2f} |")
+
+    # How much of the GPU the last variant uses.
     if SHAPES[options.shape].large:
         mfu = flops_of_a_step(method, options.batch) / rows[-1]["seconds"] / PEAK
         lines.append(f"\nMFU of the last row against {PEAK / 1e12:.0f} TFLOP/s: {100 * mfu:.1f} %")
@@ -373,6 +380,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
     parser.add_argument("--rounds", type=int, default=12, help="measured steps of each variant")
     parser.add_argument("--method", choices=METHODS, help="both, if not given")
+    # For the process of a variant.
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -380,6 +388,8 @@ def main() -> None:
         return work(options)
     if PAIRS % options.batch:
         parser.error(f"--batch must divide {PAIRS}")
+
+    # One base model and one data set for all variants; a table for each method.
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
         prepare(options.folder, SHAPES[options.shape])

@@ -50,7 +50,7 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
         configs: the folder of the config files.
     """
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
-    # One config; none in a multirun, whose launcher starts a process for each value
+    # One config; none in a multirun, whose launcher starts a process for each value.
     composed: list[DictConfig] = []
 
     def call(cfg: DictConfig) -> None:
@@ -64,19 +64,23 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
     @hydra.main(version_base="1.3", config_path=configs, config_name=stage)
     def compose(cfg: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            # A launcher that is not ours, in the process that it made for this value
+            # A launcher that is not ours, in the process that it made for this value.
             _run_in_cluster_job(lambda: call(cfg))
         else:
             composed.append(cfg)
 
     def main() -> None:
+        # What needs no config.
         if {"--help", "-h"} & set(sys.argv[1:]):
             _print_help(help_text(stage, schema, Path(configs)))
             return
-        # transformers advises torchvision, which we do without
+
+        # transformers advises torchvision, which we do without.
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
-        # Hydra would print a shortened traceback and exit; so it raises, and we print the sentence
+        # Hydra would print a shortened traceback and exit; so it raises, and we print the sentence.
         os.environ["HYDRA_FULL_ERROR"] = "1"
+
+        # The run, and how it ends.
         try:
             composed.clear()
             compose()
@@ -100,7 +104,7 @@ def _print_help(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # Python flushes stdout once more at exit: there it must not fail again
+        # Python flushes stdout once more at exit: there it must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -117,12 +121,13 @@ def _run_in_cluster_job(task: Callable[[], None]) -> None:
         task()
     except Preempted as stop:
         # The checkpoint is written. submitit's own handler is in its place again, and puts the job
-        # back into the queue
+        # back into the queue.
         os.kill(os.getpid(), stop.signal_number)
 
 
 def _sentence(error: BaseException, schema: type, configs: Path) -> str:
     """An error as one sentence: what is wrong, where, and what was probably meant."""
+    # Hydra and OmegaConf wrap an error in others, of which the innermost says most.
     cause = error
     while cause.__cause__ is not None and isinstance(
         cause, HydraException | OmegaConfBaseException
@@ -131,6 +136,7 @@ def _sentence(error: BaseException, schema: type, configs: Path) -> str:
     text = str(cause).strip() or type(cause).__name__
     first_line = text.splitlines()[0]
 
+    # Mistakes that Hydra words for its own developers, in the user's words.
     if isinstance(cause, OverrideParseException):
         return (
             f"cannot read {cause.override}: write key=value, and quote a value that holds a comma "
@@ -141,9 +147,11 @@ def _sentence(error: BaseException, schema: type, configs: Path) -> str:
         return _sentence_about_key(full_key[1], cause, first_line, schema, configs)
     if "Ambiguous value" in first_line:
         return (
-            f"{first_line}: for a sweep put --multirun before the overrides, for a list write "
-            "key=[1,2]"
+            f"{first_line}: for a sweep put --multirun before the overrides, "
+            "for a list write key=[1,2]"
         )
+
+    # An unknown choice of a group: which ones there are.
     options = _options(text, configs)
     if options:
         return f"{first_line.removesuffix('.')}; there are {', '.join(options)}"
@@ -157,7 +165,7 @@ def _options(text: str, configs: Path) -> list[str]:
     )
     if listed:
         return listed[1].split()
-    # A choice among several of one group, scorers=[...]: Hydra does not say what there is
+    # A choice among several of one group, scorers=[...]: Hydra does not say what there is.
     group = re.search(r"Could not load '(.+?)/", text)
     if group:
         return groups_of(configs).get(group[1], [])

@@ -67,12 +67,15 @@ def groups_of(configs: Path) -> dict[str, list[str]]:
 
 def help_text(stage: str, schema: type, configs: Path) -> str:
     """What `python -m <stage> --help` prints: groups with their choices, then every key."""
+    # The groups that the stage's config takes a file from.
     composed = (configs / f"{stage}.yaml").read_text()
     command = f"python -m {stage}"
     lines = [f"{command} key=value ...", "", "a whole set of settings at once:"]
     for name, files in groups_of(configs).items():
         if re.search(rf"- (override /?)?{name}:", composed):
             lines.append(f"  {name}={' | '.join(files)}")
+
+    # Every key, and how several values are written.
     lines += ["", "single settings, with what they are where nothing else says so:"]
     lines += [_help_line(key) for key in keys_of(schema)]
     lines += [
@@ -93,12 +96,13 @@ def _help_line(key: Key) -> str:
 
 def suggestion(key: str, schema: type, configs: Path) -> str:
     """ "; did you mean ...?" for an unknown key, or "" where no known one is like it."""
+    # The whole key, or a group, with a slip of the keyboard.
     known = [one.name for one in keys_of(schema)] + [*groups_of(configs)]
     near = get_close_matches(key, known, 1, LIKENESS)
     if near:
         return f"; did you mean {near[0]}?"
 
-    # dpo.lr: the last part may be right and the group wrong. bta: the group was left out
+    # dpo.lr: the last part may be right and the group wrong. bta: the group is missing.
     by_last_part = {name.rpartition(".")[2]: name for name in known}
     near = get_close_matches(key.rpartition(".")[2], by_last_part, 1, LIKENESS)
     return f"; did you mean {by_last_part[near[0]]}?" if near else ""

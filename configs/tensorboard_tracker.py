@@ -31,7 +31,7 @@ class TensorBoardTracker(Tracker):
             self.writer.add_scalar(key, value, self.step)
 
     def image(self, name: str, path: Path, caption: str = "") -> None:
-        """One image file; svg files are left out."""
+        """One image file; svg files are not shown."""
         if path.suffix == ".svg":
             return
         pixels = np.asarray(Image.open(path).convert("RGB"))
@@ -46,21 +46,14 @@ def start(
     group: str,
     stack: ExitStack,
 ) -> Tracker:
-    """Start a writer of event files.
-
-    Args:
-        tracking: the stage's settings.
-        stage: the stage's name.
-        run_dir: of the run.
-        config: nested settings, for the tracker's own record.
-        group: of the run, where the settings name none.
-        stack: ends the tracker at its end.
-    """
-    # An optional package
+    """Start a writer of event files; see `configs.tracking.Start` for the arguments."""
+    # An optional package.
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run_dir / "tensorboard"))
     stack.callback(writer.close)
+
+    # TensorBoard shows markdown, in which two spaces end a line.
     text = json.dumps(config, indent=1, default=str)
     writer.add_text("config", text.replace("\n", "  \n"))
     return TensorBoardTracker(writer)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from configs.functions import function_at
 from configs.settings import setting
@@ -39,13 +39,13 @@ class TrackingConfig:
             raise ValueError(f"tracking must be wandb, tensorboard or none, not {self.kind!r}")
         if self.mode not in (None, *MODES):
             raise ValueError(
-                f"tracking.mode must be online or offline, not {self.mode!r}; tracking=none turns "
-                "tracking off"
+                f"tracking.mode must be online or offline, not {self.mode!r}; "
+                "tracking=none turns tracking off"
             )
         if self.kind == "tensorboard" and find_spec("tensorboard") is None:
             raise ValueError(
-                "tracking=tensorboard needs a package that is not installed: type pip install "
-                "tensorboard"
+                "tracking=tensorboard needs a package that is not installed: "
+                "type pip install tensorboard"
             )
 
 
@@ -69,7 +69,7 @@ class Tracker:
 
 
 class GuardedTracker(Tracker):
-    """A tracker whose failures are said, each kind once, and do not stop the run.
+    """A tracker whose failures are reported, each kind once, and do not stop the run.
 
     The run's own files hold everything that is tracked.
 
@@ -115,6 +115,30 @@ class GuardedTracker(Tracker):
         self._try("uses", name, kind)
 
 
+class Start(Protocol):
+    """A function that starts a tracker."""
+
+    def __call__(
+        self,
+        tracking: TrackingConfig,
+        stage: str,
+        run_dir: Path,
+        config: dict[str, Any],
+        group: str,
+        stack: ExitStack,
+    ) -> Tracker:
+        """Start it.
+
+        Args:
+            tracking: the stage's settings.
+            stage: the stage's name.
+            run_dir: of the run.
+            config: nested settings, for the tracker's own record.
+            group: of the run, where the settings name none.
+            stack: ends the tracker at its end.
+        """
+
+
 @contextmanager
 def tracker(
     tracking: TrackingConfig,
@@ -140,10 +164,11 @@ def tracker(
     if tracking.kind == "none" or not main_process:
         yield Tracker()
         return
+    # The stack ends the tracker with the context, also where the stage fails.
     with ExitStack() as stack:
         try:
-            start = function_at(TRACKERS[tracking.kind])
-            started: Tracker = start(tracking, stage, run_dir, config, group, stack)
+            start: Start = function_at(TRACKERS[tracking.kind])
+            started = start(tracking, stage, run_dir, config, group, stack)
         except Exception as error:
             print(
                 f"{stage}: the tracker {tracking.kind} did not start ({error}); "

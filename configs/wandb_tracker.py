@@ -13,7 +13,7 @@ import wandb
 from configs.tracking import Tracker, TrackingConfig
 
 LARGEST_ARTIFACT = 1_000_000_000
-"""Bytes. A full SDXL is ten times that, for every beta."""
+"""Bytes. A full SDXL has ten times as many."""
 
 LONGEST_NAME = 128
 """Characters that W&B takes for a group or an id."""
@@ -50,6 +50,7 @@ class WandbTracker(Tracker):
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
         """A folder or file, unless it is too large to upload."""
+        # A full anchor for every beta of a sweep would fill an account.
         files = path.rglob("*") if path.is_dir() else [path]
         size = sum(file.stat().st_size for file in files)
         if size > LARGEST_ARTIFACT:
@@ -58,6 +59,8 @@ class WandbTracker(Tracker):
                 file=sys.stderr,
             )
             return
+
+        # A new version of it, in this run.
         artifact = wandb.Artifact(name, type=kind)
         if path.is_dir():
             artifact.add_dir(str(path))
@@ -69,7 +72,7 @@ class WandbTracker(Tracker):
         """The artifact as an input of this run."""
         inputs = sorted({*self.run.config.get("inputs", []), name})
         self.run.config.update({"inputs": inputs}, allow_val_change=True)
-        # W&B can link runs only where it can look the other one up
+        # W&B can link runs only where it can look the other one up.
         if not self.run.offline:
             self.run.use_artifact(f"{name}:latest", type=kind)
 
@@ -82,18 +85,12 @@ def start(
     group: str,
     stack: ExitStack,
 ) -> Tracker:
-    """Start a run.
-
-    Args:
-        tracking: the stage's settings.
-        stage: the stage's name.
-        run_dir: of the run.
-        config: nested settings, for the tracker's own record.
-        group: of the run, where the settings name none.
-        stack: ends the tracker at its end.
-    """
+    """Start a run, or go on with it; see `configs.tracking.Start` for the arguments."""
+    # Offline where nobody is logged in, unless the config or the environment says otherwise.
     has_key = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
     mode: Any = tracking.mode or (None if has_key else "offline")
+
+    # The id is the run's name, so that a resumed run goes on in the same W&B run.
     run = wandb.init(
         project=tracking.project,
         group=(tracking.group or group)[:LONGEST_NAME] or None,

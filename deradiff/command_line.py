@@ -42,6 +42,7 @@ def main() -> None:
 
     An unknown command ends the process with a sentence and status 2.
     """
+    # What is no stage.
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("--help", "-h"):
@@ -55,6 +56,7 @@ def main() -> None:
         sentence = f"deradiff: there is no command {command!r}; the commands are {known}"
         print(sentence, file=sys.stderr)
         sys.exit(2)
+
     run_stage(command, arguments[1:])
 
 

@@ -48,10 +48,11 @@ def fetch(repo: str, name: str, revision: str | None = None, repo_type: str | No
     Raises:
         OSError: where neither the hub nor the cache has it.
     """
+    # One short question: is it there? The client alone would retry for half a minute.
     where: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
     try:
         get_hf_file_metadata(hf_hub_url(repo, name, **where), timeout=TIMEOUT)
-    # No network, no such repository or file, no access: the hub's client has a class for each
+    # No network, no such repository or file, no access: the hub's client has a class for each.
     except Exception as error:
         cached = try_to_load_from_cache(repo, name, **where)
         if isinstance(cached, str):
@@ -76,9 +77,11 @@ def listing(
     Raises:
         OSError: where neither is there.
     """
+    # The hub's answer.
     try:
         info: Any = repo_info(repo, revision=revision, repo_type=repo_type, timeout=TIMEOUT)
         return repo, [file.rfilename for file in info.siblings or []]
+    # Without one, the copy in its cache.
     except Exception as error:
         try:
             root = snapshot_download(
@@ -133,7 +136,7 @@ def push(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"{folder} is whole but was not uploaded to {repo}: {error}; the same command tries "
-            "again"
+            f"{folder} is whole but was not uploaded to {repo}: {error}; "
+            "the same command tries again"
         ) from error
     return address

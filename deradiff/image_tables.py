@@ -69,13 +69,16 @@ def decode_image(cell: Any) -> Image.Image:
     Raises:
         OSError: for what is not an image.
     """
+    # The encoded bytes.
     if isinstance(cell, dict):
         has_bytes = cell.get("bytes") is not None
         cell = cell["bytes"] if has_bytes else Path(cell["path"]).read_bytes()
     if cell is None:
         raise OSError("the cell is empty")
+
+    # The image.
     try:
         return Image.open(io.BytesIO(cell)).convert("RGB")
-    # PIL raises these for some torn PNGs, and for an image of too many pixels
+    # PIL raises these for some torn PNGs, and for an image of too many pixels.
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from error

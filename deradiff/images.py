@@ -32,18 +32,19 @@ def labelled_grid(
         heads: what stands above the columns.
         tile: longer side of an image on the sheet, in pixels. Smaller images are enlarged.
     """
+    # An empty sheet. All images have the size of the first.
     width, height = _fitted(rows[0][1][0].size, tile)
     size = (LABEL_WIDTH + len(heads) * (width + GAP), HEAD_HEIGHT + len(rows) * (height + GAP))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
 
-    # Heads
+    # Heads, each in the middle of its column.
     head_font = _font(15)
     for column, head in enumerate(heads):
         centre = LABEL_WIDTH + column * (width + GAP) + width / 2
         draw.text((centre, HEAD_HEIGHT / 2), head, fill="black", font=head_font, anchor="mm")
 
-    # Rows: the label, then the images
+    # Rows: the label, then the images.
     label_font = _font(13)
     for row, (label, images) in enumerate(rows):
         top = HEAD_HEIGHT + row * (height + GAP)
@@ -59,7 +60,7 @@ def labelled_grid(
             left = LABEL_WIDTH + column * (width + GAP)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             sheet.paste(resized, (left, top))
-            # So that a white image can be seen to end
+            # A frame shows where a white image ends.
             box = (left, top, left + width - 1, top + height - 1)
             draw.rectangle(box, outline="#cccccc")
     return sheet

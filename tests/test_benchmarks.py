@@ -1,5 +1,7 @@
-"""The benchmark of sampling at its smallest: every row is there, and the published loop samples
-what `realign` does."""
+"""The benchmark of sampling at its smallest.
+
+Every row is there, and the published loop samples what `realign` does.
+"""
 
 import torch
 
@@ -9,14 +11,12 @@ from deradiff import realign
 
 def test_both_tables_come_out(capsys):
     sample.main(["--steps", "4", "--batch", "1", "--repeats", "1"])
-    rows = [
-        line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
-    ]
-    cost = {
-        (row[0].strip("| "), row[1]): float(row[2])
-        for row in rows
-        if len(row) == 6 and row[2] != "evaluations"
-    }
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    cost = {}
+    for row in rows:
+        if len(row) == 6 and row[2] != "evaluations":
+            cost[row[0].strip("| "), row[1]] = float(row[2])
     assert cost == {
         ("plain", ""): 1,
         ("lora", "exact"): 2,
@@ -42,21 +42,21 @@ def test_random_networks_of_the_published_shapes_sample():
             ["--network", network, "--width", "32", "--pixels", "64", "--batch", "1"]
         )
         pipe = sample.make_pipeline(args)
-        assert (
-            pipe(**sample.embeddings(pipe, 1), num_inference_steps=1, output_type="latent")
-            .images.isfinite()
-            .all()
-        )
+        prompts = sample.embeddings(pipe, 1)
+        latents = pipe(**prompts, num_inference_steps=1, output_type="latent").images
+        assert latents.isfinite().all()
 
 
 def test_the_published_loop_samples_the_same_images(tmp_path):
-    bench = sample.Stopwatch(sample.parse_arguments(["--steps", "3", "--batch", "2"]), tmp_path)
-    anchor = bench.anchors["full"].network(bench.pipe.unet, torch.device("cpu"), torch.float32)
-    with realign(bench.pipe, bench.anchors["full"], 0.3):
-        ours = bench.call()
+    stopwatch = sample.Stopwatch(sample.parse_arguments(["--steps", "3", "--batch", "2"]), tmp_path)
+    anchor = stopwatch.anchors["full"].network(
+        stopwatch.pipe.unet, torch.device("cpu"), torch.float32
+    )
+    with realign(stopwatch.pipe, stopwatch.anchors["full"], 0.3):
+        ours = stopwatch.call()
     for image in range(2):
-        prompt = {name: tensor[image : image + 1] for name, tensor in bench.prompts.items()}
+        prompt = {name: tensor[image : image + 1] for name, tensor in stopwatch.prompts.items()}
         theirs = published_loop.sample(
-            bench.pipe, anchor, 0.3, 3, 5.0, tuple(ours.shape[1:]), image, prompt
+            stopwatch.pipe, anchor, 0.3, 3, 5.0, tuple(ours.shape[1:]), image, prompt
         )
         torch.testing.assert_close(theirs[0], ours[image], rtol=1e-3, atol=1e-3)

@@ -215,7 +215,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-# The disk that the caches take
+# The disk that the caches take.
 
 
 def in_units(count: float) -> str:

@@ -248,7 +248,7 @@ def _is_complete(file: Path) -> bool:
     One that a full disk or a copy has cut is named in the log and removed; it is made again.
     """
     try:
-        # Opening reads the header, and compares it with the file's length
+        # Opening reads the header, and compares it with the file's length.
         with safe_open(file, "pt"):
             return True
     except FileNotFoundError:

@@ -115,8 +115,8 @@ class CaptionedImages:
         others = [", ".join(form) for form in self.column_forms[1:]]
         alternatives = "".join(f", nor are there {names}" for names in others)
         raise ValueError(
-            f"{self.path} lacks the column {', '.join(missing)}{alternatives}; it has "
-            f"{', '.join(present)}"
+            f"{self.path} lacks the column {', '.join(missing)}{alternatives}; "
+            f"it has {', '.join(present)}"
         )
 
     def usable_rows(self, has_caption: np.ndarray) -> np.ndarray:
@@ -150,8 +150,8 @@ class CaptionedImages:
             return decode_image(row[column])
         except OSError as error:
             raise BrokenImage(
-                f"{self.path}: {column} of row {self.rows[index]} is not an image that can be "
-                f"decoded: {error}"
+                f"{self.path}: {column} of row {self.rows[index]} is not an image "
+                f"that can be decoded: {error}"
             ) from error
 
     def skip(self, index: int, reason: str) -> None:

@@ -43,14 +43,14 @@ class PromptSet:
 
 
 PROMPT_SETS = {
-    # Split test_unique of Pick-a-Pic v1, on which the paper evaluates: 500 prompts, 150 kB
+    # Split test_unique of Pick-a-Pic v1, on which the paper evaluates: 500 prompts, 150 kB.
     "pickapic": PromptSet(
         ("yuvalkirstain/pickapic_v1_no_images",),
         split="test_unique",
         column="caption",
         repos_with_images=("yuvalkirstain/pickapic_v1", "pickapic-anonymous/pickapic_v1"),
     ),
-    # The benchmark's 3200 prompts: 800 of each style
+    # The benchmark's 3200 prompts: 800 of each style.
     "hpdv2": PromptSet(
         ("zhwang/HPDv2", "ymhao/HPDv2"),
         files=(

@@ -121,8 +121,8 @@ def _json_prompt(line: str, number: int, file: str) -> Any:
         return next(record[name] for name in COLUMNS if name in record)
     except (ValueError, TypeError, StopIteration):
         raise ValueError(
-            f"line {number} of {file} is not a JSON object with a key prompt or caption, such "
-            'as {"prompt": "a red fox"}'
+            f"line {number} of {file} is not a JSON object with a key prompt or caption, "
+            'such as {"prompt": "a red fox"}'
         ) from None
 
 

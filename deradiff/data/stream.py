@@ -114,8 +114,8 @@ class ParquetStream:
         for shard in self.shards:
             if set(shard.columns) != set(first.columns):
                 raise ValueError(
-                    f"{shard.address} has the columns {', '.join(shard.columns)}, the first "
-                    f"shard {', '.join(first.columns)}"
+                    f"{shard.address} has the columns {', '.join(shard.columns)}, "
+                    f"the first shard {', '.join(first.columns)}"
                 )
 
     def __len__(self) -> int:

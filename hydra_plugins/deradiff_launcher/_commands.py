@@ -35,16 +35,18 @@ def stage_command(stage: str, gpus: int, config_file: str | None = None) -> list
     """
     if not gpus:
         return [sys.executable, "-m", stage]
+
+    # A process for each GPU.
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config_file:
         command += ["--config_file", str(Path(config_file).absolute())]
     command += ["--num_machines", "1", "--num_processes", str(gpus)]
-    # accelerate takes --multi_gpu for plain DDP, whatever its config says
+    # accelerate takes --multi_gpu for plain DDP, whatever its config says.
     if gpus > 1 and not _is_sharded(config_file):
         command += ["--multi_gpu"]
-    # The stage's own config decides the precision
+    # The stage's own config decides the precision.
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    # Port 0 takes a free one, so another launch on this machine does no harm
+    # Port 0 takes a free one, so another launch on this machine does no harm.
     command += ["--main_process_port", "0"]
     return [*command, "-m", stage]
 

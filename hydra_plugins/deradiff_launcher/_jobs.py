@@ -56,6 +56,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, one_thread: bool) -> list[str]:
     crew = _Crew(workers, one_thread, to_logs=min(workers, len(jobs)) > 1)
     waiting = list(jobs)
     with _terminate_as_interrupt():
+        # An interrupt leaves this loop, and ends what still runs.
         try:
             while waiting or crew.running:
                 while waiting and crew.has_room():
@@ -99,7 +100,7 @@ class _Crew:
 
     def _process(self, job: Job) -> Process:
         # In a session of its own: Ctrl-C reaches us alone, and all that the job starts can be
-        # ended as one group
+        # ended as one group.
         if not self.to_logs:
             return subprocess.Popen(job.command, env=self.environment, start_new_session=True)
         job.run_dir.mkdir(parents=True, exist_ok=True)
@@ -137,6 +138,8 @@ def _end(processes: list[Process]) -> None:
     """End processes and all that they started: politely first, then by SIGKILL."""
     for process in processes:
         _signal_group(process, signal.SIGTERM)
+
+    # All of them share the time that they have.
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
         try:
@@ -147,7 +150,7 @@ def _end(processes: list[Process]) -> None:
 
 
 def _signal_group(process: Process, signal_number: int) -> None:
-    # It may have ended meanwhile
+    # It may have ended meanwhile.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal_number)
 

@@ -66,8 +66,8 @@ class ProcessGroupLauncher(Launcher):
             raise ValueError(f"hydra.launcher.workers must be at least 1, not {workers}")
         if config_file is not None and not Path(config_file).is_file():
             raise ValueError(
-                f"hydra.launcher.config_file={config_file} does not exist: type accelerate config "
-                "to write one"
+                f"hydra.launcher.config_file={config_file} does not exist: "
+                "type accelerate config to write one"
             )
         self.workers = workers
         self.config_file = config_file
@@ -88,12 +88,14 @@ class ProcessGroupLauncher(Launcher):
         self.context = hydra_context
         self.config = config
         self.stage = str(config.hydra.job.name)
+
+        # A launcher inside a launcher would start every run once for each rank.
         if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
             overrides = config.hydra.overrides.task
             command = shlex.join(["python", "-m", self.stage, "--multirun", *overrides])
             raise ValueError(
-                "--multirun starts the process groups itself and cannot run inside torchrun or "
-                f"accelerate launch: type {command}"
+                "--multirun starts the process groups itself and cannot run inside torchrun "
+                f"or accelerate launch: type {command}"
             )
 
     def launch(
@@ -113,11 +115,13 @@ class ProcessGroupLauncher(Launcher):
                 folder; no value has started then.
             HydraException: where runs failed, with the reason of each.
         """
+        # Nothing starts before all run directories are known, and distinct.
         names = [_name(overrides, job_overrides) for overrides in job_overrides]
         run_dirs = [self._run_dir(overrides) for overrides in job_overrides]
         _check_distinct(names, run_dirs)
 
-        # Imported here, because it loads torch, and Hydra imports this file for every command
+        # The commands. Their module is imported here, because it loads torch, and Hydra imports
+        # this file for every command.
         commands: Any = import_module("hydra_plugins.deradiff_launcher._commands")
         gpus = commands.gpu_count()
         command = commands.stage_command(self.stage, gpus, self.config_file) + self._flags()
@@ -125,6 +129,7 @@ class ProcessGroupLauncher(Launcher):
         for name, overrides, run_dir in zip(names, job_overrides, run_dirs):
             jobs.append(Job(name, [*command, *overrides], run_dir))
 
+        # One run at a time takes all GPUs; on a CPU, each run takes a core.
         usual_workers = 1 if gpus else commands.core_count()
         failures = run_jobs(jobs, self.workers or usual_workers, one_thread=not gpus)
         if failures:
@@ -167,6 +172,6 @@ def _check_distinct(names: Sequence[str], run_dirs: Sequence[Path]) -> None:
         if run_dir in run_dirs[:position]:
             first = names[run_dirs.index(run_dir)]
             raise ValueError(
-                f"{first} and {names[position]} would both write to {run_dir}: put what varies "
-                "into name=..."
+                f"{first} and {names[position]} would both write to {run_dir}: "
+                "put what varies into name=..."
             )

@@ -9,11 +9,11 @@ from diffusers import DiffusionPipeline
 
 from benchmarks.shapes_assets import (
     SHIPPED,
-    TOLERANCE,
     measure,
     ordered,
     renders,
     sampled,
+    tolerance_of,
     zero_shot,
 )
 from deradiff.models.base_model import BaseModel
@@ -74,10 +74,7 @@ def test_every_shipped_figure_is_measured_again():
     figures = measure(folders)
     assert figures.keys() == FIGURES.keys()
     for name, figure in figures.items():
-        tolerance = TOLERANCE
-        if name.endswith("_db"):
-            tolerance = 10 * TOLERANCE
-        assert figure == pytest.approx(FIGURES[name], abs=tolerance), name
+        assert figure == pytest.approx(FIGURES[name], abs=tolerance_of(name)), name
 
     assert figures["judge_samples_all"] >= 0.9
     assert figures["clip_zero_shot_samples"] >= 0.8 * figures["clip_zero_shot_renders"]
