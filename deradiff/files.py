@@ -54,6 +54,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     os.replace(aside, path)
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path itself if it exists, or else the first of its parents that does."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
 def claim(run_dir: Path, config: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
     """Write `config.yaml` into a run directory, or check that the one there is the same.
 
@@ -70,6 +75,7 @@ def claim(run_dir: Path, config: dict[str, Any], ignore: tuple[str, ...] = ()) -
     """
     file = run_dir / "config.yaml"
     if file.is_file():
+        # Keys that differ, without those that do not matter.
         old = _flat(yaml.safe_load(file.read_text()) or {})
         new = _flat(config)
         changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
@@ -77,9 +83,11 @@ def claim(run_dir: Path, config: dict[str, Any], ignore: tuple[str, ...] = ()) -
         if changed:
             values = ", ".join(f"{k} ({old.get(k)} there, {new.get(k)} here)" for k in changed)
             raise ValueError(
-                f"{run_dir} holds a run of another config: {values}; choose another name for "
-                "this run, or remove that folder"
+                f"{run_dir} holds a run of another config: {values}; "
+                "choose another name for this run, or remove that folder"
             )
+
+    # What does not matter is written too, as this command has it.
     write_atomic(file, yaml.safe_dump(config, sort_keys=False))
 
 
@@ -104,12 +112,15 @@ def anchor_digest(anchor: str | Path) -> str | None:
     Args:
         anchor: a folder or a file.
     """
+    # The files that hold weights.
     path = Path(anchor)
     files = [path] if path.is_file() else []
     if path.is_dir():
         files = sorted(path.rglob("*.safetensors"))
     if not files:
         return None
+
+    # Their contents, in the order of their names.
     digest = hashlib.sha256()
     for file in files:
         add_file(digest, file)

@@ -23,7 +23,7 @@ from deradiff.data.cache import Cache, encodings_key
 from deradiff.data.encoders import encoders_key, encoders_without_weights, source_key
 from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.data.reference_errors import ReferenceErrors, network_digest, reference_key
-from deradiff.files import locate
+from deradiff.files import locate, nearest_folder
 from deradiff.hub import check_push
 from deradiff.models.base_model import BaseModel, check_autoencoder
 from deradiff.models.families import family_of
@@ -53,16 +53,19 @@ def check(config: TrainConfig, base: BaseModel | None, run_dir: Path) -> None:
     Raises:
         ValueError: where something is missing or does not fit.
     """
+    # What the run needs besides its model.
     _check_writable(run_dir)
     check_optimizer(config.optim.name)
     if config.hub.push_to:
         with section("hub"):
             check_push(config.hub.push_to)
+    if config.data.source in ("scored_pairs", "sampled_pairs"):
+        check_scorer(config.data.scorer, config.data.scorer_checkpoint)
+
+    # The model that it starts from, and the parts of it that the config replaces.
     clip = config.model.clip
     if clip and not (Path(locate(clip)) / "config.json").is_file():
         raise ValueError(f"model.clip={clip} is no model folder: it has no config.json")
-    if config.data.source in ("scored_pairs", "sampled_pairs"):
-        check_scorer(config.data.scorer, config.data.scorer_checkpoint)
     if config.model.vae:
         with section("model"):
             check_autoencoder(config.model.vae)
@@ -74,7 +77,7 @@ def check(config: TrainConfig, base: BaseModel | None, run_dir: Path) -> None:
 
 def _check_writable(run_dir: Path) -> None:
     """Ask the nearest folder that exists, since a run that is refused should make no folder."""
-    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    nearest = nearest_folder(run_dir)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(
             f"{run_dir} cannot be written, because of {nearest}: give runs=<a folder of yours>"
@@ -83,10 +86,13 @@ def _check_writable(run_dir: Path) -> None:
 
 def _check_targets(config: TrainConfig, base: BaseModel) -> None:
     """Check the layers that a LoRA adapts, on a network without weights."""
+    # The layers that can be adapted.
     layers = []
     for name, module in meta_denoiser(base.denoiser_config).named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             layers.append(name)
+
+    # A target is the name of a layer, or the end of it.
     for target in _lora_targets(config, base.family):
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             known = ", ".join(base.family.lora_targets)
@@ -158,6 +164,7 @@ def training_pipeline(config: TrainConfig, base: BaseModel | None, encoders: boo
     """
     if base is None:
         return new_pipeline(config)
+    # The components that are not loaded as they are published.
     dtype = frozen_dtype(config)
     parts: dict[str, Any] = {}
     if not encoders and not config.spec.saves_pipeline:
@@ -220,13 +227,17 @@ class RunParts:
         if not self.config.data.cache:
             return None
         folder = Path(self.config.runs) / "cache"
-        encoders = run_encoders_key(self.config, self.base)
-        cache = Cache(folder, encoders, self.data, self.resolution, self.flip)
+        cache = Cache(folder, self._encoders_key, self.data, self.resolution, self.flip)
+
         # New weights are the same, whether there was something to encode or not.
         with torch.random.fork_rng(devices=[]):
             cache.build(self._encoding_pipeline, self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
         return cache
+
+    @cached_property
+    def _encoders_key(self) -> str:
+        return run_encoders_key(self.config, self.base)
 
     def _encoding_pipeline(self) -> Any:
         return encoding_pipeline(self.config, self.base, self.accelerator.device)
@@ -234,8 +245,11 @@ class RunParts:
     @cached_property
     def pipe(self) -> Any:
         """The pipeline to train in. Its denoiser has a LoRA, or is trained as a whole."""
+        # The data is encoded first, by a pipeline that is gone when this one is loaded.
         config = self.config
         pipe = training_pipeline(config, self.base, encoders=self.cache is None)
+
+        # What is trained.
         family = family_of(pipe)
         network = getattr(pipe, family.denoiser)
         if config.finetune.method == "full":
@@ -243,6 +257,8 @@ class RunParts:
         else:
             network.requires_grad_(False)
             add_lora(network, lora_config(config, family))
+
+        # How it is computed.
         if config.model.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if config.model.compile:
@@ -261,15 +277,10 @@ class RunParts:
 
         # The store is named by all that the errors depend on.
         config = self.config
-        if self.cache is not None:
-            encodings = self.cache.key
-        else:
-            encoders = run_encoders_key(config, self.base)
-            encodings = encodings_key(encoders, self.data, self.resolution)
         network = getattr(self.pipe, family_of(self.pipe).denoiser)
         key = reference_key(
             network_digest(network),
-            encodings,
+            encodings_key(self._encoders_key, self.data, self.resolution),
             noising_of(self.pipe.scheduler).key,
             config.seed,
             config.data.caption_dropout,
@@ -280,15 +291,16 @@ class RunParts:
 
         # Does it hold every example of the run?
         examples = Examples(self.data, config.seed, in_blocks=self.cache is None)
-        micro_steps = config.steps * config.optim.accumulation
-        pairs = micro_steps * config.optim.batch_size * self.accelerator.num_processes
+        pairs = config.steps * config.examples_per_device * self.accelerator.num_processes
         covered = float(errors.covers(*examples.span(0, pairs)))
+
+        # All ranks have to agree.
         on_device = torch.tensor(covered, device=self.accelerator.device)
         complete = bool(self.accelerator.reduce(on_device, "mean") == 1)
         if complete:
             self.accelerator.print(
-                "train: the reference's errors are all known from an earlier run, "
-                "so the reference is not evaluated"
+                "train: the reference's errors are all known from an earlier run, so the "
+                "reference is not evaluated"
             )
         return errors, complete
 

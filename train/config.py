@@ -105,6 +105,7 @@ class DataConfig:
     workers: int = setting(0, "processes that load data")
 
     def __post_init__(self) -> None:
+        # Values that are wrong by themselves.
         choice("data.source", self.source, SOURCES)
         for key in ("count", "steps", "batch_size"):
             positive(f"data.{key}", getattr(self, key))
@@ -116,15 +117,17 @@ class DataConfig:
         for key in ("caption_dropout", "max_broken"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"data.{key} must lie in [0, 1], not {getattr(self, key)}")
+
+        # What a source needs.
         if self.source == "shapes_pairs" and self.scorer not in SHAPES_REWARDS:
             raise ValueError(
-                "data.source=shapes_pairs is labelled by vivid or crisp, "
-                f"not {self.scorer!r}; other scorers take data=scored_pairs"
+                f"data.source=shapes_pairs is labelled by vivid or crisp, not {self.scorer!r}; "
+                "other scorers take data=scored_pairs"
             )
         if self.source == "sampled_pairs" and not self.prompts:
             raise ValueError(
-                "data.prompts is missing; give a file of prompts, "
-                "or a set that python -m sample knows"
+                "data.prompts is missing; give a file of prompts, or a set that python -m sample "
+                "knows"
             )
         if self.source in ("table", "scored_pairs") and not self.path:
             raise ValueError(
@@ -237,16 +240,19 @@ class TrainConfig:
     runs: str = setting("runs", "folder of all runs")
 
     def __post_init__(self) -> None:
+        # Values that are wrong by themselves.
         choice("objective", self.objective, OBJECTIVES)
         choice("precision", self.precision, ("no", "fp16", "bf16"))
         for key in ("steps", "log_every", "checkpoint_every", "keep_last"):
             positive(key, getattr(self, key))
         not_negative("seed", self.seed)
         not_negative("keep_best", self.keep_best)
+
+        # What does not fit the objective.
         if self.hub.push_to and not self.spec.makes_anchor:
             raise ValueError(
-                f"hub.push_to uploads anchors, and objective={self.objective} makes none: "
-                "remove hub.push_to"
+                f"hub.push_to uploads anchors, and objective={self.objective} makes none: remove "
+                "hub.push_to"
             )
         self._check_data()
         self._check_model()
@@ -256,12 +262,13 @@ class TrainConfig:
         if gives_pairs is not None and gives_pairs != self.spec.needs_pairs:
             wanted = "pairs" if self.spec.needs_pairs else "captioned images"
             raise ValueError(
-                f"objective={self.objective} learns from {wanted}, "
-                f"which data.source={self.data.source} does not give"
+                f"objective={self.objective} learns from {wanted}, which "
+                f"data.source={self.data.source} does not give"
             )
 
     def _check_model(self) -> None:
         """Refuse a config that lacks what the objective starts from."""
+        # A base model, or what a new model is made from.
         model = self.model
         if self.spec.needs_base and not model.base:
             raise ValueError(
@@ -274,6 +281,8 @@ class TrainConfig:
                 f"objective={self.objective} needs model.base, "
                 "or both model.clip and model.vae to start a new model from"
             )
+
+        # Which weights are trained, and from where they start.
         if self.spec.needs_full and self.finetune.method != "full":
             raise ValueError(
                 f"objective={self.objective} trains the whole network: add finetune=full"
@@ -297,6 +306,11 @@ class TrainConfig:
     def beta(self) -> float | None:
         """The objective's beta; None where it has none."""
         return self.settings.beta if self.spec.uses_beta else None
+
+    @property
+    def examples_per_device(self) -> int:
+        """Examples of one optimiser step on one device."""
+        return self.optim.batch_size * self.optim.accumulation
 
     @property
     def stores_reference_errors(self) -> bool:

@@ -18,7 +18,7 @@ from deradiff.data import synthetic_pairs
 from deradiff.data.pairs import CaptionedImages, Pairs
 from deradiff.data.prompts import load_prompts
 from deradiff.data.reference_errors import RECORD
-from deradiff.files import slug
+from deradiff.files import nearest_folder, slug
 from deradiff.models.base_model import BaseModel
 from deradiff.models.requirements import cache_bytes
 from deradiff.scorers import load_scorer
@@ -110,10 +110,13 @@ def generated_data(config: TrainConfig, base: BaseModel | None, accelerator: Acc
 
     It is written where it is missing, by all ranks together. Collective.
     """
+    # Rows of the shapes world, which one process draws.
     folder = Path(config.runs) / "data"
     if config.data.source.startswith("shapes"):
         with accelerator.main_process_first():
             return _draw_shapes(config.data, folder)
+
+    # Images, sampled now or of a table, and which of them are paired.
     if config.data.source == "sampled_pairs":
         images = _sample_images(config, base, folder, accelerator)
         pairs = synthetic_pairs.consecutive_pairs(images)
@@ -122,6 +125,8 @@ def generated_data(config: TrainConfig, base: BaseModel | None, accelerator: Acc
         with section("data"):
             images = CaptionedImages(str(data.path), split=data.split, revision=data.revision)
         pairs = synthetic_pairs.random_pairs(images, data.count)
+
+    # The scorer labels the pairs.
     path = _label_pairs(config.data, folder, images, pairs, accelerator)
     accelerator.wait_for_everyone()
     return path
@@ -148,6 +153,7 @@ def _sample_images(
 
     They do not depend on the scorer: another one, or another temperature, labels them again.
     """
+    # What samples, and from which prompts.
     data = config.data
     resolution = config.model.resolution
     with section("data"):
@@ -155,12 +161,15 @@ def _sample_images(
     sampler = BaseModel(data.pipeline) if data.pipeline else base
     assert sampler is not None
 
+    # The folder is named by all that the images depend on.
     key = (
         f"{prompts}/{sampler.source}/{sampler.revision}/{sampler.vae}/{config.precision}/"
         f"{resolution}/{data.steps}/{data.guidance_scale}/{data.count}"
     )
     name = slug(Path(sampler.source).name, 40)
     path = folder / f"sampled-{name}-{data.count}-{_digest(key)}"
+
+    # The images; the family says how its pipelines are called.
     call: dict[str, Any] = {sampler.family.guidance_argument: data.guidance_scale}
     synthetic_pairs.write_sampled_images(
         path,
@@ -191,6 +200,7 @@ def _label_pairs(
     accelerator: Accelerator,
 ) -> Path:
     """Pairs of images, the winner chosen by the scorer."""
+    # Other versions of a scorer score otherwise, so the version is a part of the folder's name.
     device = str(accelerator.device)
     load = partial(load_scorer, data.scorer, data.scorer_checkpoint, device=device)
     version = load().version
@@ -233,21 +243,22 @@ def cache_need(config: TrainConfig, base: BaseModel, rows: CaptionedImages) -> t
     Returns:
         Bytes of the latents and text embeddings, and bytes of the reference errors.
     """
-    side = latent_side(config, base)
+    # Latents of every image, and the embeddings of every distinct caption.
     images = len(rows)
     if isinstance(rows, Pairs):
         images *= 2
     if config.data.flip:
         images *= 2
     captions = len({*rows.captions, ""})
+    side = latent_side(config, base)
     tokens = base.family.prompt_tokens
     half = cache_bytes(base.denoiser_config, side, side, images, captions, tokens)
     encodings = half * frozen_dtype(config).itemsize / 2
 
+    # A record of errors for every pair that one rank is trained on.
     errors = 0.0
     if config.stores_reference_errors:
-        micro_steps = config.steps * config.optim.accumulation
-        errors = float(micro_steps * config.optim.batch_size * RECORD.itemsize)  # of one rank
+        errors = float(config.steps * config.examples_per_device * RECORD.itemsize)
     return encodings, errors
 
 
@@ -259,16 +270,19 @@ def check_disk(config: TrainConfig, base: BaseModel | None, rows: CaptionedImage
     """
     if base is None or not is_cached(config):
         return
+
+    # What the caches may take: what is free, and what earlier parts of them have taken.
     folder = Path(config.runs) / "cache"
     present = 0
     if folder.is_dir():
         present = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    available = shutil.disk_usage(nearest).free + present
+    available = shutil.disk_usage(nearest_folder(folder)).free + present
+
+    # What they will take.
     need = sum(cache_need(config, base, rows))
     if need > available:
         raise ValueError(
-            f"the cache of {len(rows)} rows needs {in_units(need)} "
-            f"and {folder} has {in_units(available)}: give runs=<a folder on a larger disk>, "
+            f"the cache of {len(rows)} rows needs {in_units(need)} and {folder} has "
+            f"{in_units(available)}: give runs=<a folder on a larger disk>, "
             "data.limit=<fewer rows>, or data.cache=false"
         )

@@ -49,8 +49,8 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
     data = config.data
     if data.source != "table":
         raise ValueError(
-            f"data.dry_run=true shows rows that exist, and data.source={data.source} makes them "
-            "first: run it without"
+            "data.dry_run=true shows rows that exist, and "
+            f"data.source={data.source} makes them first: run it without"
         )
 
     # The rows; those with broken images are not counted out.
@@ -84,10 +84,12 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
 
 def _example_sheet(examples: Examples) -> bytes:
     """The first examples as a PNG: an example a row, its images side by side, its caption below."""
+    # The images and the caption of each example.
     rows = []
     for epoch_index in examples.epoch_indices(0, min(EXAMPLES, len(examples.data))):
         rows.append(examples.batch(_images_and_caption, [epoch_index]))
 
+    # A row for each: the images in squares, and a line of text.
     height = SIDE + LINE
     sheet = Image.new("RGB", (SIDE * len(rows[0][0]), height * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -121,6 +123,7 @@ def _data_need(config: TrainConfig, table: ParquetStream) -> str:
 
 def _memory_need(config: TrainConfig, base: BaseModel) -> str:
     """The memory, FLOPs and hours of the run on one device."""
+    # Counted on the networks' configs, for the published costs' GPU.
     optim = config.optim
     side = latent_side(config, base)
     is_lora = config.finetune.method == "lora"
@@ -129,7 +132,7 @@ def _memory_need(config: TrainConfig, base: BaseModel) -> str:
         side,
         side,
         config.steps,
-        optim.batch_size * optim.accumulation,
+        config.examples_per_device,
         GPUS[GPU].tflops,
         method=config.finetune.method,
         optimizer="adamw8bit" if optim.name.startswith("adamw8bit") else optim.name,
@@ -138,6 +141,8 @@ def _memory_need(config: TrainConfig, base: BaseModel) -> str:
         tokens=base.family.prompt_tokens,
         lora=lora_config(config, base.family) if is_lora else None,
     )
+
+    # The memory in all, with what it is made of.
     parts = {
         "weights": needs.weights,
         "gradients": needs.gradients,
@@ -147,6 +152,6 @@ def _memory_need(config: TrainConfig, base: BaseModel) -> str:
     listed = ", ".join(f"{in_units(size)} {name}" for name, size in parts.items())
     return (
         f"memory of one device in half precision: {in_units(needs.memory)} ({listed}); "
-        f"{needs.flops / 1e18:.3g} EFLOPs, {needs.hours:.3g} A100-hours at 40 % of its peak, "
-        "on one device"
+        f"{needs.flops / 1e18:.3g} EFLOPs, "
+        f"{needs.hours:.3g} A100-hours at 40 % of its peak, on one device"
     )

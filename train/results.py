@@ -46,8 +46,10 @@ def make_card(config: TrainConfig, base: BaseModel, pairs_per_step: int, device:
         pairs_per_step: examples of one optimiser step on all devices.
         device: number and name of the devices.
     """
+    # What was installed, so that a result can be explained later.
     versions = {library.__name__: library.__version__ for library in LIBRARIES}
     versions["python"] = platform.python_version()
+
     return AnchorCard(
         base_model=base.source,
         base_revision=base.revision,
@@ -75,6 +77,8 @@ def git_commit() -> str | None:
         answer = subprocess.run(command, cwd=root, capture_output=True, text=True)
     except OSError:  # git is not installed
         return None
+
+    # A checkout of something else around an installed deradiff does not count.
     top, _, commit = answer.stdout.strip().partition("\n")
     return commit if commit and Path(top) == root else None
 
@@ -137,9 +141,12 @@ def finish(
     Returns:
         The folder of the trained model.
     """
+    # The model.
     folder = run_dir / config.spec.folder
     objective.save(folder)
     name = run_dir.name
+
+    # What makes an anchor's folder a repository.
     if config.spec.makes_anchor:
         panels = sorted((run_dir / "panel").glob("step-*.png"))
         if panels:
@@ -147,6 +154,8 @@ def finish(
         card = cast(AnchorObjective, objective).card
         write_model_card(folder, card, summary, config.hub.push_to)
         name = f"anchor-{name}"
+
+    # Only now is the run finished: until then the same command does all of this again.
     track.artifact(name, "model", folder)
     write_atomic(run_dir / FINISHED, json.dumps({"folder": folder.name}))
     return folder
@@ -207,11 +216,14 @@ class Panels:
             print(f"train: no panel at step {step}: {error}", file=sys.stderr, flush=True)
 
     def _draw(self, network: nn.Module, card: AnchorCard, file: Path) -> None:
+        # The anchor as it would be saved, in a pipeline of its own.
         assert self.base is not None
         panel = self.config.panel
         anchor = self.folder / "anchor"
         save_anchor(anchor, network, replace(card))
         pipe = self.base.load_pipeline(frozen_dtype(self.config)).to(self.device)
+
+        # The sheet.
         sheet = sample_panel(
             pipe,
             load_anchor(anchor),
@@ -223,6 +235,7 @@ class Panels:
         )
         sheet.save(file)
         shutil.rmtree(anchor)
+
         # Training needs the memory.
         del pipe
         torch.cuda.empty_cache()

@@ -62,11 +62,13 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     if accelerator.is_main_process:
         per_step = _examples_per_step(config, accelerator)
         claim(run_dir, asdict(config) | {"pairs_per_step": per_step}, COSMETIC)
+
+    # A finished run is only uploaded, where that has not happened yet.
     folder = results.finished(run_dir)
     if folder is not None:
         accelerator.print(
-            f"train: {run_dir} is finished: see {folder}; "
-            "another name=... or seed=... starts another run"
+            f"train: {run_dir} is finished: see {folder}; another name=... or seed=... starts "
+            "another run"
         )
         if accelerator.is_main_process:
             results.upload(config, folder)
@@ -102,13 +104,13 @@ def _train(
     )
     if anchor is not None:
         options.flops_per_step = anchor.step_flops(per_step, checkpointing=False)
-    if anchor is not None and config.beta is not None:
-        accelerator.print(
-            f"train: beta {config.beta:g} ({anchor.card.beta_convention}), "
-            f"a KL strength of {anchor.kl_strength():.2g}"
-        )
+        if config.beta is not None:
+            accelerator.print(
+                f"train: beta {config.beta:g} ({anchor.card.beta_convention}), a KL strength of "
+                f"{anchor.kl_strength():.2g}"
+            )
 
-    # Training. The main process then saves the results.
+    # Training, with panels on the way.
     is_main = accelerator.is_main_process
     group = slug(config.model.base or config.model.name)
     with tracker(config.tracking, "train", run_dir, asdict(config), is_main, group) as track:
@@ -119,6 +121,8 @@ def _train(
         progress = train(objective, examples, options, run_dir, accelerator, track.log, panels)
         if not is_main:
             return run_dir
+
+        # The main process saves the results; an anchor's card then knows what they have cost.
         if anchor is not None:
             devices = accelerator.num_processes
             results.add_cost(anchor, config, per_step, progress, devices)
@@ -136,7 +140,7 @@ def _train(
 
 def _examples_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
     """Examples of one optimiser step on all devices."""
-    return config.optim.batch_size * config.optim.accumulation * accelerator.num_processes
+    return config.examples_per_device * accelerator.num_processes
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -150,12 +154,14 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 def _options(config: TrainConfig, per_step: int) -> TrainingOptions:
     """The options of the loop; the learning rate is scaled by beta where there is one."""
+    # The rate of a step, from the rate of a pair where the config gives that.
     optim = config.optim
     pairs = per_step if optim.per_pair else 1
     if config.beta is None:
         rate = optim.lr * pairs
     else:
         rate = learning_rate(optim.lr, optim.rule, config.beta, pairs)
+
     return TrainingOptions(
         steps=config.steps,
         batch_size=optim.batch_size,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,10 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
-from deradiff.data.locks import Locks
 from deradiff.data.pairs import BrokenImage, CaptionedImages, image_tensor
+from deradiff.data.part_files import PartFiles
 from deradiff.files import write_atomic
 from deradiff.models.families import family_of
 
@@ -115,6 +113,7 @@ class Cache:
         Raises:
             ValueError: where too many images are broken; see `CaptionedImages.skip`.
         """
+        # The pipeline is loaded by whichever shard is the first to need it, and once.
         pipe = functools.cache(load)
         for flip in [False, True] if self.flip else [False]:
             encode = partial(self._encode_latents, pipe, flip)
@@ -124,28 +123,20 @@ class Cache:
         self._skip_broken()
 
     def _build_shards(self, kind: str, count: int, encode: Encode, progress: bool) -> None:
-        numbers = range(math.ceil(count / SHARD))
-        missing = [number for number in numbers if not _is_complete(self._file(kind, number))]
-        locks = Locks(self.folder / f".{kind}.lock")
-        bar = tqdm(
-            total=len(missing),
-            desc=f"caching {kind}",
+        def write(rows: range, file: Path) -> None:
+            write_atomic(file, save(_encode_in_batches(rows, encode)))
+
+        self._shards(kind, count).write_missing(
+            write,
+            f"caching {kind}",
             unit="shard",
-            disable=not (progress and missing),
-            leave=False,
+            progress=progress,
+            is_complete=_is_complete,
         )
-        with locks, bar:
-            for number in locks.share(missing):
-                file = self._file(kind, number)
-                # Another process may have written it meanwhile
-                if not file.is_file():
-                    rows = range(number * SHARD, min((number + 1) * SHARD, count))
-                    write_atomic(file, save(_encode_in_batches(rows, encode)))
-                bar.update()
 
     def _skip_broken(self) -> None:
         """Skip the examples that the shards mark as broken."""
-        for number in range(math.ceil(len(self.data) / SHARD)):
+        for number in self._shards(LATENTS, len(self.data)).numbers:
             broken = self._shard(LATENTS, number).get_tensor("broken")
             for offset in broken.nonzero().flatten().tolist():
                 index = number * SHARD + offset
@@ -159,6 +150,7 @@ class Cache:
 
         The latents of a broken example are those of grey images, and never read.
         """
+        # The images of each example; grey ones where they are broken.
         grey = torch.zeros(self.data.images_per_example, 3, self.resolution, self.resolution)
         examples = []
         for index in indices:
@@ -171,6 +163,7 @@ class Cache:
             tensors = [image_tensor(image, self.resolution, flip) for image in images]
             examples.append(torch.stack(tensors))
 
+        # All images of the batch at once.
         stacked = torch.stack(examples)
         latents = encode_images(pipe(), stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2])
         is_broken = [index in self.data.broken for index in indices]
@@ -218,6 +211,10 @@ class Cache:
         return list(self._shard(EMBEDDINGS, 0).keys())
 
     # Shards
+
+    def _shards(self, kind: str, count: int) -> PartFiles:
+        """The shards of one kind, which hold `count` examples or captions."""
+        return PartFiles(self.folder / f".{kind}.lock", partial(self._file, kind), count, SHARD)
 
     def _file(self, kind: str, number: int) -> Path:
         return self.folder / f"{kind}-{number:06d}.safetensors"

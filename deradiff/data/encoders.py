@@ -34,6 +34,7 @@ def encoders_key(base: BaseModel) -> str:
     Raises:
         ValueError: where the base model is not a pipeline.
     """
+    # The names and classes of the components.
     parts = []
     for name, value in base.index.items():
         is_component = isinstance(value, list) and value[1]
@@ -42,6 +43,7 @@ def encoders_key(base: BaseModel) -> str:
     parts.sort()
     classes = " ".join(f"{name}={base.index[name][1]}" for name in parts)
 
+    # Their files; those of the autoencoder that replaces the base model's own come last.
     own = [name for name in parts if not (base.vae and name == "vae")]
     key = f"{classes} {source_key(base.source, base.revision, own, INDEX)}"
     return f"{key} {source_key(base.vae)}" if base.vae else key
@@ -64,15 +66,18 @@ def source_key(
     Returns:
         A digest of a folder's files; a hub id with its commit.
     """
+    # On the hub, the commit stands for the files.
     folder = Path(locate(source))
     if not folder.is_dir():
         return f"{source}@{commit_of(fetch(source, file, revision)) or revision}"
+
+    # In a folder, their names and contents count.
     roots = [folder] if parts is None else [folder / part for part in parts]
     digest = hashlib.sha256()
     for root in roots:
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
             names = path.relative_to(root).parts
-            # Hidden files are left by downloads and file browsers
+            # Hidden files are left by downloads and file browsers.
             if any(name.startswith(".") for name in names):
                 continue
             prefix = root.name if parts else ""
@@ -85,7 +90,7 @@ def encoders_without_weights(base: BaseModel, dtype: torch.dtype) -> dict[str, A
     """Components in place of a base model's encoders, for `BaseModel.load_pipeline`.
 
     The autoencoder is there without weights (meta device), because it says the shape, scale and
-    precision of latents. The text encoders are left out.
+    precision of latents. In place of the text encoders there is nothing.
 
     Args:
         base: the base model.

@@ -88,6 +88,9 @@ class CaptionedImages:
     ) -> None:
         self.path = path
         self.max_broken = max_broken
+        self.broken: dict[int, str] = {}
+
+        # The table, and which of its rows can be used.
         self.table = open_table(path, split, revision, streaming)
         self.columns = self._columns()
         captions = self.table.column("caption")
@@ -96,10 +99,11 @@ class CaptionedImages:
         self.rows = np.flatnonzero(self.usable_rows(has_caption))[:limit]
         if len(self.rows) == 0:
             raise ValueError(f"{path} has no usable row")
+
+        # What a run reads of these rows, and what names them.
         self.captions: list[str] = [captions[row] for row in self.rows]
         rows_digest = hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]
         self.fingerprint = f"{self.table.fingerprint}-{rows_digest}"
-        self.broken: dict[int, str] = {}
 
     def _columns(self) -> tuple[str, ...]:
         """The first of the column forms that the table has."""
@@ -190,16 +194,20 @@ class Pairs(CaptionedImages):
 
     def usable_rows(self, has_caption: np.ndarray) -> np.ndarray:
         """Which rows of the table have a caption and a winner, as a mask."""
+        # In the columns winner and loser, the first image of every row is the winner.
         self.ties = 0
         self.missing_labels = 0
         self.label = np.ones(len(has_caption))
         if self.columns == CHOICE_COLUMNS:
             return has_caption
 
+        # In Pick-a-Pic's columns, the label decides. Where there is none, label_0 means nothing.
         self.label = np.array(self.table.column("label_0"), dtype=float)
         if "has_label" in self.table.columns:
             has_label = np.array(self.table.column("has_label"), dtype=bool)
             self.label[~has_label] = np.nan
+
+        # A row that has a caption but no winner is a tie, or has no label.
         has_winner = (self.label == 0) | (self.label == 1)
         self.missing_labels = int((has_caption & np.isnan(self.label)).sum())
         self.ties = int((has_caption & ~has_winner).sum()) - self.missing_labels
@@ -311,7 +319,7 @@ class Examples:
         while True:
             try:
                 return collate([self.item(*epoch_index) for epoch_index in epoch_indices])
-            # `Item.images` has marked the example as broken
+            # `Item.images` has marked the example as broken: the next try takes another one.
             except BrokenImage:
                 continue
 
@@ -324,6 +332,7 @@ class Examples:
         Returns:
             (2, stop - start): epochs and indices.
         """
+        # Each position lies in one epoch, and has an offset into the order of that epoch.
         count = len(self.data)
         epochs, offsets = np.divmod(np.arange(start, stop), count)
         blocks = self.data.blocks if self.in_blocks else None
@@ -352,6 +361,8 @@ def _permutation(count: int, seed: int, epoch: int, blocks: np.ndarray | None) -
     if key not in _permutations:
         if len(_permutations) > 1:
             _permutations.pop(next(iter(_permutations)))
+
+        # Rows are sorted by the place of their shard, then of their row group, then their own.
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(count)
         if blocks is not None:

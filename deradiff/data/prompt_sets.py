@@ -92,6 +92,7 @@ def load_prompt_set(name: str) -> list[Any]:
 
 def _read(repo: str, prompt_set: PromptSet) -> list[Any]:
     """The prompts of a set from one repository. Raises OSError where it does not have them."""
+    # From lists of prompts.
     prompts = []
     if prompt_set.files:
         for name in prompt_set.files:
@@ -99,7 +100,7 @@ def _read(repo: str, prompt_set: PromptSet) -> list[Any]:
             prompts += json.loads(file.read_text(encoding="utf-8"))
         return prompts
 
-    # `root` is a folder of the hub's cache where the hub does not answer
+    # From tables. `root` is a folder of the hub's cache where the hub does not answer.
     root, names = listing(repo, repo_type="dataset")
     for name in sorted(_tables_of_split(names, prompt_set.split)):
         if repo in prompt_set.repos_with_images:
@@ -133,17 +134,20 @@ def _remote_column(address: str, column: str) -> list[Any]:
     try:
         with HfFileSystem().open(address, block_size=REQUEST_BYTES) as file:
             return pq.read_table(file, columns=[column])[column].to_pylist()
-    # Of the hub's client, of the network, or of the table
+    # An error of the hub's client, of the network, or of the table.
     except Exception as error:
         raise OSError(type(error).__name__) from error
 
 
 def _column(file: Path, column: str) -> list[Any]:
     """A column of a local table."""
+    # Of parquet, only the column is read.
     if file.suffix == ".parquet":
         if column not in pq.read_schema(file).names:
             raise OSError(f"{file.name} has no column {column}")
         return pq.read_table(file, columns=[column])[column].to_pylist()
+
+    # Of a text table, every line.
     delimiter = "\t" if file.suffix == ".tsv" else ","
     with open(file, encoding="utf-8-sig", newline="") as opened:
         rows = list(csv.DictReader(opened, delimiter=delimiter))

@@ -53,6 +53,7 @@ def load_prompts(prompts: str | Sequence[str], limit: int | None = None) -> list
     Raises:
         ValueError: for an unknown or empty source, and for a blank prompt.
     """
+    # Read them, and refuse what cannot be a prompt.
     texts = _texts(prompts)
     if not texts:
         raise ValueError(f"prompts={prompts} is empty: give {SOURCES}")
@@ -60,10 +61,11 @@ def load_prompts(prompts: str | Sequence[str], limit: int | None = None) -> list
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"prompt {number} of {where} is {text!r}, but every prompt needs words: remove it "
-                "or write some"
+                f"prompt {number} of {where} is {text!r}, but every prompt needs words: "
+                "remove it or write some"
             )
 
+    # Give each an id. A prompt that comes again has its number in the id.
     loaded = []
     occurrences: Counter[str] = Counter()
     for text in texts:
@@ -72,6 +74,7 @@ def load_prompts(prompts: str | Sequence[str], limit: int | None = None) -> list
         suffix = f"-{occurrences[text]}" if is_repeated else ""
         loaded.append(Prompt(prompt_id(text) + suffix, text))
 
+    # Keep as many as are wanted, evenly spaced.
     count = min(limit or len(loaded), len(loaded))
     return [loaded[i * len(loaded) // count] for i in range(count)]
 
@@ -90,6 +93,7 @@ def prompt_id(text: str) -> str:
 
 
 def _texts(prompts: str | Sequence[str]) -> list[Any]:
+    # A list, or a name.
     if not isinstance(prompts, str):
         return list(prompts)
     if prompts == SHAPES:
@@ -97,12 +101,13 @@ def _texts(prompts: str | Sequence[str]) -> list[Any]:
     if prompts in PROMPT_SETS:
         return load_prompt_set(prompts)
 
+    # A file.
     path = Path(prompts)
     if not path.is_file():
         raise ValueError(f"prompts={prompts[:200]} is no prompt file: give {SOURCES}")
     if path.suffix == ".parquet":
         return _parquet_column(path)
-    # `splitlines` would also split at characters that may be inside a prompt, such as U+2028
+    # `splitlines` would also split at characters that may be inside a prompt, such as U+2028.
     lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     if path.suffix == ".jsonl":
         return [_json_prompt(line, n, prompts) for n, line in enumerate(lines, start=1)]

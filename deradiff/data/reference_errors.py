@@ -45,7 +45,7 @@ class ReferenceErrors:
         parts = [_read_records(file) for file in sorted(self.folder.glob("*.bin"))]
         records = np.concatenate(parts) if parts else np.empty(0, RECORD)
 
-        # Sorted by epoch and index, for binary search
+        # Sorted by epoch and index, for binary search.
         packed = _pack(records["epoch"], records["index"])
         self._packed, first = np.unique(packed, return_index=True)
         self._errors = np.stack([records["winner"][first], records["loser"][first]])
@@ -60,6 +60,8 @@ class ReferenceErrors:
         errors = torch.full((2, len(epoch_indices)), torch.nan)
         if not len(self._packed):
             return errors
+
+        # Where each pair would stand among the known ones, and whether it does.
         epochs, indices = np.array(epoch_indices, dtype=np.int64).T
         wanted = _pack(epochs, indices)
         positions = np.searchsorted(self._packed, wanted).clip(max=len(self._packed) - 1)
@@ -90,14 +92,15 @@ class ReferenceErrors:
         self._pending = (epoch_indices, errors.detach())
 
     def flush(self) -> None:
-        """Write what `add` holds back; errors that are not finite are left out."""
+        """Write what `add` holds back, without errors that are not finite."""
         if self._pending is None:
             return
         epoch_indices, errors = self._pending
         self._pending = None
+
+        # A record for each pair, with its checksum last.
         epochs, indices = np.array(epoch_indices).T
         winner, loser = errors.float().cpu().numpy()
-
         records = np.zeros(len(epoch_indices), RECORD)
         records["epoch"] = epochs
         records["index"] = indices
@@ -106,6 +109,7 @@ class ReferenceErrors:
         records = records[np.isfinite(winner) & np.isfinite(loser)]
         records["crc"] = [_checksum(record) for record in records]
 
+        # One call appends them all, so that a kill can cut the last record only.
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:

@@ -25,6 +25,7 @@ def parquet_files(path: str, split: str, revision: str | None = None) -> list[st
     Raises:
         ValueError: for a path or split that does not exist.
     """
+    # On this disk.
     local = Path(path)
     if local.is_file():
         return [str(local)]
@@ -33,12 +34,14 @@ def parquet_files(path: str, split: str, revision: str | None = None) -> list[st
             return None
         builder = datasets.load_dataset_builder("parquet", data_dir=str(local))
         return _files_of_split(builder, path, split)
+
+    # On the hub.
     if is_hub_id(path) and not path.endswith(".parquet"):
         builder = _hub_builder(path, revision)
         return _files_of_split(builder, path, split) if "parquet" in builder.name else None
     raise ValueError(
-        f"path={path} does not exist: give a parquet file, a folder, or a data set of the hub "
-        "such as org/name"
+        f"path={path} does not exist: give a parquet file, a folder, "
+        "or a data set of the hub such as org/name"
     )
 
 

@@ -54,9 +54,12 @@ class Shard:
 
 def _read_shard(address: str) -> Shard:
     """Read a file's footer and its small columns."""
+    # What tells this file from a later one at the same address.
     system, path = fsspec.core.url_to_fs(address)
     info = system.info(path)
     version = info.get("blob_id") or info.get("mtime") or info.get("created")
+
+    # The footer names the columns and the row groups; the small columns are read whole.
     with system.open(path) as file:
         parquet = pq.ParquetFile(file)
         columns = tuple(parquet.schema_arrow.names)
@@ -85,6 +88,7 @@ class ParquetStream:
     """
 
     def __init__(self, addresses: list[str]) -> None:
+        # Footers and small columns of all files.
         with ThreadPoolExecutor(THREADS) as pool:
             self.shards = list(pool.map(_read_shard, addresses))
         self._check_columns()
@@ -93,7 +97,7 @@ class ParquetStream:
         lines = [f"{shard.address} {shard.version} {shard.size}\n" for shard in self.shards]
         self.fingerprint = hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
-        # Row groups are numbered over all shards
+        # The shard and the row group of each row. Row groups are numbered over all shards.
         shard_of_group: list[int] = []
         sizes: list[int] = []
         for number, shard in enumerate(self.shards):
@@ -140,9 +144,12 @@ class ParquetStream:
         return kept[group]
 
     def _read_group(self, group: int) -> list[dict[str, Any]]:
+        # The shard that the group lies in, and the group's number there.
         number = int(self.blocks[0][self._first_rows[group]])
         shard = self.shards[number]
         groups_before = sum(len(before.groups) for before in self.shards[:number])
+
+        # Its rows, with the columns that training reads.
         wanted = {*LARGE_COLUMNS, *SMALL_COLUMNS}
         columns = [name for name in shard.columns if name in wanted]
         system, path = fsspec.core.url_to_fs(shard.address)

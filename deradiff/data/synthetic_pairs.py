@@ -8,8 +8,8 @@ share the work.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from deradiff.data.locks import Locks
 from deradiff.data.pairs import CaptionedImages, generator_of
+from deradiff.data.part_files import PartFiles
 from deradiff.image_tables import encode_png, write_pair_table, write_table
 
 PART = 64
@@ -62,12 +61,15 @@ def write_sampled_images(
     pipe = functools.cache(load)
 
     def write(pairs: range, file: Path) -> None:
+        # Two images of each pair, with the same prompt and different noise.
         captions = []
         generators = []
         for pair in pairs:
             for side in (0, 1):
                 captions.append(prompts[pair % len(prompts)])
                 generators.append(generator_of(seed, pair, side))
+
+        # They are sampled in batches, and encoded as PNG.
         images: list[Image.Image] = []
         for start in range(0, len(captions), batch_size):
             batch = slice(start, start + batch_size)
@@ -78,7 +80,7 @@ def write_sampled_images(
             images += output.images
         write_table(file, {"image": _encode_all(images), "caption": captions})
 
-    _write_parts(folder, count, write, "sampling pairs")
+    _parts(folder, count).write_missing(write, "sampling pairs")
 
 
 def consecutive_pairs(images: CaptionedImages) -> np.ndarray:
@@ -104,6 +106,7 @@ def random_pairs(images: CaptionedImages, count: int, seed: int = 0) -> np.ndarr
     Raises:
         ValueError: where no caption has two images.
     """
+    # The images of each caption that has at least two.
     rows_of_caption: dict[str, list[int]] = {}
     for row, caption in enumerate(images.captions):
         rows_of_caption.setdefault(caption, []).append(row)
@@ -112,6 +115,8 @@ def random_pairs(images: CaptionedImages, count: int, seed: int = 0) -> np.ndarr
         raise ValueError(
             f"{images.path} has no caption with two images, so there is nothing to compare"
         )
+
+    # A caption is chosen in proportion to its images, then two of them.
     rng = np.random.default_rng(seed)
     sizes = np.array([len(rows) for rows in groups])
     chosen = rng.choice(len(groups), count, p=sizes / sizes.sum())
@@ -144,11 +149,14 @@ def write_scored_pairs(
     score = functools.cache(load)
 
     def write(numbers: range, file: Path) -> None:
+        # The images of the pairs, and their scores.
         captions = [images.captions[int(pairs[number][0])] for number in numbers]
         first_images = [images.images(int(pairs[number][0]))[0] for number in numbers]
         second_images = [images.images(int(pairs[number][1]))[0] for number in numbers]
         first_scores = score()(first_images, captions)
         second_scores = score()(second_images, captions)
+
+        # The labels follow from the difference of the scores.
         label = bradley_terry(first_scores - second_scores, temperature, seed, numbers)
         write_pair_table(
             file,
@@ -160,7 +168,7 @@ def write_scored_pairs(
             score_1=second_scores.tolist(),
         )
 
-    _write_parts(folder, len(pairs), write, "labelling pairs")
+    _parts(folder, len(pairs)).write_missing(write, "labelling pairs")
 
 
 def bradley_terry(
@@ -191,27 +199,9 @@ def _encode_all(images: list[Image.Image]) -> list[bytes]:
     return [encode_png(image) for image in images]
 
 
-def _write_parts(
-    folder: Path, count: int, write: Callable[[range, Path], None], description: str
-) -> None:
-    """Write the parts that are missing, shared with other processes.
-
-    Args:
-        folder: of the parts.
-        count: number of pairs.
-        write: writes the pairs of a range into a file.
-        description: for the progress bar.
-    """
-    numbers = range(math.ceil(count / PART))
-    missing = [number for number in numbers if not _part(folder, number).is_file()]
-    bar = tqdm(total=len(missing), desc=description, unit="part", disable=not missing, leave=False)
-    with Locks(folder / ".lock") as locks, bar:
-        for number in locks.share(missing):
-            file = _part(folder, number)
-            # Another process may have written it meanwhile
-            if not file.is_file():
-                write(range(number * PART, min((number + 1) * PART, count)), file)
-            bar.update()
+def _parts(folder: Path, count: int) -> PartFiles:
+    """The files of `count` pairs."""
+    return PartFiles(folder / ".lock", partial(_part, folder), count, PART)
 
 
 def _part(folder: Path, number: int) -> Path:

@@ -87,13 +87,14 @@ class ArrowTable:
     def __init__(
         self, path: str, split: str, revision: str | None, files: list[str] | None
     ) -> None:
+        # Downloaded and copied where that is not done yet.
         datasets.disable_progress_bars()
         if files is not None:
             table = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
             table = datasets.load_dataset(path, split=split, revision=revision)
 
-        # Images stay bytes here: decoded one at a time, a broken one can be named
+        # Images stay bytes here: decoded one at a time, a broken one can be named.
         for name, feature in table.features.items():
             if isinstance(feature, datasets.Image):
                 table = table.cast_column(name, datasets.Image(decode=False))
