@@ -90,7 +90,7 @@ class Dial:
         return self.lams[0] if self._anchors == 1 else list(self.lams)
 
     @lam.setter
-    def lam(self, lam: Lambda | Sequence[Lambda]) -> None:
+    def lam(self, lam: Lambda | ByBranch | Sequence[Lambda | ByBranch]) -> None:
         lams = validated_lams(lam, self._anchors)
         if any(isinstance(value, ByBranch) for value in lams) and not self._takes_branches:
             raise ValueError("a lam for each branch of guidance needs mode='exact'")
