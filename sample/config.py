@@ -20,6 +20,7 @@ from deradiff.method.samplers import SAMPLERS
 from deradiff.models.families import FAMILIES
 from deradiff.models.family import SamplingDefaults
 from deradiff.realignment.registry import (
+    BRANCHES,
     LABELS,
     MODES,
     NEEDS,
@@ -77,6 +78,9 @@ class SampleConfig:
     trust_region: float | None = setting(
         None, "lambda above 1: nats of KL that the chain may go from the anchor's; null: any"
     )
+    branch: str = setting(
+        "both", "the branch of guidance that lambda acts on: " + ", ".join(BRANCHES)
+    )
     batched: bool = setting(False, "a LoRA anchor's rows and the reference's as one batch")
     sampler: str | None = setting(None, "null: the model's default; " + ", ".join(SAMPLERS))
     eta: float = setting(0.0, "of DDIM: 0 (deterministic) to 1")
@@ -104,6 +108,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, MODES)
+        choice("branch", self.branch, BRANCHES)
         choice("sampler", self.sampler, (None, *SAMPLERS))
         choice("dtype", self.dtype, (None, *DTYPES))
         self._check_lists()
@@ -161,10 +166,22 @@ class SampleConfig:
         """Raises ValueError for options that the mode does not go together with."""
         if self.trust_region is not None:
             positive("trust_region", self.trust_region)
+        self._check_branch()
         option = unsupported_option(self.mode, self.particles, self.batched, self.trust_region)
         if option:
             modes = " or ".join(f"mode={name}" for name in modes_with(option))
             raise ValueError(f"{option} {NEEDS[option]}: give {modes}, not {self.mode}")
+
+    def _check_branch(self) -> None:
+        """Raises ValueError for options that a lambda for one branch does not go together with."""
+        if self.branch == "both":
+            return
+        has_others = self.particles > 1 or self.trust_region is not None
+        if not MODES[self.mode].branches or has_others or self.targets or self.bake:
+            raise ValueError(
+                f"branch={self.branch} is for mode=exact without particles, trust_region, targets "
+                "and bake: remove these, or give branch=both"
+            )
 
     def _check_bake(self) -> None:
         """Raises ValueError where a bake would not be one lambda of mode exact."""
@@ -195,6 +212,8 @@ class SampleConfig:
             return self.name
         detail = "" if self.mode_detail is None else self.mode_detail
         parts = [self._anchor_name(), f"{self.mode_name}{detail}", *self._sampler_name()]
+        if self.branch != "both":
+            parts.append(self.branch)
         numbers = {
             "steps": self.steps,
             "guidance": self.guidance_scale,

@@ -19,6 +19,7 @@ from deradiff import realign
 from deradiff.anchors.anchor import Anchor
 from deradiff.data.prompts import Prompt
 from deradiff.image_tables import encode_png
+from deradiff.method.branches import ByBranch
 from deradiff.method.schedulers import make_scheduler
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
@@ -69,7 +70,22 @@ def mode_options(config: SampleConfig) -> dict[str, Any]:
     setting = LABELS[config.mode_name].setting
     if setting:
         options[setting] = config.mode_detail
-    return options | {"trust_region": config.trust_region}
+    branch = None if config.branch == "both" else config.branch
+    return options | {"trust_region": config.trust_region, "branch": branch}
+
+
+def lambda_of_branch(lam: float, branch: str) -> float | ByBranch:
+    """A lambda for one branch of guidance; the other branch is the reference's.
+
+    Args:
+        lam: the lambda.
+        branch: one of `deradiff.realignment.registry.BRANCHES`.
+    """
+    if branch == "both":
+        return lam
+    if branch == "conditional":
+        return ByBranch(conditional=lam, unconditional=0.0)
+    return ByBranch(conditional=0.0, unconditional=lam)
 
 
 def select(rows: Any, numbers: Sequence[int]) -> Any:
@@ -103,7 +119,7 @@ class Images:
         with realign(
             self.pipe,
             self.anchor,
-            config.lambdas[0],
+            lambda_of_branch(config.lambdas[0], config.branch),
             config.mode,
             bool(config.path_kl),
             every=config.every,
@@ -127,7 +143,7 @@ class Images:
                 continue
 
             # One call of the pipeline
-            dial.lam = lam
+            dial.lam = lambda_of_branch(lam, self.config.branch)
             started = time.monotonic()
             missing = [batch[i] for i in rows]
             of_rows = {name: select(value, rows) for name, value in embeddings.items()}
@@ -202,7 +218,7 @@ class Images:
             "base_model": config.model.base,
             "beta": beta,
             "lam": lam,
-            "beta_target": beta / lam if beta and lam else None,
+            "beta_target": beta / lam if beta and lam and config.branch == "both" else None,
             "mode": config.mode_name,
             **mode_options(config),
             "sampler": config.sampler,

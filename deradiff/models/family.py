@@ -10,10 +10,9 @@ Nothing outside this folder asks for a family by its name. A new family is
 
 `tests/models/test_new_family.py` says what is missing or does not fit.
 
-Of the family's diffusers pipeline, `realign` needs what nearly all of them have: a denoiser whose
-noisy latents are its first argument, `sample` or `hidden_states`; `scheduler.timesteps`; and, where
-a guided call evaluates two rows for an image in one batch, the property
-`do_classifier_free_guidance`.
+`realign` needs no family: it takes any pipeline of diffusers that calls a denoiser step by step
+(docs/pipelines.md). Of a family it reads the size of patches, for masks over the latents, and which
+arguments belong to all rows of a batch.
 
 The files of the families import neither torch nor diffusers. The stages' configs read the names and
 the sampling defaults from them, and a typo in a command is answered before torch is loaded. The

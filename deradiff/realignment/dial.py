@@ -90,7 +90,7 @@ class Dial:
         return self.lams[0] if self._anchors == 1 else list(self.lams)
 
     @lam.setter
-    def lam(self, lam: Lambda | Sequence[Lambda]) -> None:
+    def lam(self, lam: Lambda | ByBranch | Sequence[Lambda | ByBranch]) -> None:
         lams = validated_lams(lam, self._anchors)
         if any(isinstance(value, ByBranch) for value in lams) and not self._takes_branches:
             raise ValueError("a lam for each branch of guidance needs mode='exact'")
@@ -102,7 +102,8 @@ class Dial:
     def path_kl(self) -> Tensor:
         """KL divergence of the realigned chain from the reference's, in nats (images,).
 
-        Of the last call of the pipeline, or of the one that is running. It is an estimate (see
+        Of the last chain of steps, or of the one that is running. A call of a pipeline is one
+        chain, except where it samples in stages. It is an estimate (see
         `deradiff.realignment.path_kl.PathKL`), and nan where some step did not evaluate the
         reference (see `path_kl` of `realign`) or where it cannot be known, which is then said once.
 

@@ -101,6 +101,9 @@ MODES = {
     ),
 }
 
+BRANCHES = ("both", "conditional", "unconditional")
+"""The branches of guidance that lambda may act on."""
+
 PARTICLES = "particles"
 """What a manifest calls a mode that was sampled with more than one particle an image."""
 
@@ -173,6 +176,8 @@ def full_name(record: Mapping[str, Any]) -> str:
     for setting in SETTINGS:
         if _is_number(record.get(setting)):
             words.append(f"{record[setting]:g}")
+    if record.get("branch"):
+        words.append(f"{record['branch']} branch")
     if _is_number(record.get("trust_region")):
         words.append(f"within {record['trust_region']:g} nats")
     return " ".join(words)

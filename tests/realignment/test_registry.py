@@ -128,6 +128,7 @@ def test_the_name_of_a_mode_says_what_makes_it_another_model(name):
     record = dict.fromkeys(SETTINGS) | {"mode": name, "trust_region": None}
     assert full_name(record) == name
     assert full_name(record | {"trust_region": 0.5}) == f"{name} within 0.5 nats"
+    assert full_name(record | {"branch": "conditional"}) == f"{name} conditional branch"
     if setting:
         assert full_name(record | {setting: 4}) == f"{name} 4"
     assert label_of(f"{name} 4") == LABELS[name]
@@ -150,7 +151,8 @@ def test_a_new_row_is_sampled_checked_named_and_shown_as_any_other(sd15, monkeyp
     # The stage takes it, and the manifest and figures name it with its setting.
     config = SampleConfig(anchor="x", mode="damped", every=3, sampler="ddim")
     assert "-damped3-" in config.run_name()
-    assert mode_options(config) == {"every": 3, "particles": None, "trust_region": None}
+    options = {"every": 3, "particles": None, "trust_region": None, "branch": None}
+    assert mode_options(config) == options
     record = mode_options(config) | {"mode": config.mode_name}
     assert full_name(record) == "damped 3"
     assert label_of("damped 3") is DAMPED.label

@@ -13,6 +13,7 @@ import torch
 from configs.tracking import TrackingConfig
 from deradiff.method.samplers import SAMPLERS, samplers_for
 from deradiff.models.families import FAMILIES
+from deradiff.realignment.registry import BRANCHES
 from sample.config import SAMPLING_DEFAULTS, SampleConfig
 from sample.resolve import resolve
 from sample.sampling import load_sampler
@@ -269,3 +270,23 @@ def test_the_user_reads_once_and_before_the_first_image_what_realign_would_warn_
         assert "beyond" not in str(warning.message)
         assert "heuristic" not in str(warning.message)
     assert capsys.readouterr().out.count(sentence) == 1
+
+
+def test_lambda_may_act_on_one_branch_of_guidance(tiny, tmp_path):
+    images = {}
+    for branch in BRANCHES:
+        config = config_of(tiny, lambdas=[0.0, 1.0], branch=branch)
+        run(config, tmp_path / branch)
+        images[branch] = read_images(tmp_path / branch)
+        records = read_manifest(tmp_path / branch)
+        is_both = branch == "both"
+        assert {record["branch"] for record in records} == {None if is_both else branch}
+        assert all(record["beta_target"] is None for record in records if not is_both)
+        assert (f"-{branch}" in config.run_name()) != is_both
+    for branch in BRANCHES[1:]:
+        assert difference(images["both"], images[branch], lam=0.0) <= 1
+        assert difference(images["both"], images[branch], lam=1.0) > 1
+    assert difference(images["conditional"], images["unconditional"], lam=1.0) > 1
+
+    with pytest.raises(ValueError, match="branch=conditional is for mode=exact without particles"):
+        config_of(tiny, branch="conditional", mode="weights")
