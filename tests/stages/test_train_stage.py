@@ -288,7 +288,10 @@ def type_here(command, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr("sys.argv", command[command.index("train") :])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it, and here it must be unset again
-    main()
+    try:
+        main()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def lora_of(tmp_path, name):

@@ -39,6 +39,10 @@ def small_run(base: Path, runs: Path) -> TrainConfig:
 
 def go(config: TrainConfig) -> Path:
     """Run the stage as `python -m train` does; returns the folder of what was trained."""
-    # A run is a process of its own; the runs of the tests share one.
+    # A run is a process of its own; the runs of the tests share one. Nor may later tests compute in
+    # this run's precision.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return run(config, Path(config.runs) / "train" / config.run_name())
+    try:
+        return run(config, Path(config.runs) / "train" / config.run_name())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
