@@ -7,7 +7,7 @@ trace.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -57,16 +57,17 @@ class Adapter:
         prefix = denoiser
         self.denoiser: Any = unwrapped(getattr(pipe, denoiser))
         self.name = f"{PREFIX}{number}"
-        self.source = anchor.source
+        self._label = f"the LoRA anchor {anchor.source}"
         self.layers: dict[str, Any] = {}
+        # The modules that the layers are in, by path.
+        self._parents: dict[str, nn.Module] = {}
         # (parent, name in it, layer) of each layer that `detached` has taken off the network.
         self._detached: list[tuple[nn.Module, str, Any]] = []
         self._is_active = False
 
         weights = anchor.lora(pipe, denoiser)
-        name = f"the LoRA anchor {anchor.source}"
         pipeline = f"the {pipeline_label(pipe)} pipeline"
-        _check_fits(self.denoiser, prefix, weights, name, pipeline)
+        _check_fits(self.denoiser, prefix, weights, self._label, pipeline)
 
         # peft freezes what it wraps, and makes the new adapter the active one: both are undone.
         requires_grad = [(p, p.requires_grad) for p in self.denoiser.parameters()]
@@ -79,7 +80,7 @@ class Adapter:
             self._collect_layers()
             self.remove()
             raise ValueError(
-                f"{name} does not load onto {pipeline}: {_first_line(error)}"
+                f"{self._label} does not load onto {pipeline}: {_first_line(error)}"
             ) from error
         finally:
             # The stock pipeline's network with a LoRA on it wants no gradients of these.
@@ -107,10 +108,12 @@ class Adapter:
                 module.weight.data = own.to(module.weight.device, self.denoiser.dtype)
 
     def _collect_layers(self) -> None:
-        """Note the layers of the network that hold this adapter."""
+        """Note the layers of the network that hold this adapter, and what these are in."""
         for path, layer in lora_layers(self.denoiser).items():
             if self.name in getattr(layer, "scaling", {}):
                 self.layers[path] = layer
+                parent = path.rpartition(".")[0]
+                self._parents[parent] = self.denoiser.get_submodule(parent)
 
     def _load(self, pipe: Any, weights: LoraWeights, prefix: str) -> None:
         """Load the weights in the way of the pipelines' own `load_lora_weights`.
@@ -143,7 +146,8 @@ class Adapter:
         Whoever deletes an adapter of their own switches on what else the layer holds.
 
         Raises:
-            ValueError: where somebody has removed it, or fused it into the weights.
+            ValueError: where somebody has removed it, fused it into the weights, or fused the
+                projections that it acts on.
         """
         detached = {id(layer) for _, _, layer in self._detached}
         for path, layer in self.layers.items():
@@ -152,7 +156,7 @@ class Adapter:
                 layer._active_adapter = [n for n in layer.active_adapters if n != self.name]
             if not is_attached or self.name not in layer.scaling:
                 raise ValueError(
-                    f"the LoRA anchor {self.source} was removed from the network while the "
+                    f"{self._label} was removed from the network while the "
                     "pipeline is realigned: unload or delete LoRAs before or after the context"
                 )
             if layer.merged:
@@ -160,6 +164,7 @@ class Adapter:
                     "a LoRA was fused into the network while the pipeline is realigned: call "
                     "pipe.unfuse_lora(), and fuse before or after the context"
                 )
+        _check_projections(self._parents, self.layers, self._label)
 
     def _module_at(self, path: str) -> Any:
         """The module at a path of the network; None where there is none any more."""
@@ -384,19 +389,31 @@ def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
 
 
-def _check_projections(
-    modules: dict[str, nn.Module], weights: LoraWeights, prefix: str, anchor: str
-) -> None:
+def check_unfused(layers: Mapping[str, Any]) -> None:
+    """Check that no LoRA is fused into a network's weights.
+
+    Args:
+        layers: peft's layers in it, by path.
+
+    Raises:
+        ValueError: where there is one, which an anchor would then lack.
+    """
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(
+            "the pipeline has LoRA weights fused into it, which would hide the anchor's: call "
+            "pipe.unfuse_lora() first"
+        )
+
+
+def _check_projections(modules: Mapping[str, nn.Module], paths: Iterable[str], anchor: str) -> None:
     """Raise ValueError where attention does not use the layers that a LoRA changes.
 
     Args:
         modules: of the network, by path.
-        weights: the LoRA.
-        prefix: of the layers' names in it.
+        paths: of the layers.
         anchor: how an error names the LoRA.
     """
-    for key in weights.state:
-        path = key.removeprefix(f"{prefix}.").partition(".lora_")[0]
+    for path in paths:
         parent, _, layer = path.rpartition(".")
         is_fused = getattr(modules.get(parent), "fused_projections", False)
         if is_fused and layer in FUSED_PARTS:
@@ -404,6 +421,11 @@ def _check_projections(
                 f"{anchor} changes {path}, which the pipeline's fused projections do not use: call "
                 "pipe.unfuse_qkv_projections() first"
             )
+
+
+def _layer_paths(weights: LoraWeights, prefix: str) -> list[str]:
+    """The paths of the layers that a LoRA changes, whose names in it begin with a prefix."""
+    return [key.removeprefix(f"{prefix}.").partition(".lora_")[0] for key in weights.state]
 
 
 def _first_line(error: Exception) -> str:
@@ -424,13 +446,9 @@ def _check_fits(
         anchor: how an error names the LoRA.
         pipeline: how an error names the pipeline.
     """
-    if any(layer.merged for layer in lora_layers(denoiser).values()):
-        raise ValueError(
-            "the pipeline has LoRA weights fused into it, which would hide the anchor's: call "
-            "pipe.unfuse_lora() first"
-        )
+    check_unfused(lora_layers(denoiser))
     modules = dict(denoiser.named_modules())
-    _check_projections(modules, weights, prefix, anchor)
+    _check_projections(modules, _layer_paths(weights, prefix), anchor)
     for key, matrix in weights.state.items():
         path, _, part = key.removeprefix(f"{prefix}.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):

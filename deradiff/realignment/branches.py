@@ -3,7 +3,8 @@
 A pipeline puts the branches into one batch, one block of rows after the other, or evaluates the
 network for each. In what order is in its code alone. So each block is marked: a *probe*, which is 1
 in one block and 0 in the others, goes through the guidance as the outputs do, and comes out as the
-factor that guidance gives to that block. The conditional branch is the one with the largest factor.
+factor that guidance gives to that block. The factors of all branches add up to 1, or to -1 in a
+pipeline that turns the sign, and the conditional branch is the one with the largest factor.
 
 Shapes: rows of the denoiser's batch, in blocks of (images) rows.
 """
@@ -90,6 +91,8 @@ def mixture_of_branches(
     """
     size = len(lams) + 1
     factors = [float(parts[size * number + len(lams)].mean()) for number in range(MAX_BLOCKS)]
+    if sum(factors) < 0:
+        factors = [-factor for factor in factors]
     conditional = max(range(MAX_BLOCKS), key=factors.__getitem__)
     mixture = reference
     for number in range(MAX_BLOCKS):

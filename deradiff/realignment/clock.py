@@ -25,6 +25,7 @@ class Clock:
         is_new_call: whether this evaluation is the first one of a chain.
         evaluation: 0 at the first evaluation of a step. Pipelines with true guidance make more.
         fraction: of training time, 0 at pure noise and 1 at the image.
+        sees_steps: whether the clock is told of the steps that the scheduler takes.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Clock:
         self.is_new_call = False
         self.evaluation = 0
         self.fraction = 0.0
+        self.sees_steps = True
         self._times: list[float] = []
         # A chain is announced, has begun, and ends with the last of its times.
         self._is_announced = False
@@ -132,6 +134,8 @@ class Clock:
         """
         counted = getattr(self.scheduler, "step_index", None)
         if counted is None or not 0 <= counted < len(self._times):
+            if not self.sees_steps and not self._is_told_time:
+                return None
             counted = min(self.start_index + self._steps_taken, len(self._times) - 1)
         if not self._is_told_time:
             return counted

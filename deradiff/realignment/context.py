@@ -31,12 +31,12 @@ from deradiff.models.pipelines import (
     known_family,
     pipeline_label,
 )
-from deradiff.realignment.adapters import Adapter, lora_layers
+from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
 from deradiff.realignment.caller import calling_pipeline
 from deradiff.realignment.carriers import all_plain
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.dial import Dial, validated_lams
-from deradiff.realignment.full_anchor import FullAnchor, check_unfused
+from deradiff.realignment.full_anchor import FullAnchor
 from deradiff.realignment.guided_steps import GuidedSteps
 from deradiff.realignment.modes import Mode, ModeParts, carried
 from deradiff.realignment.networks import Call, Cost, Networks, parameters_of
@@ -90,9 +90,10 @@ def realign(
         pipe: a diffusers pipeline that calls one denoiser step by step, of whatever family.
         anchor: a path, a hub id or a loaded `Anchor` (see `deradiff.load_anchor`), or a list of
             these.
-        lam: lambda: 0 is the reference, 1 the anchor. A number, a tensor with a number for each
-            image, a mask over the latents, or a schedule over time (see `deradiff.Dial`); with a
-            list of anchors, a list of these. It can be changed later: `dial.lam = ...`.
+        lam: lambda: 0 is the reference, 1 the anchor; below 0 it goes away from the anchor. A
+            number, a tensor with a number for each image, a mask over the latents, a schedule over
+            time (see `deradiff.Dial`), or a `deradiff.ByBranch` of these, for each branch of
+            guidance; with a list of anchors, a list. It can be changed later: `dial.lam = ...`.
         mode: how the realigned network is evaluated:
 
             - `exact` mixes the outputs of the reference and the anchor. For every sampler whose
@@ -126,7 +127,10 @@ def realign(
 
     Warns:
         BeyondAnchorWarning: for a lam above 1, once.
+        NegativeLambdaWarning: for a lam below 0, once.
         GuidedParticlesWarning: for particles under classifier-free guidance, once.
+        NonlinearStepWarning: for a scheduler that clips its predictions, once.
+        UnknownPathKLWarning: where `dial.path_kl` is read and cannot be known, once.
 
     Example:
         ```python
@@ -167,15 +171,15 @@ def realign(
         # The networks' side: the mode evaluates in place of a reference's own forward.
         for name in names:
             attached = _attach_all(pipe, name, anchors, stack)
+            network = unwrapped(getattr(pipe, name))
             networks = Networks(
-                unwrapped(getattr(pipe, name)),
+                network,
                 attached,
                 cost,
                 batched=batched,
                 checks_batches=not traits.is_known,
                 shared_start=shared_start,
             )
-            network = unwrapped(getattr(pipe, name))
             parts = ModeParts(network, networks, clock, traits.patch_size, path_kl, every)
             evaluator: Mode = MODES[mode].load()(parts)
             hook = _Hook(pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments)
@@ -295,7 +299,7 @@ def _attach_all(
         stack: undoes it.
     """
     network = unwrapped(getattr(pipe, name))
-    check_unfused(network, lora_layers(network))
+    check_unfused(lora_layers(network))
     is_first = name == denoiser_name(pipe)
     has_others = len(_realigned_denoisers(pipe)) > 1
     attached: list[Adapter | FullAnchor] = []
@@ -356,11 +360,15 @@ class _Hook(ModelHook):
             self._chain = clock.chain
         lams = self.dial.begin_evaluation(call.rows)
 
+        # What is not on its way to a step of the scheduler needs no companions.
         mixed = self.mode.evaluate(call, lams)
-        if clock.index is None or not self.tap.is_attached:
+        if not self.tap.is_attached:
+            self.steps.note_unseen_evaluation()
+            return mixed.output.whole()
+        if clock.index is None:
             self.steps.note_outside_evaluation()
             return mixed.output.whole()
-        self.steps.note_evaluation(call.rows)
+        self.steps.note_evaluation(call.rows, mixed.blocks)
         return carried(mixed, self.steps.track)
 
 

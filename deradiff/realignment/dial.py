@@ -99,6 +99,11 @@ class Dial:
         self.lams = lams
 
     @property
+    def has_schedule(self) -> bool:
+        """Whether lambda changes over time."""
+        return any(_is_schedule(lam) for lam in self.lams)
+
+    @property
     def path_kl(self) -> Tensor:
         """KL divergence of the realigned chain from the reference's, in nats (images,).
 
@@ -193,6 +198,13 @@ def _strength_at(lam: Any, fraction: float) -> Any:
     if isinstance(lam, ByBranch):
         return lam.value_at(fraction)
     return value_at(lam, fraction)
+
+
+def _is_schedule(lam: Any) -> bool:
+    """Whether a lambda, or that of one branch of guidance, changes over time."""
+    if isinstance(lam, ByBranch):
+        return _is_schedule(lam.conditional) or _is_schedule(lam.unconditional)
+    return callable(lam) and not isinstance(lam, Tensor)
 
 
 def _largest(lam: Any) -> float:

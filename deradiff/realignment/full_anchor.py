@@ -130,23 +130,6 @@ class FullAnchor:
                 )
 
 
-def check_unfused(denoiser: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Check that no LoRA is fused into the reference's weights.
-
-    Args:
-        denoiser: the reference network.
-        layers: peft's layers in it, by path.
-
-    Raises:
-        ValueError: where there is one, which the anchor would then lack.
-    """
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError(
-            "the pipeline has LoRA weights fused into it, which would hide the anchor's: call "
-            "pipe.unfuse_lora() first"
-        )
-
-
 def _first_weight(slots: Mapping[str, Slot]) -> Tensor:
     """The first weight as the network has it now, which may have been moved since."""
     slot = next(iter(slots.values()))

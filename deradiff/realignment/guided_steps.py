@@ -29,6 +29,9 @@ LOST = "the pipeline does something to the network's output that could not be fo
 NO_STEP = "the pipeline has taken no step with its own scheduler"
 """Why the path KL is unknown before the first step, and where copies of the scheduler step."""
 
+BY_BRANCH = "a lam for each branch of guidance"
+"""How an error names it."""
+
 OUTSIDE = "the network was evaluated after the chain had ended, by another scheduler or by hand"
 """Why the path KL of the last call is no longer known."""
 
@@ -65,6 +68,7 @@ class GuidedSteps(StepObserver):
         self.patch_size = patch_size
         self.track = LostTrack()
         self._rows_of_step = 0
+        self._blocks_of_step = 0
         self._is_first_step = False
         self._has_finished_chain = False
 
@@ -82,22 +86,41 @@ class GuidedSteps(StepObserver):
         tap.release()
         if scheduler is not None:
             tap.attach(scheduler)
+        self.clock.sees_steps = tap.is_attached
 
     def begin_chain(self) -> None:
         """The pipeline has set new timesteps."""
         self.clock.announce_chain()
         self._has_finished_chain = False
 
-    def note_evaluation(self, rows: int) -> None:
+    def note_evaluation(self, rows: int, blocks: int = 0) -> None:
         """The network was evaluated within a chain.
 
         Args:
             rows: of the batch.
+            blocks: of rows in it, each of them a branch of guidance; 0: not counted.
         """
         if self.clock.is_new_call:
             self._is_first_step = True
             self.kl.forget(NO_STEP)
         self._rows_of_step += rows
+        self._blocks_of_step += blocks
+
+    def note_unseen_evaluation(self) -> None:
+        """The network was evaluated for a scheduler whose steps cannot be seen.
+
+        Raises:
+            ValueError: where something was asked for that needs the steps.
+        """
+        reason = f"the steps of {type(self.clock.scheduler).__name__} cannot be seen"
+        if self.clock.scheduler is None:
+            reason = "the pipeline has no scheduler whose steps could be seen"
+        if self._is_by_branch:
+            raise ValueError(f"{BY_BRANCH} is not possible here: {reason}")
+        if self.clock.index is None and self.dial.has_schedule:
+            raise ValueError(f"a lam that changes over time is not possible here: {reason}")
+        self._check_is_needed(reason)
+        self.kl.forget(reason)
 
     def note_outside_evaluation(self) -> None:
         """The network was evaluated outside a chain of the pipeline's own scheduler."""
@@ -113,6 +136,7 @@ class GuidedSteps(StepObserver):
             return output
         if self._is_first_step:
             self._begin_chain(sample)
+        self._check_strengths(sample)
 
         # What guidance made of the reference, of the mixture, and of each anchor.
         models = None
@@ -121,7 +145,7 @@ class GuidedSteps(StepObserver):
             self.kl.unknown = self.kl.unknown or LOST
         else:
             models = Companions.of(companions, len(self.dial.strengths))
-        if models is not None and models.blocks:
+        if self._is_by_branch:
             output, moved = self._mixed_by_branch(output, models, sample)
             self.kl.add(moved, len(output))
             return output
@@ -149,41 +173,57 @@ class GuidedSteps(StepObserver):
         self.clock.finish_step()
         self.track = LostTrack()
         self._rows_of_step = 0
+        self._blocks_of_step = 0
         return stepped
 
-    def _mixed_by_branch(
-        self, output: Tensor, models: Companions, sample: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The guided output with a lambda for each branch, and what it is beyond the reference's.
+    @property
+    def _is_by_branch(self) -> bool:
+        """Whether lambda differs between branches of guidance at this step."""
+        return any(isinstance(lam, BranchStrengths) for lam in self.dial.strengths)
 
-        Raises:
-            ValueError: where the branches cannot be told apart.
+    def _check_strengths(self, sample: Any) -> None:
+        """Raise ValueError where lambda does not fit the images, or the options.
+
+        It may be set at any time, and so is checked at each step.
         """
-        if models.reference is None or any(part is None for part in models.blocks):
-            raise ValueError(f"a lam for each branch of guidance is not possible here: {LOST}")
-        mixture = mixture_of_branches(
-            models.reference,
-            models.blocks,  # type: ignore[arg-type]
-            self.dial.strengths,
-            self.patch_size,
-        )
-        return mixture.to(output.dtype), mixture - models.reference
-
-    def _begin_chain(self, sample: Any) -> None:
-        """Check and begin a chain at its first step."""
-        self._is_first_step = False
         for lam in self.dial.strengths:
             if isinstance(lam, BranchStrengths):
                 check_images(lam.conditional, sample)
                 check_images(lam.unconditional, sample)
             else:
                 check_images(lam, sample)
-        is_by_branch = any(isinstance(lam, BranchStrengths) for lam in self.dial.strengths)
-        if is_by_branch and (self.resampling is not None or self.limit is not None):
+        if self._is_by_branch and (self.resampling is not None or self.limit is not None):
             raise ValueError(
                 "a lam for each branch does not go together with particles or a trust region: "
                 "remove these"
             )
+
+    def _mixed_by_branch(
+        self, output: Tensor, models: Companions | None, sample: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The guided output with a lambda for each branch, and what it is beyond the reference's.
+
+        Raises:
+            ValueError: where the branches cannot be told apart.
+        """
+        if self._blocks_of_step * len(sample) != self._rows_of_step:
+            raise ValueError(
+                "the branches of guidance cannot be told apart: their rows do not hold the same "
+                "latents; give one lam for all branches"
+            )
+        if models is None or models.reference is None or not models.blocks:
+            raise ValueError(f"{BY_BRANCH} is not possible here: {LOST}")
+        blocks = [block for block in models.blocks if block is not None]
+        if len(blocks) < len(models.blocks):
+            raise ValueError(f"{BY_BRANCH} is not possible here: {LOST}")
+        mixture = mixture_of_branches(
+            models.reference, blocks, self.dial.strengths, self.patch_size
+        )
+        return mixture.to(output.dtype), mixture - models.reference
+
+    def _begin_chain(self, sample: Any) -> None:
+        """Begin a chain at its first step."""
+        self._is_first_step = False
         self.kl.begin_chain()
         if self.kl.unknown:
             self._check_is_needed(self.kl.unknown)

@@ -73,10 +73,12 @@ class Mixed:
     Attributes:
         output: the network's output.
         companions: of each leaf; None for a leaf that is no tensor of numbers.
+        blocks: of rows that are branches of guidance; 0: not counted.
     """
 
     output: Output
     companions: list[Companions | None] = field(default_factory=list)
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ class Exact(Mode):
         wanted = [True] * (len(lams) + 1)
         outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
         mixed = self._mix(call, outputs, plain_lams)
+        mixed.blocks = count
         owners = [row // (call.rows // count) for row in range(call.rows)]
         for position, companions in enumerate(mixed.companions):
             if companions is None:

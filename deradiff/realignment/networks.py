@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from deradiff.realignment.adapters import Adapter
+from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
 from deradiff.realignment.cache_states import REFERENCE, CacheStates, Memories
 from deradiff.realignment.full_anchor import FullAnchor
 
@@ -127,6 +127,10 @@ class Output:
     leaves: list[Any]
     structure: TreeSpec
 
+    def copied(self) -> Output:
+        """The same output in tensors of its own."""
+        return Output([_clone(leaf) for leaf in self.leaves], self.structure)
+
     def whole(self) -> Any:
         """The output as the network returns it."""
         return tree_unflatten(self.leaves, self.structure)
@@ -173,6 +177,7 @@ class Networks:
         checks_batches: bool,
         shared_start: bool,
     ) -> None:
+        self.denoiser = denoiser
         self.anchors = anchors
         self.batched = batched
         self.checks_batches = checks_batches
@@ -203,6 +208,7 @@ class Networks:
         """
         self.caches.refresh()
         self._memories.forget()
+        check_unfused(lora_layers(self.denoiser))
         self._is_batch_checked = not self.checks_batches
         if self.caches.has_caches and (self.batched or self.shared_start):
             option = "batched=True" if self.batched else "shared_start=True"
@@ -231,15 +237,17 @@ class Networks:
             is_wanted = number < len(wanted) and wanted[number]
             if is_wanted or isinstance(anchor, Adapter):
                 anchor.follow()
-        outputs: dict[int, Output] = {}
-        if is_first_evaluation and self.shared_start:
-            outputs = self._remembered(call)
+        is_shared = is_first_evaluation and self.shared_start
+        outputs = self._remembered(call) if is_shared else {}
 
         # What is evaluated now is remembered, too: `outputs` may be the memory itself.
         models = [model for model, is_wanted in enumerate(wanted) if is_wanted]
         missing = [model for model in models if model not in outputs]
         outputs.update(self._evaluate(call, missing))
         self.cost.rows_evaluated += len(missing) * call.rows
+        if is_shared:
+            # The pipeline may write into what it gets.
+            outputs = {model: output.copied() for model, output in outputs.items()}
         return [outputs[i] if is_wanted else None for i, is_wanted in enumerate(wanted)]
 
     def _remembered(self, call: Call) -> dict[int, Output]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deradiff.method.lambdas import Strength, broadcast_to
@@ -36,7 +37,8 @@ def lam_of_rows(lam: Strength, output: Tensor, patch_size: int) -> Strength:
             "a mask, for each image"
         )
     if lam.ndim > 1 and output.ndim == 5:
-        return broadcast_to(lam, output[:, :, 0], rows // images, patch_size).unsqueeze(2)  # type: ignore[union-attr]
+        of_a_frame = torch.as_tensor(broadcast_to(lam, output[:, :, 0], rows // images))
+        return of_a_frame.unsqueeze(2)
     if lam.ndim > 1 and output.ndim == 3 and lam.shape[-1] * lam.shape[-2] == output.shape[1]:
         patch_size = 1
     return broadcast_to(lam, output, rows // images, patch_size)

@@ -287,12 +287,6 @@ def clipped_by_hand(pipe, anchor):
 
 def test_an_output_that_is_written_elsewhere_makes_the_path_kl_nan_and_not_wrong(toy, monkeypatch):
     pipe, anchor, folder = toy
-
-    def elsewhere(network, x, t, text, empty):
-        buffer = torch.empty_like(x)
-        buffer[:] = GUIDANCES["one_batch"](network, x, t, text, empty)
-        return buffer
-
     monkeypatch.setitem(GUIDANCES, "elsewhere", elsewhere)
     with realign(pipe, folder, LAM) as dial:
         x = pipe("elsewhere")
@@ -337,3 +331,100 @@ def test_a_clipped_step_that_would_not_move_makes_the_path_kl_nan(toy):
     with pytest.warns(NonlinearStepWarning), realign(pipe, folder, LAM) as dial:
         pipe("one_batch")
         assert dial.path_kl.isnan().all()
+
+
+LOST_OPTIONS = {
+    "a branch": {"lam": ByBranch(1.0, 0.0)},
+    "particles": {"lam": LAM, "particles": 2},
+    "a trust region": {"lam": LAM, "trust_region": 1.0},
+}
+
+
+def elsewhere(network, x, t, text, empty):
+    """The guided output, written into a tensor that does not know where it comes from."""
+    buffer = torch.empty_like(x)
+    buffer[:] = GUIDANCES["one_batch"](network, x, t, text, empty)
+    return buffer
+
+
+@pytest.mark.parametrize("name", LOST_OPTIONS)
+def test_what_needs_guidance_to_be_followed_is_refused_where_it_is_not(toy, monkeypatch, name):
+    pipe, _, folder = toy
+    monkeypatch.setitem(GUIDANCES, "elsewhere", elsewhere)
+    with (
+        realign(pipe, folder, **LOST_OPTIONS[name]),
+        pytest.raises(ValueError, match="could not be followed"),
+    ):
+        pipe("elsewhere")
+
+
+@pytest.mark.parametrize("name", LOST_OPTIONS)
+def test_what_needs_the_schedulers_steps_is_refused_where_they_are_not_seen(toy, name):
+    pipe, _, folder = toy
+    pipe.scheduler.step = pipe.scheduler.step  # somebody's own, on the instance
+    with (
+        realign(pipe, folder, **LOST_OPTIONS[name]),
+        pytest.raises(ValueError, match="steps of EulerDiscreteScheduler cannot be seen"),
+    ):
+        pipe("one_batch")
+
+
+def test_a_chain_whose_steps_are_not_seen_has_no_path_kl(toy):
+    pipe, anchor, folder = toy
+    pipe.scheduler.step = pipe.scheduler.step
+    with realign(pipe, folder, LAM) as dial:
+        x = pipe("one_batch")
+        with pytest.warns(UnknownPathKLWarning, match="cannot be seen"):
+            assert dial.path_kl.isnan().all()
+    expected, _ = by_hand(pipe, anchor, "one_batch")
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+
+
+def test_branches_that_cannot_be_told_apart_are_refused(toy, monkeypatch):
+    pipe, _, folder = toy
+
+    def other_latents(network, x, t, text, empty):
+        """Rows of unlike latents, as no pipeline of diffusers has them."""
+        rows = torch.cat([x, x + 0.01])
+        out = network(rows, t, torch.cat([empty, text]), return_dict=False)[0]
+        unconditional, conditional = out.chunk(2)
+        return unconditional + 3.0 * (conditional - unconditional)
+
+    monkeypatch.setitem(GUIDANCES, "other_latents", other_latents)
+    with (
+        realign(pipe, folder, ByBranch(1.0, 0.0)),
+        pytest.raises(ValueError, match="branches of guidance cannot be told apart"),
+    ):
+        pipe("other_latents")
+
+
+def test_a_shared_start_survives_guidance_that_writes_into_the_output(toy):
+    pipe, anchor, folder = toy
+    expected = {lam: by_hand(pipe, anchor, "in_place", lam)[0] for lam in (0.0, LAM, 1.0)}
+    with realign(pipe, folder, 0.0, shared_start=True) as dial:
+        for lam in (0.0, 1.0, LAM, 0.0, 1.0):
+            dial.lam = lam
+            torch.testing.assert_close(pipe("in_place"), expected[lam], rtol=0, atol=1e-3)
+
+
+def test_a_lambda_that_is_set_in_the_middle_is_checked_too(toy):
+    pipe, _, folder = toy
+    seen = []
+
+    def lam(fraction):
+        seen.append(fraction)
+        return LAM if len(seen) == 1 else torch.full((4,), LAM)
+
+    with (
+        realign(pipe, folder, lam),
+        pytest.raises(ValueError, match="lam is of 4 images and the pipeline samples 2"),
+    ):
+        pipe("one_batch")
+
+
+@torch.inference_mode()
+def test_a_lora_works_in_inference_mode(toy, sd15):
+    pipe, _, _ = toy
+    with realign(pipe, sd15.anchors["lora1"], LAM) as dial:
+        assert pipe("two_calls").isfinite().all()
+        assert dial.path_kl.gt(0).all()

@@ -334,3 +334,20 @@ def test_guidance_may_be_switched_off_in_the_middle(sd15, mode):
         dial.lam = 0.5
         assert sample(sd15.pipe, **options).isfinite().all()
         assert dial.path_kl.isfinite().all()
+
+
+def test_projections_that_are_fused_inside_are_refused_for_a_lora(sd15):
+    with realign(sd15.pipe, sd15.anchors["lora1"], 0.5):
+        sd15.pipe.fuse_qkv_projections()
+        with pytest.raises(ValueError, match=r"call pipe\.unfuse_qkv_projections"):
+            sample(sd15.pipe)
+
+
+@every_anchor
+def test_a_lora_that_is_fused_inside_is_answered_in_one_sentence(sd15, anchor):
+    sd15.pipe.load_lora_weights(sd15.anchors["lora2"], adapter_name="style")
+    with realign(sd15.pipe, sd15.anchors[anchor], 0.5):
+        sd15.pipe.fuse_lora(adapter_names=["style"])
+        with pytest.raises(ValueError, match=r"call\s+pipe\.unfuse_lora\(\)"):
+            sample(sd15.pipe)
+        sd15.pipe.unfuse_lora()

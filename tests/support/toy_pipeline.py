@@ -42,9 +42,9 @@ def two_calls(network, x, t, text, empty):
 
 
 def negated(network, x, t, text, empty):
-    """The sign turned, as in Lumina 2, in double precision."""
+    """The sign turned, as in Lumina 2 and Z-Image, in double precision."""
     guided = one_batch(network, x, t, text, empty)
-    return -(-guided.double()).float()
+    return -guided.double().float()
 
 
 def rescaled(network, x, t, text, empty):
