@@ -60,7 +60,8 @@ def check(config: TrainConfig, base: BaseModel | None, run_dir: Path) -> None:
         with section("hub"):
             check_push(config.hub.push_to)
     if config.data.source in ("scored_pairs", "sampled_pairs"):
-        check_scorer(config.data.scorer, config.data.scorer_checkpoint)
+        for name in config.data.scorer_weights:
+            check_scorer(name, config.data.scorer_checkpoint)
 
     # The model that it starts from, and the parts of it that the config replaces.
     clip = config.model.clip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,8 +83,10 @@ class DataConfig:
     revision: str | None = setting(None, "branch, tag or commit of data.path on the hub")
     limit: int | None = setting(None, "use the first so many usable rows only; null: all")
     count: int = setting(4000, "rows that are drawn, or pairs that are sampled or labelled")
-    scorer: str = setting(
-        "vivid", "what labels pairs: vivid or crisp for shapes_pairs, any scorer for the others"
+    scorer: Any = setting(  # str | dict[str, float], a union that Hydra's schemas do not have
+        "vivid",
+        "what labels pairs: vivid or crisp for shapes_pairs, any scorer for the others; a weighted "
+        "sum of several: data.scorer={vivid:0.5,crisp:0.5}",
     )
     scorer_checkpoint: str | None = setting(None, "the scorer's weights; null: its published ones")
     caption_dropout: float = setting(0.1, 'share of examples whose caption is replaced by ""')
@@ -118,12 +121,10 @@ class DataConfig:
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"data.{key} must lie in [0, 1], not {getattr(self, key)}")
 
+        self.scorer = _checked_scorer(self.scorer)
+        self._check_labels()
+
         # What a source needs.
-        if self.source == "shapes_pairs" and self.scorer not in SHAPES_REWARDS:
-            raise ValueError(
-                f"data.source=shapes_pairs is labelled by vivid or crisp, not {self.scorer!r}; "
-                "other scorers take data=scored_pairs"
-            )
         if self.source == "sampled_pairs" and not self.prompts:
             raise ValueError(
                 "data.prompts is missing; give a file of prompts, or a set that python -m sample "
@@ -134,6 +135,56 @@ class DataConfig:
                 "data.path is missing; give a parquet file, a folder of captioned images, "
                 "or a hub data set such as org/name"
             )
+
+    def _check_labels(self) -> None:
+        """Refuse a scorer that does not fit the source, or the checkpoint."""
+        unknown = [name for name in self.scorer_weights if name not in SHAPES_REWARDS]
+        if self.source == "shapes_pairs" and unknown:
+            raise ValueError(
+                f"data.source=shapes_pairs is labelled by vivid or crisp, not {unknown[0]!r}; "
+                "other scorers take data=scored_pairs"
+            )
+        if isinstance(self.scorer, dict) and self.scorer_checkpoint:
+            raise ValueError(
+                "data.scorer_checkpoint is the weights of one scorer, and data.scorer is a sum of "
+                "several: remove data.scorer_checkpoint"
+            )
+
+    @property
+    def scorer_weights(self) -> dict[str, float]:
+        """The weight of each scorer in the reward; a plain scorer has the weight 1."""
+        return dict(self.scorer) if isinstance(self.scorer, dict) else {self.scorer: 1.0}
+
+    @property
+    def scorer_name(self) -> str:
+        """The scorer's name in names of files: `vivid`; of a sum `crisp0.5-vivid0.5`."""
+        if isinstance(self.scorer, str):
+            return self.scorer
+        parts = [f"{name}{weight}".removesuffix(".0") for name, weight in self.scorer.items()]
+        return "-".join(parts)
+
+
+def _checked_scorer(scorer: Any) -> str | dict[str, float]:
+    """The scorer's name, or the weights of several scorers in the order of their names.
+
+    Raises:
+        ValueError: for what is neither, and for weights that are not finite numbers above 0.
+    """
+    if isinstance(scorer, str):
+        return scorer
+    if not isinstance(scorer, Mapping) or not scorer:
+        raise ValueError(
+            "data.scorer must be a scorer's name or the weights of several, as in "
+            f"data.scorer={{vivid:0.5,crisp:0.5}}, not {scorer!r}"
+        )
+    weights = {}
+    for name, weight in sorted(scorer.items(), key=lambda item: str(item[0])):
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number:
+            raise ValueError(f"data.scorer.{name} must be a number above 0, not {weight!r}")
+        positive(f"data.scorer.{name}", weight)
+        weights[str(name)] = float(weight)
+    return weights
 
 
 @dataclass
@@ -235,7 +286,9 @@ class TrainConfig:
     keep_last: int = setting(2, "how many of the newest checkpoints stay")
     keep_best: int = setting(0, "how many checkpoints of the lowest loss stay")
     name: str | None = setting(
-        None, "folder of the run below runs/train; null: model, objective, method, beta and seed"
+        None,
+        "folder of the run below runs/train; null: model, objective, method, beta, the weights of "
+        "several scorers, and seed",
     )
     runs: str = setting("runs", "folder of all runs")
 
@@ -327,4 +380,6 @@ class TrainConfig:
         if self.beta is not None:
             rule = "" if self.optim.rule == "inverse_beta" else f"-{self.optim.rule}"
             parts.append(f"beta{self.beta:g}{rule}")
+        if isinstance(self.data.scorer, dict):
+            parts.append(self.data.scorer_name)
         return "-".join([*parts, f"seed{self.seed}"])

@@ -22,9 +22,10 @@ from deradiff.files import nearest_folder, slug
 from deradiff.models.base_model import BaseModel
 from deradiff.models.requirements import cache_bytes
 from deradiff.scorers import load_scorer
+from deradiff.scorers.weighted_sum import WeightedSum
 from deradiff.worlds import shapes
 from train.build import DTYPES, frozen_dtype
-from train.config import DataConfig, TrainConfig
+from train.config import SOURCES, DataConfig, TrainConfig
 
 IMAGES_SEED = 0  # of the shapes world's images, and of its pairs
 PAIRS_SEED = 1
@@ -90,16 +91,23 @@ def row_counts(rows: CaptionedImages) -> str:
 
 def describe_data(data: DataConfig) -> str:
     """The data, as an anchor's card names it."""
+    scorer = data.scorer
+    if isinstance(scorer, dict):
+        scorer = " + ".join(f"{weight:g} {name}" for name, weight in data.scorer_weights.items())
     if data.source.startswith("shapes"):
-        return f"{data.source}, {data.count}, {data.scorer}"
+        return f"{data.source}, {data.count}, {scorer}"
     if data.source == "sampled_pairs":
         sampled_by = data.pipeline or "the base model"
         return (
-            f"{data.count} pairs sampled by {sampled_by} for {data.prompts}, "
-            f"labelled by {data.scorer}"
+            f"{data.count} pairs sampled by {sampled_by} for {data.prompts}, labelled by {scorer}"
         )
-    labels = f", pairs labelled by {data.scorer}" if data.source == "scored_pairs" else ""
+    labels = f", pairs labelled by {scorer}" if data.source == "scored_pairs" else ""
     return f"{data.path}@{data.revision or 'main'}, {data.split}{labels}"
+
+
+def reward_of(data: DataConfig) -> dict[str, float] | None:
+    """The weights of the scorers that label the pairs; None: the pairs came with their labels."""
+    return data.scorer_weights if SOURCES[data.source] else None
 
 
 # Generated data
@@ -135,14 +143,14 @@ def generated_data(config: TrainConfig, base: BaseModel | None, accelerator: Acc
 def _draw_shapes(data: DataConfig, folder: Path) -> Path:
     """Rows of the shapes world, named by the code that draws them too."""
     code = _digest(Path(shapes.__file__).read_text())
-    kind = "images" if data.source == "shapes_images" else f"pairs-{data.scorer}"
+    kind = "images" if data.source == "shapes_images" else f"pairs-{data.scorer_name}"
     path = folder / f"shapes-{kind}-{data.count}-{code}.parquet"
     if path.is_file():
         return path
     if data.source == "shapes_images":
         shapes.write_images(path, data.count, seed=IMAGES_SEED)
     else:
-        shapes.write_pairs(path, data.count, seed=PAIRS_SEED, reward=data.scorer)
+        shapes.write_pairs(path, data.count, seed=PAIRS_SEED, reward=data.scorer_weights)
     return path
 
 
@@ -202,11 +210,14 @@ def _label_pairs(
     """Pairs of images, the winner chosen by the scorer."""
     # Other versions of a scorer score otherwise, so the version is a part of the folder's name.
     device = str(accelerator.device)
-    load = partial(load_scorer, data.scorer, data.scorer_checkpoint, device=device)
+    if isinstance(data.scorer, dict):
+        load: Any = partial(WeightedSum, data.scorer, device)
+    else:
+        load = partial(load_scorer, data.scorer, data.scorer_checkpoint, device=device)
     version = load().version
     key = f"{images.fingerprint}/{version}/{data.temperature}/{synthetic_pairs.PART}"
     name = slug(Path(images.path).stem, 60)
-    path = folder / f"{name}-pairs-{data.scorer}-{len(pairs)}-{_digest(key)}"
+    path = folder / f"{name}-pairs-{data.scorer_name}-{len(pairs)}-{_digest(key)}"
     synthetic_pairs.write_scored_pairs(path, images, pairs, load, data.temperature)
     return path
 

@@ -30,7 +30,7 @@ from deradiff.training.objectives.base import AnchorObjective, Objective
 from deradiff.training.panel import sample_panel
 from train.build import frozen_dtype
 from train.config import TrainConfig
-from train.data import describe_data
+from train.data import describe_data, reward_of
 
 FINISHED = "finished.json"
 PROMPTS = 4  # of a panel, from the captions of the data, where the config gives none
@@ -62,6 +62,7 @@ def make_card(config: TrainConfig, base: BaseModel, pairs_per_step: int, device:
         steps=config.steps,
         pairs_seen=config.steps * pairs_per_step,
         dataset=describe_data(config.data),
+        reward=reward_of(config.data),
         seed=config.seed,
         git_commit=git_commit(),
         versions=versions,

@@ -93,6 +93,7 @@ class AnchorCard:
         steps: optimiser steps.
         pairs_seen: training pairs, with repetitions.
         dataset: what the pairs are.
+        reward: weights of the scorers that labelled its pairs; None: people did, or unknown.
         seed: of the training.
         git_commit: of the code; None: it was no checkout.
         versions: of the packages, by name.
@@ -115,6 +116,7 @@ class AnchorCard:
     steps: int = 0
     pairs_seen: int = 0
     dataset: str = ""
+    reward: dict[str, float] | None = None
     seed: int = 0
     git_commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -300,7 +300,9 @@ def write_images(path: Path, count: int, seed: int) -> None:
     write_table(path, {"image": _encode(images), "caption": captions})
 
 
-def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> None:
+def write_pairs(
+    path: Path, count: int, seed: int, reward: str | Mapping[str, float] = "vivid"
+) -> None:
     """Write preference pairs: two images of one caption, labelled by a Bradley-Terry draw.
 
     The first image is preferred with probability sigmoid(2 (r_0 - r_1)).
@@ -309,7 +311,7 @@ def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> Non
         path: a parquet file with Pick-a-Pic's columns.
         count: pairs to draw.
         seed: of captions, images and labels.
-        reward: `vivid` or `crisp`.
+        reward: `vivid` or `crisp`; or the weights of both, whose weighted sum is then r.
     """
     rng = np.random.default_rng(seed)
     captions = _draw_captions(count, rng)
@@ -317,8 +319,12 @@ def write_pairs(path: Path, count: int, seed: int, reward: str = "vivid") -> Non
     first = render(scenes, rng)
     second = render(scenes, rng)
 
-    reward_of = {"vivid": vivid, "crisp": crisp}[reward]
-    difference = _rewards(reward_of, first, captions) - _rewards(reward_of, second, captions)
+    weights = {reward: 1.0} if isinstance(reward, str) else reward
+    difference = torch.zeros(count)
+    for name, weight in weights.items():
+        reward_of = {"vivid": vivid, "crisp": crisp}[name]
+        rewards = [_rewards(reward_of, images, captions) for images in (first, second)]
+        difference += weight * (rewards[0] - rewards[1])
     first_is_preferred = rng.uniform(size=count) < torch.sigmoid(2 * difference).numpy()
 
     labels = first_is_preferred.astype(float).tolist()

@@ -42,6 +42,7 @@ CONTRACT = {
     "steps",
     "pairs_seen",
     "dataset",
+    "reward",
     "seed",
     "vae",
     "git_commit",
@@ -108,6 +109,17 @@ def test_the_card_keeps_the_contract_and_ignores_what_it_does_not_know(tmp_path)
     assert values["beta_convention"] == "mean-half"
     (tmp_path / "anchor.json").write_text(json.dumps(values | {"a_later_key": 1}))
     assert read_card(tmp_path) == written
+
+    # A card of an earlier version says nothing of the reward.
+    del values["reward"]
+    (tmp_path / "anchor.json").write_text(json.dumps(values))
+    assert read_card(tmp_path) == written
+
+
+def test_a_card_names_the_weights_of_a_mixed_reward(tmp_path):
+    written = card("lora", reward={"crisp": 0.5, "vivid": 0.5})
+    save_anchor(tmp_path, tiny_lora(tiny_denoiser("sd15")), written)
+    assert read_card(tmp_path).reward == {"crisp": 0.5, "vivid": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from deradiff.scorers import SCORERS, load_scorer
+from deradiff.scorers.weighted_sum import WeightedSum
 from deradiff.worlds import shapes
 from tests.support.scorer_images import assert_close
 
@@ -42,3 +43,22 @@ def test_colourful_is_hasler_and_suesstrunks_measure() -> None:
     of_grey, of_halves = load_scorer("colourful")([grey, halves], ["", ""]).tolist()
     assert of_grey == 0
     assert of_halves == pytest.approx(expected)
+
+
+def test_a_weighted_sum_adds_scores_in_their_own_units() -> None:
+    scenes = shapes.SCENES[::37]
+    rendered = shapes.render(scenes, np.random.default_rng(0))
+    images = [Image.fromarray(pixels) for pixels in rendered]
+    prompts = [str(scene) for scene in scenes]
+    weighted = WeightedSum({"crisp": 0.25, "colourful": 2.0})
+
+    crisp = load_scorer("crisp")(images, prompts)
+    colourful = load_scorer("colourful")(images, prompts)
+    assert_close(weighted(images, prompts), 0.25 * crisp + 2 * colourful)
+
+    assert weighted.name == "0.25 crisp + 2.0 colourful"
+    assert len(weighted.version) == 12
+    assert weighted.version != WeightedSum({"crisp": 0.25, "colourful": 1.0}).version
+    assert weighted([], []).shape == (0,)
+    with pytest.raises(ValueError, match="no scorer 'vivvid'"):
+        WeightedSum({"vivvid": 1.0})

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from deradiff.anchors.anchor import read_card
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import Pairs
 from deradiff.worlds import shapes
@@ -116,8 +117,11 @@ def test_from_prompts_to_an_anchor(train_config, tmp_path):
     assert generated[0].startswith("sampled-")
     assert generated[1].endswith("-pairs-vivid-4")
 
-    # Another label does not sample again.
+    # Another label does not sample again, nor does the sum of several scorers.
     go(replace(train_config, name="hard", data=replace(data, temperature=0.0)))
+    anchor = go(replace(train_config, data=replace(data, scorer={"vivid": 1, "colourful": 0.01})))
+    assert read_card(str(anchor)).reward == {"colourful": 0.01, "vivid": 1.0}
+    assert list((tmp_path / "data").glob("*-pairs-colourful0.01-vivid1-4-*"))
     sampled = [folder for folder in (tmp_path / "data").iterdir() if "pairs" not in folder.name]
     assert len(sampled) == 1
 
@@ -127,6 +131,7 @@ def test_a_streamed_run_ends_as_one_from_disk(table):
     for streaming in (False, True):
         data = replace(table.data, streaming=streaming)
         folder = go(replace(table, name=str(streaming), data=data))
+        assert read_card(str(folder)).reward is None  # the pairs came with their labels
         weights.append(load_file(folder / "pytorch_lora_weights.safetensors"))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 

@@ -123,6 +123,20 @@ def test_half_precision_starts_at_the_reference_too(train_config, method):
     assert rows[0]["implicit_accuracy"] == 0.5
 
 
+def test_an_anchor_of_a_mixed_reward_says_so_in_its_name_and_card(train_config):
+    assert read_card(str(go(train_config))).reward == {"vivid": 1.0}
+    mixed = replace(train_config.data, scorer={"vivid": 1, "crisp": 0.25})
+    folder = go(replace(train_config, data=mixed))
+    assert folder.parent.name == "x-dpo-lora-beta500-crisp0.25-vivid1-seed0"
+    card = read_card(str(folder))
+    assert card.reward == {"crisp": 0.25, "vivid": 1.0}
+    assert card.dataset == "shapes_pairs, 12, 0.25 crisp + 1 vivid"
+
+    # The order of the weights does not matter, and the same command resumes.
+    same = replace(train_config.data, scorer={"crisp": 0.25, "vivid": 1.0})
+    assert go(replace(train_config, data=same)) == folder
+
+
 def test_training_does_not_depend_on_the_cache(train_config):
     uncached = replace(train_config.data, cache=False)
     with_cache = load_file(go(train_config) / LORA)
@@ -180,6 +194,20 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
     ("model.vae=nowhere model.base={base}", "model.vae=nowhere is no autoencoder's folder"),
     ("model.resolution=30", "model.resolution must be a multiple of 8, not 30"),
     ("data.scorer=colourful", "labelled by vivid or crisp, not 'colourful'"),
+    ("data.scorer={vivid:1,dull:1}", "labelled by vivid or crisp, not 'dull'"),
+    ("data.scorer={vivid:1,crisp:0}", "data.scorer.crisp must be above 0, not 0"),
+    ("data.scorer={vivid:inf,crisp:1}", "data.scorer.vivid must be above 0, not inf"),
+    ("data.scorer={vivid:much,crisp:1}", "data.scorer.vivid must be a number above 0, not 'much'"),
+    ("data.scorer={}", "data.scorer must be a scorer's name or the weights of several, as in"),
+    ("data.scorer=[vivid,crisp]", "as in data.scorer={vivid:0.5,crisp:0.5}, not ['vivid'"),
+    (
+        "data=scored_pairs data.path=nowhere data.scorer={vivid:1,dull:1} model.base={base}",
+        "there is no scorer 'dull'",
+    ),
+    (
+        "data=scored_pairs data.path=nowhere data.scorer={clip:1} data.scorer_checkpoint=here",
+        "data.scorer is a sum of several: remove data.scorer_checkpoint",
+    ),
     (
         "data=table data.path=nowhere.parquet model.base={base}",
         "data.path=nowhere.parquet does not exist",
@@ -216,7 +244,7 @@ def test_mistakes_are_refused_in_one_sentence(
         "deradiff.models.base_model.BaseModel.load_pipeline",
         lambda *_, **__: pytest.fail("a weight was loaded"),
     )
-    overrides = typed.format(base=base_folder).split()
+    overrides = typed.replace("{base}", str(base_folder)).split()
     with pytest.raises(SystemExit) as stop:
         type_here(
             ["train", "tracking=none", f"runs={tmp_path}", "cpu=true", *overrides], monkeypatch
@@ -224,7 +252,7 @@ def test_mistakes_are_refused_in_one_sentence(
     err = capsys.readouterr().err
     assert stop.value.code == 2
     assert err.startswith("train: ")
-    assert answer.format(base=base_folder) in err
+    assert answer.replace("{base}", str(base_folder)) in err
     assert err.count("\n") == 1, err
     assert not list(tmp_path.glob("train/*"))
 

@@ -68,16 +68,29 @@ def test_rewards_are_standardised_over_the_worlds_renders():
         assert abs(score.std() - 1) < 0.1
 
 
-def test_labels_are_bradley_terry_draws(tmp_path):
+@pytest.mark.parametrize("weights", [{"crisp": 1.0}, {"crisp": 0.25, "vivid": 0.75}])
+def test_labels_are_bradley_terry_draws(tmp_path, weights):
     path = tmp_path / "p.parquet"
-    shapes.write_pairs(path, 1500, seed=0, reward="crisp")
+    shapes.write_pairs(path, 1500, seed=0, reward=weights)
     rows = open_table(str(path))
     captions = rows.column("caption")
     first = [decode_image(cell) for cell in rows.column("jpg_0")]
     second = [decode_image(cell) for cell in rows.column("jpg_1")]
-    difference = shapes.crisp(first, captions) - shapes.crisp(second, captions)
+    difference = torch.zeros(1500)
+    for name, weight in weights.items():
+        reward = getattr(shapes, name)
+        difference += weight * (reward(first, captions) - reward(second, captions))
     first_is_preferred = np.array(rows.column("label_0")) == 1
     agreement = np.mean((difference.numpy() > 0) == first_is_preferred)
     # Not 1: the labels are noisy
     expected = torch.sigmoid(2 * difference.abs()).mean().item()
     assert agreement == pytest.approx(expected, abs=0.03)
+
+
+def test_a_plain_reward_is_one_of_weight_1(tmp_path):
+    shapes.write_pairs(tmp_path / "plain.parquet", 50, seed=0, reward="crisp")
+    shapes.write_pairs(tmp_path / "weighted.parquet", 50, seed=0, reward={"crisp": 1.0})
+    plain = open_table(str(tmp_path / "plain.parquet"))
+    weighted = open_table(str(tmp_path / "weighted.parquet"))
+    for column in ("jpg_0", "jpg_1", "label_0", "caption"):
+        assert list(plain.column(column)) == list(weighted.column(column))
