@@ -113,6 +113,7 @@ def _run_in_cluster_job(task: Callable[[], None]) -> None:
 
     The processes find each other by what submitit knows of the job.
     """
+    # An optional package: only a command that starts cluster jobs needs it.
     from submitit.helpers import TorchDistributedEnvironment
 
     # accelerate chooses the GPU by its local rank, so every task must see all GPUs of its node

@@ -47,7 +47,7 @@ def start(
     stack: ExitStack,
 ) -> Tracker:
     """Start a writer of event files; see `configs.tracking.Start` for the arguments."""
-    # An optional package.
+    # An optional package: only tracking.kind=tensorboard needs it.
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run_dir / "tensorboard"))

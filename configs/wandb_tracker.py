@@ -35,8 +35,10 @@ class WandbTracker(Tracker):
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table with its images."""
-        cells = [[self._cell(cell) for cell in row] for row in rows]
-        self.run.log({name: wandb.Table(columns=[*columns], data=cells)})
+        data = []
+        for row in rows:
+            data.append([self._cell(cell) for cell in row])
+        self.run.log({name: wandb.Table(columns=[*columns], data=data)})
 
     def _cell(self, cell: Any) -> Any:
         return wandb.Image(str(cell)) if isinstance(cell, Path) else cell

@@ -112,7 +112,9 @@ def write_reference() -> None:
     """
     package = griffe.load("deradiff", search_paths=[str(ROOT)])
     modules = list(public_modules(package))
-    missing = [path for module in modules for path in undocumented(module)]
+    missing: list[str] = []
+    for module in modules:
+        missing += undocumented(module)
     if missing:
         raise SystemExit("no docstring: " + ", ".join(missing))
 

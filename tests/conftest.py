@@ -14,6 +14,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+# The imports inside the fixtures stand there because diffusers, which they load, takes seconds:
+# a test file that needs no pipeline starts at once.
 torch.set_num_threads(1)
 
 
@@ -51,3 +53,14 @@ def train_config(base_folder, tmp_path):
     from tests.support.train_runs import small_run
 
     return small_run(base_folder, tmp_path)
+
+
+@pytest.fixture
+def counting_scorer(monkeypatch):
+    """A scorer that stands behind every name of a scorer, and counts what it scores."""
+    from tests.support.sampled_runs import Colourful
+
+    scorer = Colourful()
+    monkeypatch.setattr("eval.stage.check_spec", lambda spec: None)
+    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda spec, device: scorer)
+    return scorer

@@ -177,6 +177,7 @@ def gather(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id"):
+        # An optional package, which is there where a tensor is DeepSpeed's.
         from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
@@ -199,6 +200,7 @@ def assign(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             value = value.to(tensor.device)
             tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
         elif hasattr(tensor, "ds_id"):
+            # An optional package, which is there where a tensor is DeepSpeed's.
             from deepspeed.zero import GatheredParameters
 
             with GatheredParameters([tensor], modifier_rank=0):

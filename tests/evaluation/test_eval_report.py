@@ -1,4 +1,4 @@
-"""The report, its figures and pictures: one file without a network, whatever the prompts hold; and
+"""The report, its figures and images: one file without a network, whatever the prompts hold; and
 what the tracker gets."""
 
 import base64
@@ -8,14 +8,16 @@ import xml.etree.ElementTree as ElementTree
 from contextlib import contextmanager
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import eval.stage
 from configs.tracking import Tracker
 from deradiff.evaluation.figures import image_grids
 from deradiff.evaluation.tables.errors import verdict
-from tests.support.sampled_runs import counting, evaluate, read, write_run
+from tests.support.sampled_runs import evaluate, read, write_run
 
 FIGURES = {
     "score_against_lambda",
@@ -33,41 +35,46 @@ NASTY = [
     "x" * 10_000,
     "../../etc/passwd /abs C:\\temp\\..\\.. a\tb\r\nc",
 ]
-
-
-@pytest.fixture
-def colourful(monkeypatch):
-    return counting(monkeypatch)
+LINKS = ("src", "href", "xlink:href", "action", "data")
+SVG_TEXT = "{http://www.w3.org/2000/svg}text"
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
+    """The run directory of an evaluation with every table and figure."""
     root = tmp_path_factory.mktemp("drawn")
-    samples = [
-        write_run(root, 2000, bias=0.03),
-        *(write_run(root, beta, lambdas=(0.0, 1.0)) for beta in (1000, 4000)),
-    ]
+    samples = [write_run(root, 2000, bias=0.03)]
+    for beta in (1000, 4000):
+        samples.append(write_run(root, beta, lambdas=(0.0, 1.0)))
     samples.append(write_run(root, 4000, training_seed=1, lambdas=(0.0, 1.0), shift=0.1))
     return evaluate(root, samples, "vivid", "crisp", draw=True)
 
 
 class Elements(HTMLParser):
-    """Every element with its attributes, in order."""
+    """Every element of a page with its attributes, in order."""
 
     def __init__(self, page):
         super().__init__()
-        self.found = []
+        self.elements = []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
+        self.elements.append((tag, dict(attributes)))
+
+
+def elements_of(page):
+    """(tag, attributes) of every element of a page, in order."""
+    return Elements(page).elements
+
+
+def attributes_of(elements, tag):
+    """The attributes of every element of one tag."""
+    return [attributes for name, attributes in elements if name == tag]
 
 
 def texts(svg):
-    return [
-        "".join(t.itertext())
-        for t in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
-    ]
+    """The texts of an SVG."""
+    return ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter(SVG_TEXT)]
 
 
 def test_the_report_opens_with_the_lambda_and_the_verdict_both_with_intervals(drawn):
@@ -80,45 +87,43 @@ def test_the_report_opens_with_the_lambda_and_the_verdict_both_with_intervals(dr
         rf"vivid is {number}, {number} above",
         first,
     )
-    assert re.search(
-        rf"misses the model aligned from scratch by {number} \(\w+, \d+ pairs?", second
-    )
-    assert (
-        "of the way from the reference to it" in second
-        and "2 of 2 errors lie under the seed floor" in second
-    )
+    missed = rf"misses the model aligned from scratch by {number} \(\w+, \d+ pairs?"
+    assert re.search(missed, second)
+    assert "of the way from the reference to it" in second
+    assert "2 of 2 errors lie under the seed floor" in second
 
 
 def test_the_report_is_one_file_that_lets_nobody_elses_script_run(drawn):
     page = (drawn / "report.html").read_text()
-    found = Elements(page).found
+    elements = elements_of(page)
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-    policy = next(
-        a["content"]
-        for tag, a in found
-        if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
-    )
-    assert len(scripts) == 1 and [tag for tag, _ in found].count("script") == 1
+    assert len(scripts) == 1 and len(attributes_of(elements, "script")) == 1
+
+    # Only the script of this digest runs
+    policies = {}
+    for meta in attributes_of(elements, "meta"):
+        policies[meta.get("http-equiv")] = meta.get("content")
+    policy = policies["Content-Security-Policy"]
     digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
-    links = [
-        v
-        for _, a in found
-        for k, v in a.items()
-        if k in ("src", "href", "xlink:href", "action", "data") and v
-    ]
+
+    # Nothing is loaded from elsewhere
+    links = []
+    for _, attributes in elements:
+        links += [attributes[key] for key in LINKS if attributes.get(key)]
     assert all(link.startswith(("data:image/", "#")) for link in links)
     assert "prefers-color-scheme: dark" in page and len(page) < 4e6
 
 
 def test_every_prompt_has_a_slider_over_every_lambda_of_its_row(drawn):
-    found = Elements((drawn / "report.html").read_text()).found
-    cards = [a["data-row"] for _, a in found if a.get("class") == "card"]
-    sliders = [a for tag, a in found if tag == "input"]
-    rows = [a["id"] for tag, a in found if tag == "tr" and "id" in a]
+    elements = elements_of((drawn / "report.html").read_text())
+    cards = [a["data-row"] for _, a in elements if a.get("class") == "card"]
+    sliders = attributes_of(elements, "input")
+    rows = [row["id"] for row in attributes_of(elements, "tr") if "id" in row]
     assert cards == rows and len(set(rows)) == len(sliders) == 6 * 4
-    assert [int(s["max"]) for s in sliders] == [4] * 6 + [1] * 18
-    says = [a["data-says"] for tag, a in found if tag == "td" and "data-says" in a]
+    assert [int(slider["max"]) for slider in sliders] == [4] * 6 + [1] * 18
+    cells = attributes_of(elements, "td")
+    says = [cell["data-says"] for cell in cells if "data-says" in cell]
     assert says[:5] == [
         "lam 0, reference",
         "lam 0.25, beta 8,000",
@@ -128,39 +133,48 @@ def test_every_prompt_has_a_slider_over_every_lambda_of_its_row(drawn):
     ]
 
 
-def test_pictures_stay_few_and_small_however_many_prompts(tmp_path):
-    rows = pd.DataFrame([r for beta in (1000, 2000, 4000) for r in _rows(tmp_path, beta)])
-    grids = image_grids.image_grids(rows)
-    uris = [uri for grid in grids for line in grid.lines for uri in line.uris]
-    assert (
-        0 < len(uris) <= image_grids.GRID_IMAGES
-        and max(len(g.lines) for g in grids) <= image_grids.GRID_PROMPTS
-    )
+def test_images_stay_few_and_small_however_many_prompts(tmp_path):
+    rows = []
+    for beta in (1000, 2000, 4000):
+        rows += sample_rows(tmp_path, beta)
+    grids = image_grids.image_grids(pd.DataFrame(rows))
+    uris = uris_of(grids)
+    assert 0 < len(uris) <= image_grids.GRID_IMAGES
+    assert max(len(grid.lines) for grid in grids) <= image_grids.GRID_PROMPTS
     assert sum(map(len, uris)) < 8e6
-    shown = [line.prompt for line in grids[0].lines]
-    assert shown[0] == "prompt 0" and int(shown[-1].split()[1]) > 400  # spread over all 500
+    prompts = [line.prompt for line in grids[0].lines]
+    assert prompts[0] == "prompt 0" and int(prompts[-1].split()[1]) > 400  # spread over all 500
 
 
-def test_pictures_stay_few_however_many_models(tmp_path):
-    rows = pd.DataFrame(
-        [r for beta in range(60) for r in _rows(tmp_path, beta, prompts=2, pixels=(8, 8))]
-    )
-    uris = [
-        uri for grid in image_grids.image_grids(rows) for line in grid.lines for uri in line.uris
-    ]
-    assert len(uris) == image_grids.GRID_IMAGES
+def test_images_stay_few_however_many_models(tmp_path):
+    rows = []
+    for beta in range(60):
+        rows += sample_rows(tmp_path, beta, prompts=2, size=(8, 8))
+    grids = image_grids.image_grids(pd.DataFrame(rows))
+    assert len(uris_of(grids)) == image_grids.GRID_IMAGES
 
 
-def _rows(folder, beta, prompts=500, pixels=(768, 512)):
-    import numpy as np
-    from PIL import Image
+def uris_of(grids):
+    """Every image of some grids."""
+    uris = []
+    for grid in grids:
+        for line in grid.lines:
+            uris += line.uris
+    return uris
 
+
+def sample_rows(folder, beta, prompts=500, size=(768, 512)):
+    """Samples of one anchor, all of which are one image of noise; size: its height and width."""
     file = folder / "noise.png"
     if not file.exists():
-        Image.fromarray(
-            np.random.default_rng(0).integers(0, 256, (*pixels, 3), dtype=np.uint8)
-        ).save(file)
-    bench = {
+        values = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(values).save(file)
+    common = {
+        "anchor": f"a{beta}",
+        "beta": beta,
+        "mode": "exact",
+        "seed": 0,
+        "file": str(file),
         "sampler": "ddim",
         "eta": 0.0,
         "steps": 20,
@@ -168,36 +182,27 @@ def _rows(folder, beta, prompts=500, pixels=(768, 512)):
         "height": 768,
         "width": 512,
     }
+    rows = []
     for prompt in range(prompts):
         for lam in (0.0, 0.25, 0.5, 0.75, 1.0):
-            yield {
-                "anchor": f"a{beta}",
-                "beta": beta,
-                "mode": "exact",
-                "lam": lam,
-                "seed": 0,
-                "file": str(file),
-                **bench,
-            } | {
-                "prompt_id": f"p{prompt}",
-                "prompt": f"prompt {prompt}",
-            }
+            own = {"lam": lam, "prompt_id": f"p{prompt}", "prompt": f"prompt {prompt}"}
+            rows.append(common | own)
+    return rows
 
 
 def test_the_figures_are_svg_with_text_in_the_pages_ink(drawn):
     assert {file.stem for file in (drawn / "plots").glob("*.svg")} == FIGURES
-    for name in FIGURES:
-        svg = (drawn / "plots" / f"{name}.svg").read_text()
+    svgs = {name: (drawn / "plots" / f"{name}.svg").read_text() for name in FIGURES}
+    for svg in svgs.values():
         ElementTree.fromstring(svg)
         assert "currentColor" in svg and "#123456" not in svg and "mathdefault" not in svg
     for name in FIGURES - {"reversal", "pictures"}:
-        assert {"vivid", "crisp"} <= set(texts((drawn / "plots" / f"{name}.svg").read_text()))
-    assert "shapes-beta2000-seed0, from the anchor back to the reference" in texts(
-        (drawn / "plots" / "reversal.svg").read_text()
-    )
+        assert {"vivid", "crisp"} <= set(texts(svgs[name]))
+    title = "shapes-beta2000-seed0, from the anchor back to the reference"
+    assert title in texts(svgs["reversal"])
 
 
-def test_a_figure_that_is_no_longer_made_does_not_stay(tmp_path, colourful):
+def test_a_figure_that_is_no_longer_made_does_not_stay(tmp_path, counting_scorer):
     run_dir = evaluate(tmp_path, [write_run(tmp_path, 2000)], name="mine")
     (run_dir / "plots").mkdir()
     (run_dir / "plots" / "ecdf.svg").write_text("of an earlier command")
@@ -206,93 +211,87 @@ def test_a_figure_that_is_no_longer_made_does_not_stay(tmp_path, colourful):
 
 
 @pytest.mark.parametrize("prompt", NASTY, ids=["script", "attribute", "unicode", "long", "paths"])
-def test_prompts_are_others_text(tmp_path, colourful, prompt):
-    run_dir = evaluate(
-        tmp_path, [write_run(tmp_path, 2000, prompts=2, prompt=prompt)], draw=prompt == NASTY[2]
-    )
+def test_prompts_are_others_text(tmp_path, counting_scorer, prompt):
+    samples = [write_run(tmp_path, 2000, prompts=2, prompt=prompt)]
+    run_dir = evaluate(tmp_path, samples, draw=prompt == NASTY[2])
+
+    # The page holds no script but ours, no handler, and no image from elsewhere
     page = (run_dir / "report.html").read_text()
-    found = Elements(page).found
-    assert [tag for tag, _ in found].count("script") == 1 and page.count("<script") == 1
-    assert not [
-        key
-        for _, attributes in found
-        for key in attributes
-        if key.startswith("on") or key == "autofocus"
-    ]
-    assert not [
-        a for tag, a in found if tag == "img" and not (a.get("src") or "data:").startswith("data:")
-    ]
-    shown = next(a["alt"] for tag, a in found if tag == "img" and a.get("alt"))
-    assert shown.startswith(prompt[:20].replace("\r\n", "\n").split("\x00")[0][:10])
+    elements = elements_of(page)
+    assert len(attributes_of(elements, "script")) == 1 and page.count("<script") == 1
+    for _, attributes in elements:
+        assert "autofocus" not in attributes
+        assert not [key for key in attributes if key.startswith("on")]
+    images = attributes_of(elements, "img")
+    sources = [image.get("src") for image in images]
+    assert all(source.startswith("data:") for source in sources if source)
+    described = next(image["alt"] for image in images if image.get("alt"))
+    assert described.startswith(prompt[:20].replace("\r\n", "\n").split("\x00")[0][:10])
+
+    # No file lies where a prompt might want it, and figures and tables are whole
     assert {file.name for file in tmp_path.iterdir()} == {"train", "sample", "eval", "cache"}
     for svg in (run_dir / "plots").glob("*.svg"):
         ElementTree.fromstring(svg.read_text())
     for table in (run_dir / "tables").glob("*.md"):
-        assert (
-            len(
-                {
-                    line.count(" | ")
-                    for line in table.read_text().split("\n")
-                    if line.startswith("| ")
-                }
-            )
-            == 1
-        )
+        lines = [line for line in table.read_text().split("\n") if line.startswith("| ")]
+        assert len({line.count(" | ") for line in lines}) == 1
 
 
 def test_without_a_target_the_verdict_says_what_is_missing():
-    assert verdict(pd.DataFrame(), ["a at lam=.5 has none"]).endswith(
-        "among the samples (a at lam=.5 has none)."
-    )
+    sentence = verdict(pd.DataFrame(), ["a at lam=.5 has none"])
+    assert sentence.endswith("among the samples (a at lam=.5 has none).")
 
 
-def test_numbers_tables_figures_pictures_and_lineage_are_tracked(tmp_path, monkeypatch, colourful):
-    class Kept(Tracker):
-        def __init__(self):
-            self.numbers, self.kept, self.used = {}, [], []
+class KeepingTracker(Tracker):
+    """A tracker that keeps what it gets."""
 
-        def log(self, values, step=None):
-            self.numbers |= values
+    def __init__(self):
+        self.numbers = {}
+        self.names = []
+        self.used = []
 
-        def table(self, name, columns, rows):
-            assert all(len(row) == len(columns) for row in rows)
-            self.kept.append(name)
+    def log(self, values, step=None):
+        self.numbers |= values
 
-        def image(self, name, path, caption=""):
-            self.kept.append(path.name)
+    def table(self, name, columns, rows):
+        assert all(len(row) == len(columns) for row in rows)
+        self.names.append(name)
 
-        def artifact(self, name, kind, path):
-            self.kept.append(path.name)
+    def image(self, name, path, caption=""):
+        self.names.append(path.name)
 
-        def uses(self, name, kind):
-            self.used.append((name, kind))
+    def artifact(self, name, kind, path):
+        self.names.append(path.name)
 
-    kept, groups = Kept(), []
-    monkeypatch.setattr(
-        eval.stage,
-        "tracker",
-        contextmanager(lambda *a, **k: (groups.append(a[-1]), iter([kept]))[1]),
-    )
-    more = {"base_model": "asset:shapes/base"}
-    runs = [
-        write_run(tmp_path, 2000, lambdas=(0, 0.5, 1), **more),
-        write_run(tmp_path, 4000, lambdas=(0, 1), **more),
-    ]
-    run_dir = evaluate(tmp_path, runs[:1], references=runs[1:], draw=True)
-    assert kept.numbers["0 < lam < 1/vivid/exact/realigned/error"] == 0
-    assert kept.numbers["chosen/lam"] == read(run_dir, "selection").query("chosen")["lam"].item()
-    assert {
-        "summary",
-        "approximation",
-        "means",
-        "savings",
-        "compute",
-        "selection",
-        "wins",
-        "pictures",
-    } <= set(kept.kept)
-    assert {f"{name}.svg" for name in FIGURES} | {"report.html", "scores.parquet"} <= set(kept.kept)
-    assert kept.used == [
+    def uses(self, name, kind):
+        self.used.append((name, kind))
+
+
+def test_numbers_tables_figures_images_and_lineage_are_tracked(
+    tmp_path, monkeypatch, counting_scorer
+):
+    tracker = KeepingTracker()
+    groups = []
+
+    @contextmanager
+    def start(*arguments):
+        groups.append(arguments[-1])
+        yield tracker
+
+    monkeypatch.setattr(eval.stage, "tracker", start)
+    base = {"base_model": "asset:shapes/base"}
+    samples = [write_run(tmp_path, 2000, lambdas=(0, 0.5, 1), **base)]
+    references = [write_run(tmp_path, 4000, lambdas=(0, 1), **base)]
+    run_dir = evaluate(tmp_path, samples, references=references, draw=True)
+
+    assert tracker.numbers["0 < lam < 1/vivid/exact/realigned/error"] == 0
+    chosen = read(run_dir, "selection").query("chosen")
+    assert tracker.numbers["chosen/lam"] == chosen["lam"].item()
+    tables = {"summary", "approximation", "means", "savings", "compute", "selection", "wins"}
+    assert tables | {"pictures"} <= set(tracker.names)
+    assert {f"{name}.svg" for name in FIGURES} <= set(tracker.names)
+    assert {"report.html", "scores.parquet"} <= set(tracker.names)
+    assert tracker.used == [
         ("samples-shapes-beta2000-seed0-exact", "samples"),
         ("samples-shapes-beta4000-seed0-exact", "samples"),
     ]

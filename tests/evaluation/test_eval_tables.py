@@ -9,14 +9,9 @@ import pandas as pd
 import pytest
 
 from deradiff.evaluation.tables.paper import BY_TARGET, MAE
-from tests.support.sampled_runs import counting, evaluate, read, write_run
+from tests.support.sampled_runs import evaluate, read, write_run
 
 PAPER = {"sampler": "euler_ancestral", "steps": 50, "guidance_scale": 5.0}
-
-
-@pytest.fixture
-def colourful(monkeypatch):
-    return counting(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +80,7 @@ def test_modes_are_compared_on_what_they_share(evaluated):
     assert modes.loc["exact", "error"] == 0 < modes.loc["weights", "error"]
 
 
-def test_settings_of_a_mode_are_modes_apart(tmp_path, colourful):
+def test_settings_of_a_mode_are_modes_apart(tmp_path, counting_scorer):
     samples = [
         write_run(tmp_path / "a", 2000, lambdas=(0.0, 0.5, 1.0)),
         write_run(tmp_path / "a", 4000, lambdas=(0.0, 1.0)),
@@ -142,7 +137,7 @@ def test_the_papers_measures_are_those_of_the_cells(evaluated):
 
 
 def test_the_papers_numbers_stand_beside_ours_where_the_experiment_is_the_papers(
-    tmp_path, monkeypatch, colourful
+    tmp_path, monkeypatch, counting_scorer
 ):
     samples = [
         write_run(tmp_path, 2000, **PAPER),
@@ -191,7 +186,7 @@ def test_the_papers_anchor_is_counted_and_the_difference_explained(evaluated):
     assert "is no count: it is 336 h at" in (evaluated / "tables" / "published.md").read_text()
 
 
-def test_references_are_targets_and_nothing_else(tmp_path, colourful, capsys):
+def test_references_are_targets_and_nothing_else(tmp_path, counting_scorer, capsys):
     samples = [write_run(tmp_path, 2000)]
     references = [write_run(tmp_path, 4000), write_run(tmp_path, 8000, lambdas=(0.0, 1.0))]
     run_dir = evaluate(tmp_path, samples, references=references)

@@ -241,7 +241,7 @@ def test_a_resampled_particle_keeps_its_history():
         return 0.9 * torch.tanh(x)
 
     def anchor(x, t):
-        return reference(x, t) + 30.0 * (x > 0)
+        return reference(x, t) + torch.where(x > 0, 30.0, 0.0)
 
     start = torch.tensor([[3.0], [2.0], [-1.0], [2.5]], dtype=torch.float64)
     chosen = realigned_chain(reference, anchor, scheduler, start, 0.5, particles=4)

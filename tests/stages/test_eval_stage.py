@@ -15,12 +15,7 @@ import eval.__main__  # noqa: F401 (it registers the schema)
 from configs.entry import CONFIGS
 from eval.config import EvalConfig, ScorerConfig, SelectConfig
 from eval.stage import run
-from tests.support.sampled_runs import Colourful, configured, counting, evaluate, read, write_run
-
-
-@pytest.fixture
-def colourful(monkeypatch):
-    return counting(monkeypatch)
+from tests.support.sampled_runs import Colourful, configured, evaluate, read, write_run
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +133,7 @@ def test_a_realigned_model_that_is_its_target_has_no_error(tmp_path):
     assert (own["error_high"] == 0).all() and len(own) == 1
 
 
-def test_the_nearest_training_seed_is_the_target(tmp_path, colourful):
+def test_the_nearest_training_seed_is_the_target(tmp_path, counting_scorer):
     samples = [write_run(tmp_path, 2000, training_seed=1, lambdas=(0, 0.5, 1))]
     samples += [
         write_run(tmp_path, 4000, training_seed=seed, lambdas=(0, 1), shift=0.1 * seed)
@@ -149,7 +144,7 @@ def test_the_nearest_training_seed_is_the_target(tmp_path, colourful):
     assert errors.loc["seed floor", "rival"].endswith("beta4000-seed0/anchor")
 
 
-def test_modes_are_kept_apart_and_share_their_ends(tmp_path, colourful):
+def test_modes_are_kept_apart_and_share_their_ends(tmp_path, counting_scorer):
     samples = [
         write_run(tmp_path, 2000, lambdas=(0, 0.5, 1)),
         write_run(tmp_path, 2000, lambdas=(0.5,), mode="weights", bias=0.1),
@@ -161,7 +156,7 @@ def test_modes_are_kept_apart_and_share_their_ends(tmp_path, colourful):
     assert len(errors[errors["what"] == "anchor as is"]) == 2
 
 
-def test_other_ways_of_sampling_are_never_compared(tmp_path, colourful, capsys):
+def test_other_ways_of_sampling_are_never_compared(tmp_path, counting_scorer, capsys):
     samples = [
         write_run(tmp_path, 2000, lambdas=(0, 0.5, 1)),
         write_run(tmp_path, 4000, lambdas=(0, 1), guidance_scale=5.0),
@@ -173,7 +168,7 @@ def test_other_ways_of_sampling_are_never_compared(tmp_path, colourful, capsys):
     )
 
 
-def test_what_is_missing_is_named(tmp_path, colourful, capsys):
+def test_what_is_missing_is_named(tmp_path, counting_scorer, capsys):
     run_dir = evaluate(
         tmp_path, [write_run(tmp_path, 2000), write_run(tmp_path, 1000, lambdas=(1.0,), prompts=4)]
     )
@@ -185,7 +180,7 @@ def test_what_is_missing_is_named(tmp_path, colourful, capsys):
     assert set(read(run_dir, "approximation")["images"]) == {8}
 
 
-def test_an_anchor_of_unknown_beta_is_scored_and_not_compared(tmp_path, colourful):
+def test_an_anchor_of_unknown_beta_is_scored_and_not_compared(tmp_path, counting_scorer):
     run_dir = evaluate(tmp_path, [write_run_without_beta(tmp_path)])
     assert "Nothing to compare yet" in (run_dir / "report.html").read_text()
     assert len(read(run_dir, "means")) == 5
@@ -201,7 +196,7 @@ def write_run_without_beta(root):
     return str(path)
 
 
-def test_the_same_command_resumes_after_a_kill(tmp_path, monkeypatch, colourful):
+def test_the_same_command_resumes_after_a_kill(tmp_path, monkeypatch, counting_scorer):
     samples = [write_run(tmp_path, 2000), write_run(tmp_path, 700, lambdas=(0.0, 1.0))]
     killed = Colourful(fail_after=60)
     monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda *a, **k: killed)
@@ -211,15 +206,15 @@ def test_the_same_command_resumes_after_a_kill(tmp_path, monkeypatch, colourful)
     assert (
         len(killed.scored) == 64 and not (run_dir / "scores.parquet").exists()
     )  # two batches of 32
-    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda *a, **k: colourful)
+    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda *a, **k: counting_scorer)
     run(config, run_dir)
     assert (
-        len(colourful.scored) == 60 + 12 - 64
+        len(counting_scorer.scored) == 60 + 12 - 64
     )  # at lam = 0 both runs hold the same images, byte for byte
     assert len(pd.read_parquet(run_dir / "scores.parquet")) == 84
-    colourful.version = "2"
+    counting_scorer.version = "2"
     run(config, run_dir)
-    assert len(colourful.scored) == 8 + 72  # nothing of another version counts
+    assert len(counting_scorer.scored) == 8 + 72  # nothing of another version counts
     assert set(pd.read_parquet(run_dir / "scores.parquet")["version"]) == {"2"}
 
 
@@ -262,13 +257,10 @@ def spoil_manifest(manifest, lines, how):
     if how == "broken line":
         manifest.write_text("\n".join([*lines[:2], lines[2][:40], *lines[3:]]))
     elif how == "missing key":
-        manifest.write_text(
-            "\n".join(
-                json.dumps({k: v for k, v in json.loads(x).items() if k != "sampler"})
-                for x in lines
-                if x
-            )
-        )
+        rows = [json.loads(line) for line in lines if line]
+        for row in rows:
+            del row["sampler"]
+        manifest.write_text("\n".join(json.dumps(row) for row in rows))
     elif how == "wrong type":
         manifest.write_text(lines[0].replace('"lam": 0.0', '"lam": "zero"'))
     elif how == "empty":
@@ -323,7 +315,7 @@ def test_spoilt_samples_are_refused_before_a_scorer_loads(tmp_path, monkeypatch,
     assert not (tmp_path / "eval").exists()
 
 
-def test_the_rest_is_refused_in_a_sentence(tmp_path, colourful):
+def test_the_rest_is_refused_in_a_sentence(tmp_path, counting_scorer):
     path = write_run(tmp_path, 2000, lambdas=(0, 0.5, 1))
     with pytest.raises(ValueError, match="there is no sample run nowhere"):
         evaluate(tmp_path, ["nowhere"])
@@ -335,7 +327,7 @@ def test_the_rest_is_refused_in_a_sentence(tmp_path, colourful):
         evaluate(tmp_path, [twins[0]], name="mine")
 
 
-def test_a_score_that_is_no_number_is_refused(tmp_path, monkeypatch, colourful):
+def test_a_score_that_is_no_number_is_refused(tmp_path, monkeypatch, counting_scorer):
     monkeypatch.setattr(
         Colourful,
         "__call__",

@@ -1,6 +1,7 @@
-"""Sample runs as the sample stage leaves them, drawn and not sampled: how vivid a picture is
-follows from how strongly it is aligned. And what the tests of the eval stage share: a counting
-scorer, and calls of the stage.
+"""What the tests of the evaluation share: sample runs, a counting scorer, calls of the stage.
+
+The sample runs are as the sample stage leaves them, but their images are drawn and not sampled:
+how vivid an image is follows from how strongly it is aligned.
 """
 
 from __future__ import annotations
@@ -28,18 +29,33 @@ from eval.stage import run
 
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
 
+TRAINING = {"steps": 200, "pairs_seen": 3200, "gpu_hours": 0.02, "device": "cpu", "flops": 2e13}
+"""What the card of an anchor says of its training."""
 
-def picture(caption: str, seed: int, strength: float) -> bytes:
-    """A 32-pixel disc, more saturated the larger `strength` (1000 lam / beta) is; where it lies
-    depends on caption and seed alone."""
-    scene, rng = scene_of(caption), np.random.default_rng([seed, zlib.crc32(caption.encode())])
+SAMPLING = {"sampler": "ddim", "steps": 20, "guidance_scale": 2.5, "height": 32, "width": 32}
+"""What the manifest says of the sampling."""
+
+
+def draw_image(caption: str, seed: int, strength: float) -> bytes:
+    """A 32-pixel disc as PNG, more saturated the larger the strength.
+
+    Where it lies depends on caption and seed alone.
+
+    Args:
+        caption: of the shapes world.
+        seed: of the image.
+        strength: 1000 lam / beta.
+    """
+    scene = scene_of(caption)
+    rng = np.random.default_rng([seed, zlib.crc32(caption.encode())])
     x, y = np.meshgrid(np.arange(32) - 15.5, np.arange(32) - 15.5)
-    cover = np.clip(10.5 - np.hypot(x - rng.normal(), y - rng.normal()), 0, 1)[..., None]
+    distance = np.hypot(x - rng.normal(), y - rng.normal())
+    cover = np.clip(10.5 - distance, 0, 1)[..., None]
     saturation = 0.35 + 0.2 * rng.uniform() + 0.45 * (1 - np.exp(-strength))
     colour = rgb_of_hsv(np.array([HUES[scene.colour]]), np.array([saturation]), np.array([0.9]))
-    pixels = cover * colour + (1 - cover) * np.array(BACKGROUNDS[scene.background])
+    values = cover * colour + (1 - cover) * np.array(BACKGROUNDS[scene.background])
     buffer = io.BytesIO()
-    Image.fromarray((255 * pixels).astype(np.uint8)).save(buffer, format="PNG")
+    Image.fromarray((255 * values).astype(np.uint8)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -55,95 +71,112 @@ def write_run(
     shift: float = 0.0,
     **overrides: object,
 ) -> str:
-    """A sample run below `root` with its anchor's card; its path.
+    """Write a sample run below `root`, with its anchor's card.
 
-    bias: added to the strength of realigned images (lam other than 0, 1). shift: added to that of
-        the anchor itself, as a training seed may. overrides: of the manifest's values.
+    Args:
+        root: the folder of all runs.
+        beta: of the anchor.
+        training_seed: of the anchor.
+        lambdas: at which it was sampled.
+        mode: of realignment.
+        prompts: how many.
+        seeds: how many images of each prompt and lambda.
+        bias: added to the strength of realigned images (lam other than 0 and 1).
+        shift: added to the strength of the anchor itself (lam = 1), as a training seed may.
+        overrides: of the manifest's values; `prompt` takes the place of every caption.
+
+    Returns:
+        The path of the sample run.
     """
     name = f"shapes-beta{beta:g}-seed{training_seed}"
-    anchor, run = root / "train" / name / "anchor", root / "sample" / f"{name}-{mode}"
-    cost = {"steps": 200, "pairs_seen": 3200, "gpu_hours": 0.02, "device": "cpu", "flops": 2e13}
-    card = AnchorCard(
-        base_model="asset:shapes/base",
-        family="sd15",
-        method="lora",
-        beta=beta,
-        seed=training_seed,
-        **cost,
-    )
-    anchor.mkdir(parents=True, exist_ok=True)
-    (anchor / "anchor.json").write_text(json.dumps(asdict(card)))
-    save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, anchor / LORA_FILE)
+    anchor = root / "train" / name / "anchor"
+    folder = root / "sample" / f"{name}-{mode}"
+    _write_anchor(anchor, beta, training_seed)
+
     lines = []
     for index, caption in enumerate(held_out_captions()[:prompts]):
         for seed, lam in itertools.product(range(seeds), lambdas):
-            strength = 1000 * lam / beta + (shift if lam == 1 else bias if lam else 0)
-            png, image = picture(caption, seed, strength), f"lam={lam:.2f}/p{index}-s{seed}.png"
-            (run / image).parent.mkdir(parents=True, exist_ok=True)
-            (run / image).write_bytes(png)
-            what = {
+            # The image
+            strength = 1000 * lam / beta
+            if lam == 1:
+                strength += shift
+            elif lam:
+                strength += bias
+            png = draw_image(caption, seed, strength)
+            image = f"lam={lam:.2f}/p{index}-s{seed}.png"
+            (folder / image).parent.mkdir(parents=True, exist_ok=True)
+            (folder / image).write_bytes(png)
+
+            # Its line of the manifest
+            line = {
                 "image": image,
                 "sha256": hashlib.sha256(png).hexdigest(),
                 "prompt_id": f"p{index}",
                 "prompt": caption,
                 "seed": seed,
-            }
-            who = {
                 "anchor": str(anchor),
                 "beta": beta,
                 "lam": lam,
                 "beta_target": beta / lam if lam else None,
                 "mode": mode,
-            }
-            how = {
-                "sampler": "ddim",
-                "steps": 20,
-                "guidance_scale": 2.5,
-                "height": 32,
-                "width": 32,
+                **SAMPLING,
                 "generator_seed": 100 * index + seed,
+                "path_kl": 40 * lam**2 * 1000 / beta,
             }
-            lines.append(
-                json.dumps(
-                    what | who | how | {"path_kl": 40 * lam**2 * 1000 / beta} | overrides,
-                    ensure_ascii=False,
-                )
-            )
-    (run / "manifest.jsonl").write_text("\n".join(lines) + "\n")
-    return str(run)
+            lines.append(json.dumps(line | overrides, ensure_ascii=False))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def _write_anchor(folder: Path, beta: float, seed: int) -> None:
+    """An anchor with a card, and with weights of which only the presence counts."""
+    card = AnchorCard(
+        base_model="asset:shapes/base",
+        family="sd15",
+        method="lora",
+        beta=beta,
+        seed=seed,
+        **TRAINING,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "anchor.json").write_text(json.dumps(asdict(card)))
+    save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, folder / LORA_FILE)
 
 
 class Colourful:
-    """A scorer of any prompt: how far the channels of a picture lie apart. Counts what it
-    scores."""
+    """A scorer of any prompt: how far the channels of an image lie apart.
 
-    version, scale, preprocessing = "1", "levels", "none"
+    Attributes:
+        scored: the prompts of all that it scored.
+        fail_after: after so many it is interrupted; None: never.
+    """
+
+    version = "1"
+    scale = "levels"
+    preprocessing = "none"
 
     def __init__(self, name="colourful", fail_after=None):
-        self.name, self.scored, self.fail_after = name, [], fail_after
+        self.name = name
+        self.scored = []
+        self.fail_after = fail_after
 
     def __call__(self, images, prompts):
         if self.fail_after is not None and len(self.scored) >= self.fail_after:
             raise KeyboardInterrupt
         self.scored += prompts
-        return torch.tensor(
-            [float(np.asarray(image, dtype=float).std(axis=2).mean()) for image in images]
-        )
-
-
-def counting(monkeypatch):
-    """Puts one counting scorer in the place of every scorer, and returns it."""
-    scorer = Colourful()
-    monkeypatch.setattr("eval.stage.check_spec", lambda spec: None)
-    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda spec, device: scorer)
-    return scorer
+        scores = []
+        for image in images:
+            values = np.asarray(image, dtype=float)
+            scores.append(float(values.std(axis=2).mean()))
+        return torch.tensor(scores)
 
 
 def configured(root, samples, *scorers, **settings):
-    chosen = {name: ScorerConfig() for name in scorers or ("vivid",)}
+    """The config of an evaluation, and its run directory."""
+    labels = scorers or ("vivid",)
     config = EvalConfig(
         samples=samples,
-        scorers=chosen,
+        scorers={label: ScorerConfig() for label in labels},
         runs=str(root),
         tracking=TrackingConfig(kind="none"),
         **settings,
@@ -161,4 +194,5 @@ def evaluate(root, samples, *scorers, draw=False, **settings):
 
 
 def read(run_dir, table):
+    """A table of an evaluation, as the csv holds it."""
     return pd.read_csv(run_dir / "tables" / f"{table}.csv")

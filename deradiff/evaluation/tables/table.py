@@ -106,7 +106,7 @@ class ResultTable:
         """The table as markdown, with its title and note."""
         header = [str(column) for column in self.shown.columns]
         lines = [header, ["---"] * len(header), *self.shown.to_numpy().tolist()]
-        rows = ["| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines]
+        rows = [_markdown_line(cells) for cells in lines]
         return "\n".join([f"## {self.title}", "", *rows, "", self.note, ""])
 
     def write(self, folder: Path) -> None:
@@ -117,6 +117,11 @@ class ResultTable:
                 file.unlink(missing_ok=True)
             else:
                 write_atomic(file, text)
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    escaped = [_escaped(cell) for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def _escaped(cell: str) -> str:
