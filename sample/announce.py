@@ -4,47 +4,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 
 from deradiff.anchors.anchor import Anchor
+from deradiff.anchors.mixtures import MixedAnchor, as_one_anchor
+from deradiff.evaluation.manifest import is_one_network
+from deradiff.evaluation.pairing import anchor_name
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
-from deradiff.realignment.dial import BEYOND_ANCHOR
+from deradiff.realignment.dial import BEYOND_ANCHOR, NEGATIVE
 from deradiff.realignment.registry import LABELS, MODES
 from deradiff.realignment.resampling import GUIDED_PARTICLES
 from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of
 from sample.config import SampleConfig
-from sample.manifest import Record
+from sample.manifest import Record, lam_folder
+from sample.sampling import beta_of, beta_target
+
+NO_BETA = "beta unknown"
 
 
 def announcement(
-    config: SampleConfig, base: BaseModel, anchor: Anchor, prompts: int, device: str
+    config: SampleConfig, base: BaseModel, anchors: Sequence[Anchor], prompts: int, device: str
 ) -> str:
     """Lines that say what is sampled, in betas and KL strengths, and what to be careful with.
 
     Args:
         config: a resolved config.
         base: its base model.
-        anchor: its anchor.
+        anchors: its anchors.
         prompts: how many there are.
         device: in words.
     """
-    beta = anchor.card.beta if anchor.card else None
-    unit = kl_unit(config, base) if beta else None
-    anchor_beta = f"beta {_strength(beta, unit)}" if beta else "beta unknown"
+    unit = kl_unit(config, base) if any(map(_beta, anchors)) else None
+    named = []
+    for anchor in anchors:
+        beta = _beta(anchor)
+        named.append(f"{anchor.source} ({f'beta {_strength(beta, unit)}' if beta else NO_BETA})")
     trust = f", trust region {config.trust_region:g} nats" if config.trust_region else ""
     lines = [
-        f"sample: {config.anchor} ({anchor_beta}) against {base.source}, "
+        f"sample: {' and '.join(named)} against {base.source}, "
         f"mode {_mode(config)}{trust}, {config.sampler}, {config.steps} steps, "
         f"guidance {config.guidance_scale:g}, {config.dtype} on {device}",
         f"sample: {prompts} prompts x {len(config.seeds)} seeds x {len(config.lambdas)} lambdas",
     ]
     lines += _cautions(config, base)
-    for lam in config.lambdas:
-        role = "  (the anchor)" if lam == 1 else ""
-        lines.append(f"  lam {lam:<6g} {_target(lam, beta, unit)}{role}")
+    for lams in config.points:
+        model = as_one_anchor(config.anchors, lams)
+        role = "  (the anchor)" if model.is_anchor and len(anchors) == 1 else ""
+        numbers = ", ".join(f"{lam:g}" for lam in lams)
+        lines.append(f"  lam {numbers:<6} {_target(model, config, anchors, unit)}{role}")
     return "\n".join(lines)
+
+
+def _beta(anchor: Anchor) -> float | None:
+    return anchor.card.beta if anchor.card else None
 
 
 def _mode(config: SampleConfig) -> str:
@@ -64,7 +79,9 @@ def _cautions(config: SampleConfig, base: BaseModel) -> list[str]:
     if config.particles > 1 and two_rows:
         unguided = f"guidance_scale={base.family.no_guidance:g} has none"
         lines.append(f"sample: {GUIDED_PARTICLES}; {unguided}")
-    largest = max(config.lambdas)
+    if min(map(min, config.points)) < 0:
+        lines.append(f"sample: {NEGATIVE}")
+    largest = max(map(sum, config.points))
     if largest > 1:
         can_bound = MODES[config.mode].trust_region and not config.trust_region
         bound = "; trust_region=<nats> bounds the overshoot" if can_bound else ""
@@ -72,13 +89,17 @@ def _cautions(config: SampleConfig, base: BaseModel) -> list[str]:
     return lines
 
 
-def _target(lam: float, beta: float | None, unit: float | None) -> str:
+def _target(
+    model: MixedAnchor, config: SampleConfig, anchors: Sequence[Anchor], unit: float | None
+) -> str:
     """What a lambda imitates."""
-    if lam == 0:
+    if model.lam == 0:
         return "the reference"
-    if not beta:
-        return "beta_target unknown"
-    return f"beta_target {_strength(beta / lam, unit)}"
+    target = beta_target(model, beta_of(model, config.anchors, anchors), config)
+    text = f"beta_target {_strength(target, unit)}" if target else "beta_target unknown"
+    if len(anchors) > 1:
+        text = f"{anchor_name(model.anchor)}, {text}"
+    return text
 
 
 def _strength(beta: float, unit: float | None) -> str:
@@ -117,12 +138,13 @@ def cost(config: SampleConfig, records: Sequence[Record]) -> str | None:
         config: its lambdas are looked at.
         records: of the manifest.
     """
+    folders = {lam_folder(lams) for lams in config.points}
     measured = []
     for record in records:
-        if record["lam"] in config.lambdas and record.get("seconds") is not None:
+        if Path(record["image"]).parent.name in folders and record.get("seconds") is not None:
             measured.append(record)
-    mixed = [record for record in measured if record["lam"] not in (0, 1)]
-    plain = [record for record in measured if record["lam"] in (0, 1)]
+    mixed = [record for record in measured if not is_one_network(record)]
+    plain = [record for record in measured if is_one_network(record)]
     if not mixed:
         return None
     alone = ""

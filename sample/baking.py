@@ -29,19 +29,20 @@ def bake_and_compare(sweep: Sweep) -> None:
     config = sweep.config
     state = sweep.state
     (lam,) = config.lambdas
+    (anchor,) = sweep.anchors
     folder = Path(str(config.bake))
     if state.is_main_process:
-        bake(sweep.anchor, lam, folder, sweep.base.source, sweep.base.revision)
+        bake(anchor, lam, folder, sweep.base.source, sweep.base.revision)
     state.wait_for_everyone()
 
     # Reference, mode exact, anchor
     exact = replace(config, lambdas=sorted({0.0, lam, 1.0}), bake=None)
-    Sweep(exact, sweep.base, sweep.anchor, sweep.prompts, sweep.run_dir, state).run()
+    Sweep(exact, sweep.base, sweep.anchors, sweep.prompts, sweep.run_dir, state).run()
 
     # What was written, which is an anchor of its own
     baked_dir = sweep.run_dir.with_name(f"{sweep.run_dir.name}-baked{lam:g}")
     baked = replace(exact, anchor=str(folder), lambdas=[1.0], path_kl=False)
-    Sweep(baked, sweep.base, load_anchor(folder), sweep.prompts, baked_dir, state).run()
+    Sweep(baked, sweep.base, [load_anchor(folder)], sweep.prompts, baked_dir, state).run()
 
     if state.is_main_process:
         _note_comparison(sweep, folder, baked_dir)
@@ -109,7 +110,7 @@ def _distances(
     """Baked to exact, and reference to anchor, of one prompt and seed."""
 
     def image(folder: Path, image_lam: float) -> Path:
-        return folder / image_path(image_lam, prompt.prompt_id, seed)
+        return folder / image_path((image_lam,), prompt.prompt_id, seed)
 
     baked_to_exact = _rms(image(baked_dir, 1.0), image(run_dir, lam))
     reference_to_anchor = _rms(image(run_dir, 0.0), image(run_dir, 1.0))

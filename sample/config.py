@@ -56,9 +56,18 @@ class ModelConfig:
 class SampleConfig:
     """One run of the sample stage."""
 
-    anchor: str = setting("???", "what python -m train left, a folder, a file, or a hub id")
-    lambdas: list[float] = setting(
-        [0.0, 0.25, 0.5, 0.75, 1.0], "0 is the reference, 1 the anchor as strong as it was trained"
+    anchor: Any = setting(
+        "???", "what python -m train left, a folder, a file, or a hub id; [a,b] mixes several"
+    )
+    lambdas: Any = setting(
+        None,
+        "0 is the reference, 1 the anchor as strong as it was trained; null: 0 to 1 in quarters; "
+        "of several anchors [[0.3,0.7],[0.5,0.5]]; null: from one to the other",
+    )
+    lam_schedule: list[Any] = setting(
+        [],
+        "what lambda is multiplied by in time: [1,0.2] from noise to image, or steps "
+        "[[0,1],[0.5,0.2]]",
     )
     targets: list[float] = setting(
         [], "betas to imitate: each adds lambda = beta / target; the anchor's card must know beta"
@@ -111,23 +120,84 @@ class SampleConfig:
         choice("branch", self.branch, BRANCHES)
         choice("sampler", self.sampler, (None, *SAMPLERS))
         choice("dtype", self.dtype, (None, *DTYPES))
+        self._check_anchors()
+        self._check_lambdas()
         self._check_lists()
         self._check_numbers()
         self._check_mode()
+        self._check_schedule()
         self._check_bake()
-        self.lambdas = [abs(float(lam)) for lam in self.lambdas]  # -0.0 becomes 0.0
+
+    @property
+    def anchors(self) -> list[str]:
+        """The anchors, mostly one."""
+        return self.anchor if isinstance(self.anchor, list) else [self.anchor]
+
+    @property
+    def points(self) -> list[tuple[float, ...]]:
+        """Lambda of each anchor, for each of the lambdas."""
+        return [tuple(lam) if isinstance(lam, list) else (lam,) for lam in self.lambdas]
+
+    def _check_anchors(self) -> None:
+        """Raises ValueError for anchors that are none, and for what is for one anchor alone."""
+        _check_distinct("anchor", self.anchors, "[a,b]")
+        for anchor in self.anchors:
+            if not isinstance(anchor, str):
+                raise ValueError(
+                    f"anchor must be a folder, a file or a hub id, or a list of these, and "
+                    f"{anchor!r} is none"
+                )
+        if len(self.anchors) == 1:
+            return
+        if self.targets or self.bake or self.trust_region is not None:
+            raise ValueError(
+                "targets, bake and trust_region are for one anchor: remove these, or give "
+                f"anchor={self.anchors[0]}"
+            )
+        if not MODES[self.mode].several_anchors:
+            raise ValueError(f"mode={self.mode} is for one anchor: give mode=exact")
+
+    def _check_lambdas(self) -> None:
+        """Raises ValueError for lambdas that are none, or are not one for each anchor."""
+        if self.lambdas is None:
+            self.lambdas = self._default_lambdas()
+        count = len(self.anchors)
+        example = "[0,0.25,0.5,1]" if count == 1 else "[[0.3,0.7],[0.5,0.5]]"
+        _check_distinct("lambdas", self.lambdas, example)
+        for lams in self.points:
+            if len(lams) != count or (count > 1) != isinstance(self.lambdas[0], list):
+                raise ValueError(
+                    f"there are {count} anchors and {len(lams)} lambdas in {list(lams)}: give "
+                    f"lambdas={example}"
+                )
+            for lam in lams:
+                if not _is_finite(lam):
+                    raise ValueError(
+                        f"lambdas must be finite numbers, and {lam!r} is not; give "
+                        f"lambdas={example}"
+                    )
+            if self.mode == "sampled" and (min(lams) < 0 or sum(lams) > 1):
+                raise ValueError(
+                    f"mode=sampled takes lambdas as probabilities, from 0 to 1 in sum, not "
+                    f"{sum(lams):g}: give mode=exact"
+                )
+        self.lambdas = [_floats(lam) for lam in self.lambdas]
+
+    def _default_lambdas(self) -> list[Any]:
+        """Of one anchor 0 to 1 in quarters; of two the reference, and from one to the other."""
+        quarters = [0.0, 0.25, 0.5, 0.75, 1.0]
+        if len(self.anchors) == 1:
+            return quarters
+        if len(self.anchors) > 2:
+            raise ValueError(
+                f"lambdas are missing: of {len(self.anchors)} anchors give lists of as many, such "
+                f"as lambdas=[{[1 / len(self.anchors)] * len(self.anchors)}]"
+            )
+        return [[0.0, 0.0], *([1 - share, share] for share in quarters)]
 
     def _check_lists(self) -> None:
-        """Raises ValueError for lambdas, targets or seeds that are not what they should be."""
-        _check_distinct("lambdas", self.lambdas, "[0,0.25,0.5,1]")
+        """Raises ValueError for targets or seeds that are not what they should be."""
         _check_distinct("seeds", self.seeds, "[0]")
-        for lam in self.lambdas:
-            is_number = isinstance(lam, int | float) and not isinstance(lam, bool)
-            if not is_number or not math.isfinite(lam) or lam < 0:
-                raise ValueError(
-                    f"lambdas must be finite numbers of at least 0, and {lam!r} is not; give "
-                    "lambdas=[0,0.25,0.5,1]"
-                )
         for target in self.targets:
             if not (math.isfinite(target) and target > 0):
                 raise ValueError(
@@ -183,6 +253,23 @@ class SampleConfig:
                 "and bake: remove these, or give branch=both"
             )
 
+    def _check_schedule(self) -> None:
+        """Raises ValueError for a schedule of another form, and for what does not go with one."""
+        schedule = self.lam_schedule
+        if not schedule:
+            return
+        is_ramp = _is_pair(schedule)
+        is_stepwise = all(isinstance(point, list) and _is_pair(point) for point in schedule)
+        if not is_ramp and not is_stepwise:
+            raise ValueError(
+                "lam_schedule is [factor at the noise, factor at the image], or a list of "
+                f"[fraction of time, factor], not {schedule!r}: give lam_schedule=[1,0.2]"
+            )
+        if self.targets or self.bake:
+            raise ValueError(
+                "lam_schedule does not go together with targets and bake: remove these"
+            )
+
     def _check_bake(self) -> None:
         """Raises ValueError where a bake would not be one lambda of mode exact."""
         if not self.bake:
@@ -214,6 +301,8 @@ class SampleConfig:
         parts = [self._anchor_name(), f"{self.mode_name}{detail}", *self._sampler_name()]
         if self.branch != "both":
             parts.append(self.branch)
+        if self.lam_schedule:
+            parts.append(f"schedule-{_short_digest(self.lam_schedule)}")
         numbers = {
             "steps": self.steps,
             "guidance": self.guidance_scale,
@@ -229,13 +318,17 @@ class SampleConfig:
         return "-".join(parts)
 
     def _anchor_name(self) -> str:
-        """The training run's name, or the last two parts of the anchor's path."""
-        path = Path(self.anchor)
-        if path.name == "anchor":
-            path = path.parent
-        if "train" in path.parts[:-1]:
-            return slug("-".join(path.parts[path.parts.index("train") + 1 :]))
-        return slug("-".join(path.parts[-2:]))
+        """The names of the anchors: of the training run, or the last two parts of the path."""
+        names = []
+        for anchor in self.anchors:
+            path = Path(anchor)
+            if path.name == "anchor":
+                path = path.parent
+            parts = path.parts[-2:]
+            if "train" in path.parts[:-1]:
+                parts = path.parts[path.parts.index("train") + 1 :]
+            names.append(slug("-".join(parts)))
+        return "+".join(names)
 
     def _sampler_name(self) -> list[str]:
         """The sampler; nothing where it is not known before the anchor is read.
@@ -248,7 +341,7 @@ class SampleConfig:
         return [sampler + (f"-eta{self.eta:g}" if self.eta else "")]
 
     def _default_sampler(self) -> str | None:
-        card = Path(self.anchor) / "anchor.json"
+        card = Path(self.anchors[0]) / "anchor.json"
         family = self.model.name
         if card.is_file():
             family = json.loads(card.read_text()).get("family")
@@ -260,14 +353,37 @@ def _prompts_name(prompts: Any) -> str:
     """The name of a file or set; of a list a digest."""
     if isinstance(prompts, str):
         return slug(Path(prompts).stem)[:40]
-    return "prompts-" + hashlib.sha256(repr(prompts).encode()).hexdigest()[:8]
+    return "prompts-" + _short_digest(prompts)
+
+
+def _short_digest(value: Any) -> str:
+    """Eight digits that tell a value from others."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_pair(values: list[Any]) -> bool:
+    """Whether a list holds two finite numbers."""
+    return len(values) == 2 and all(map(_is_finite, values))
+
+
+def _floats(lam: Any) -> Any:
+    """A lambda, or a list of these, as floats; -0.0 becomes 0.0."""
+    if isinstance(lam, list):
+        return [_floats(one) for one in lam]
+    return float(lam) + 0.0
 
 
 def _check_distinct(key: str, values: Any, example: str) -> None:
     """Raises ValueError for what is no list, is empty, or holds a value twice."""
     if not isinstance(values, list) or not values:
         raise ValueError(
-            f"{key} must be a list of at least one number, not {values!r}; give {key}={example}"
+            f"{key} must be a list of at least one value, not {values!r}; give {key}={example}"
         )
     for position, value in enumerate(values):
         if value in values[:position]:

@@ -14,18 +14,35 @@ from typing import Any
 from deradiff.files import write_atomic
 
 Record = dict[str, Any]
+
+Lams = tuple[float, ...]
+"""Lambda of each anchor of a run, mostly of one."""
+
 MANIFEST = "manifest.jsonl"
 
 
-def image_path(lam: float, prompt_id: str, seed: int) -> str:
+def image_path(lams: Lams, prompt_id: str, seed: int) -> str:
     """The file of one image, relative to the run directory.
 
-    Two decimals of lambda, or as many as tell it from every other.
+    Args:
+        lams: lambda of each anchor.
+        prompt_id: of the prompt.
+        seed: of the image.
     """
-    number = f"{lam:.2f}"
-    if float(number) != lam:
-        number = repr(lam)
-    return f"lam={number}/{prompt_id}-s{seed}.png"
+    return f"{lam_folder(lams)}/{prompt_id}-s{seed}.png"
+
+
+def lam_folder(lams: Lams) -> str:
+    """The folder of the images of one lambda: two decimals, or as many as tell it from others.
+
+    Args:
+        lams: lambda of each anchor.
+    """
+    numbers = []
+    for lam in lams:
+        number = f"{lam:.2f}"
+        numbers.append(number if float(number) == lam else repr(lam))
+    return "lam=" + ",".join(numbers)
 
 
 def save_image(run_dir: Path, rank: int, png: bytes, record: Record) -> None:

@@ -5,6 +5,7 @@ Only configs and indexes are read, and no weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,46 +17,69 @@ from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel, check_autoen
 from deradiff.models.families import FAMILIES
 from deradiff.realignment.registry import MODES
 from sample.config import SAMPLING_DEFAULTS, SHAPES, SampleConfig
+from sample.dial_values import scheduled
 
 SHAPES_ASSETS = "asset:shapes/"
 
 
-def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, Anchor]:
-    """Decide every null of a config, and find its base model and anchor.
+def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, list[Anchor]]:
+    """Decide every null of a config, and find its base model and anchors.
 
     Raises:
         ValueError: in one sentence, for what cannot work.
     """
-    anchor = load_anchor(config.anchor)
+    anchors = [load_anchor(anchor) for anchor in config.anchors]
     # What `model=` says is known before the hub is asked for anything
     if config.model.name in FAMILIES:
-        check_anchor_family(anchor, str(config.model.name))
-    base = find_base(config, anchor)
-    check_anchor_family(anchor, base.family.name)
-    resolved = _with_defaults(config, base, anchor)
-    _check_fits(resolved, base, anchor)
-    return resolved, base, anchor
+        for anchor in anchors:
+            check_anchor_family(anchor, str(config.model.name))
+    base = find_base(config, anchors)
+    for anchor in anchors:
+        check_anchor_family(anchor, base.family.name)
+    resolved = _with_defaults(config, base, anchors)
+    _check_fits(resolved, base, anchors)
+    return resolved, base, anchors
 
 
-def find_base(config: SampleConfig, anchor: Anchor) -> BaseModel:
-    """The base model that the config names, or else the one that the anchor's card names."""
+def find_base(config: SampleConfig, anchors: Sequence[Anchor]) -> BaseModel:
+    """The base model that the config names, or else the one that the anchors' cards name.
+
+    Raises:
+        ValueError: where neither does, or where the cards disagree.
+    """
     model = config.model
     base = BaseModel(model.base, model.revision, model.vae) if model.base else None
     if base is None:
-        card = anchor.card
-        if card is None:
-            raise ValueError(
-                f"{config.anchor} has no card to name its base: give model=sd15, model=sdxl or "
-                "model.base=<pipeline folder or hub id>"
-            )
-        base = BaseModel(card.base_model, card.base_revision, model.vae or card.vae)
+        base = _base_of_cards(anchors, model.vae)
     if base.vae:
         with section("model"):
             check_autoencoder(base.vae)
     return base
 
 
-def _with_defaults(config: SampleConfig, base: BaseModel, anchor: Anchor) -> SampleConfig:
+def _base_of_cards(anchors: Sequence[Anchor], vae: str | None) -> BaseModel:
+    """The one base model that the cards of anchors name, perhaps with another autoencoder."""
+    bases = []
+    for anchor in anchors:
+        card = anchor.card
+        if card is None:
+            raise ValueError(
+                f"{anchor.source} has no card to name its base: give model=sd15, model=sdxl or "
+                "model.base=<pipeline folder or hub id>"
+            )
+        bases.append((card.base_model, card.base_revision, vae or card.vae))
+    if len(set(bases)) > 1:
+        names = " and ".join(str(name) for name, _, _ in bases)
+        raise ValueError(
+            f"the anchors were aligned from different bases, {names}: give "
+            "model.base=<the one to mix them on>"
+        )
+    return BaseModel(*bases[0])
+
+
+def _with_defaults(
+    config: SampleConfig, base: BaseModel, anchors: Sequence[Anchor]
+) -> SampleConfig:
     """The config with every null decided."""
     is_shapes = base.source.startswith(SHAPES_ASSETS)
     family = base.family
@@ -66,6 +90,11 @@ def _with_defaults(config: SampleConfig, base: BaseModel, anchor: Anchor) -> Sam
     prompts = config.prompts
     if prompts is None:
         prompts = SHAPES if is_shapes else []
+
+    # Lambdas: in order, with those of the targets
+    lambdas = config.lambdas
+    if len(anchors) == 1:
+        lambdas = sorted({*config.lambdas, *lams_of_targets(config, anchors[0])})
 
     # Precision: half on a GPU
     half = "bfloat16" if family.flow else "float16"
@@ -78,7 +107,7 @@ def _with_defaults(config: SampleConfig, base: BaseModel, anchor: Anchor) -> Sam
     return replace(
         config,
         model=model,
-        lambdas=sorted({*config.lambdas, *lams_of_targets(config, anchor)}),
+        lambdas=lambdas,
         prompts=prompts,
         sampler=config.sampler or defaults.sampler,
         steps=config.steps or defaults.steps,
@@ -114,8 +143,9 @@ def lams_of_targets(config: SampleConfig, anchor: Anchor) -> list[float]:
     return [card.beta / target for target in config.targets]
 
 
-def _check_fits(config: SampleConfig, base: BaseModel, anchor: Anchor) -> None:
+def _check_fits(config: SampleConfig, base: BaseModel, anchors: Sequence[Anchor]) -> None:
     """Raises ValueError for options that this family, base or anchor does not have."""
+    scheduled(1.0, config.lam_schedule)
     family = base.family
     sampler = SAMPLERS[str(config.sampler)]
     if sampler.flow != family.flow:
@@ -132,11 +162,12 @@ def _check_fits(config: SampleConfig, base: BaseModel, anchor: Anchor) -> None:
                 f"{key} must be a multiple of {family.multiple} pixels for {family.name}, "
                 f"not {side}"
             )
-    if config.batched and anchor.method == "full":
-        raise ValueError(
-            "batched=true evaluates a LoRA and its reference as one batch, and "
-            f"{config.anchor} is a full anchor: remove it"
-        )
+    for anchor in anchors:
+        if config.batched and anchor.method == "full":
+            raise ValueError(
+                "batched=true evaluates a LoRA and its reference as one batch, and "
+                f"{anchor.source} is a full anchor: remove it"
+            )
 
 
 def check_spacing(config: SampleConfig, base: BaseModel) -> None:

@@ -17,16 +17,17 @@ import torch
 
 from deradiff import realign
 from deradiff.anchors.anchor import Anchor
+from deradiff.anchors.mixtures import MixedAnchor, as_one_anchor, mixed_beta
 from deradiff.data.prompts import Prompt
 from deradiff.image_tables import encode_png
-from deradiff.method.branches import ByBranch
 from deradiff.method.schedulers import make_scheduler
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from deradiff.realignment.dial import Dial
 from deradiff.realignment.registry import LABELS, SETTINGS
 from sample.config import SampleConfig
-from sample.manifest import Record, image_path
+from sample.dial_values import dial_value
+from sample.manifest import Lams, Record, image_path
 
 
 class PromptSeed(NamedTuple):
@@ -35,9 +36,9 @@ class PromptSeed(NamedTuple):
     prompt: Prompt
     seed: int
 
-    def image(self, lam: float) -> str:
-        """The image's file at a lambda, relative to the run directory."""
-        return image_path(lam, self.prompt.prompt_id, self.seed)
+    def image(self, lams: Lams) -> str:
+        """The image's file at the lambda of each anchor, relative to the run directory."""
+        return image_path(lams, self.prompt.prompt_id, self.seed)
 
     @property
     def generator_seed(self) -> int:
@@ -70,22 +71,42 @@ def mode_options(config: SampleConfig) -> dict[str, Any]:
     setting = LABELS[config.mode_name].setting
     if setting:
         options[setting] = config.mode_detail
-    branch = None if config.branch == "both" else config.branch
-    return options | {"trust_region": config.trust_region, "branch": branch}
+    return options | {
+        "trust_region": config.trust_region,
+        "branch": None if config.branch == "both" else config.branch,
+        "lam_schedule": config.lam_schedule or None,
+    }
 
 
-def lambda_of_branch(lam: float, branch: str) -> float | ByBranch:
-    """A lambda for one branch of guidance; the other branch is the reference's.
+def beta_of(model: MixedAnchor, names: Sequence[str], anchors: Sequence[Anchor]) -> float | None:
+    """The beta of a model's anchor, or of its mixture; None: unknown.
 
     Args:
-        lam: the lambda.
-        branch: one of `deradiff.realignment.registry.BRANCHES`.
+        model: the model.
+        names: of the anchors.
+        anchors: the anchors.
     """
-    if branch == "both":
-        return lam
-    if branch == "conditional":
-        return ByBranch(conditional=lam, unconditional=0.0)
-    return ByBranch(conditional=0.0, unconditional=lam)
+    betas = {}
+    for name, anchor in zip(names, anchors, strict=True):
+        betas[name] = anchor.card.beta if anchor.card else None
+    if model.shares is None:
+        return betas[model.anchor]
+    conventions = {anchor.card.beta_convention for anchor in anchors if anchor.card}
+    return mixed_beta(model.shares, betas) if len(conventions) == 1 else None
+
+
+def beta_target(model: MixedAnchor, beta: float | None, config: SampleConfig) -> float | None:
+    """The beta that a realigned model imitates; None: unknown, or it imitates none.
+
+    Args:
+        model: the model.
+        beta: of its anchor.
+        config: a lambda on one branch, or one that changes in time, imitates no model.
+    """
+    is_plain = config.branch == "both" and not config.lam_schedule
+    if beta is None or model.lam <= 0 or not is_plain:
+        return None
+    return beta / model.lam
 
 
 def select(rows: Any, numbers: Sequence[int]) -> Any:
@@ -101,14 +122,16 @@ class Images:
     Args:
         pipe: the reference pipeline.
         config: a resolved config.
-        anchor: the anchor.
+        anchors: the anchors.
         done: images that are there already, relative to the run directory.
     """
 
-    def __init__(self, pipe: Any, config: SampleConfig, anchor: Anchor, done: set[str]) -> None:
+    def __init__(
+        self, pipe: Any, config: SampleConfig, anchors: Sequence[Anchor], done: set[str]
+    ) -> None:
         self.pipe = pipe
         self.config = config
-        self.anchor = anchor
+        self.anchors = anchors
         self.done = done
         self.family = family_of(pipe)
 
@@ -118,8 +141,8 @@ class Images:
         assert config.batch_size and config.steps  # decided before
         with realign(
             self.pipe,
-            self.anchor,
-            lambda_of_branch(config.lambdas[0], config.branch),
+            self.anchors,
+            dial_value(config.points[0], config),
             config.mode,
             bool(config.path_kl),
             every=config.every,
@@ -137,13 +160,13 @@ class Images:
     ) -> Iterator[tuple[bytes, Record]]:
         """One batch of prompts and seeds, at each lambda."""
         embeddings = self._encode(batch)  # once for all lambdas
-        for lam in self.config.lambdas:
-            rows = [i for i, image in enumerate(batch) if image.image(lam) not in self.done]
+        for lams in self.config.points:
+            rows = [i for i, image in enumerate(batch) if image.image(lams) not in self.done]
             if not rows:
                 continue
 
             # One call of the pipeline
-            dial.lam = lambda_of_branch(lam, self.config.branch)
+            dial.lam = dial_value(lams, self.config)
             started = time.monotonic()
             missing = [batch[i] for i in rows]
             of_rows = {name: select(value, rows) for name, value in embeddings.items()}
@@ -162,7 +185,7 @@ class Images:
                     "path_kl": kl if math.isfinite(kl) else None,
                     "ess": size,
                 }
-                yield encode_png(image), self._record(one, lam, image) | measured
+                yield encode_png(image), self._record(one, lams, image) | measured
 
     def _encode(self, batch: Sequence[PromptSeed]) -> dict[str, Any]:
         """The encoded prompts as keyword arguments of the pipeline's call, a row each."""
@@ -205,20 +228,22 @@ class Images:
         )
         return output.images[::particles]
 
-    def _record(self, one: PromptSeed, lam: float, image: Any) -> Record:
+    def _record(self, one: PromptSeed, lams: Lams, image: Any) -> Record:
         """An image's line in the manifest (`evaluation.manifest.ImageRecord`), not yet measured."""
         config = self.config
-        beta = self.anchor.card.beta if self.anchor.card else None
+        model = as_one_anchor(config.anchors, lams)
+        beta = beta_of(model, config.anchors, self.anchors)
         return {
-            "image": one.image(lam),
+            "image": one.image(lams),
             "prompt_id": one.prompt.prompt_id,
             "prompt": one.prompt.text,
             "seed": one.seed,
-            "anchor": config.anchor,
+            "anchor": model.anchor,
+            "shares": model.shares,
             "base_model": config.model.base,
             "beta": beta,
-            "lam": lam,
-            "beta_target": beta / lam if beta and lam and config.branch == "both" else None,
+            "lam": model.lam,
+            "beta_target": beta_target(model, beta, config),
             "mode": config.mode_name,
             **mode_options(config),
             "sampler": config.sampler,

@@ -1,4 +1,4 @@
-"""`python -m sample`: one anchor over a list of lambdas on common random numbers.
+"""`python -m sample`: one anchor, or several, over a list of lambdas on common random numbers.
 
 The same command resumes, and more lambdas, prompts or seeds extend a run.
 """
@@ -33,12 +33,12 @@ def run(config: SampleConfig, run_dir: Path) -> Path:
         ValueError: for a mistake in the config, before a weight is loaded.
     """
     # What is to be sampled
-    config, base, anchor = resolve(config)
+    config, base, anchors = resolve(config)
     prompts = load_prompts(config.prompts, config.prompts_limit)
 
     # Sample it
     state = PartialState(cpu=not torch.cuda.is_available())
-    sweep = Sweep(config, base, anchor, prompts, run_dir, state)
+    sweep = Sweep(config, base, anchors, prompts, run_dir, state)
     if config.bake:
         bake_and_compare(sweep)
     else:

@@ -20,11 +20,11 @@ from deradiff.data.prompts import Prompt
 from deradiff.files import anchor_digest, claim, slug
 from deradiff.images import labelled_grid
 from deradiff.models.base_model import BaseModel
-from deradiff.realignment.dial import BeyondAnchorWarning
+from deradiff.realignment.dial import BeyondAnchorWarning, NegativeLambdaWarning
 from deradiff.realignment.resampling import GuidedParticlesWarning
 from sample.announce import announcement, cost
 from sample.config import SampleConfig
-from sample.manifest import Record, image_path, intact, merge, save_image
+from sample.manifest import Lams, Record, image_path, intact, merge, save_image
 from sample.sampling import Images, PromptSeed, load_sampler, mode_options
 
 # Other values of these make more images, not other ones.
@@ -44,7 +44,7 @@ EXTENDS = (
     "model.name",
     "model.resolution",
 )
-ANNOUNCED = (BeyondAnchorWarning, GuidedParticlesWarning)
+ANNOUNCED = (BeyondAnchorWarning, GuidedParticlesWarning, NegativeLambdaWarning)
 """Warnings of `realign` that the stage has said before its progress bar."""
 
 GRID = "grid.png"
@@ -64,7 +64,7 @@ class Sweep:
     Args:
         config: of the run.
         base: the base model.
-        anchor: the anchor.
+        anchors: the anchors.
         prompts: what is sampled.
         run_dir: the run directory.
         state: this process among all.
@@ -74,14 +74,14 @@ class Sweep:
         self,
         config: SampleConfig,
         base: BaseModel,
-        anchor: Anchor,
+        anchors: Sequence[Anchor],
         prompts: Sequence[Prompt],
         run_dir: Path,
         state: PartialState,
     ) -> None:
         self.config = config
         self.base = base
-        self.anchor = anchor
+        self.anchors = anchors
         self.prompts = prompts
         self.run_dir = run_dir
         self.state = state
@@ -92,15 +92,14 @@ class Sweep:
         The processes share the prompts. The main one says what is done, and merges.
         """
         state = self.state
-        weights = Path(self.anchor.root) / self.anchor.weights
         settings = asdict(self.config) | mode_options(self.config)
-        settings["anchor_sha256"] = anchor_digest(weights)
+        settings["anchor_sha256"] = _digest(self.anchors)
         if state.is_main_process:
             claim(self.run_dir, settings, EXTENDS)
             merge(self.run_dir)
             device = f"{state.num_processes} x {state.device}"
             count = len(self.prompts)
-            print(announcement(self.config, self.base, self.anchor, count, device), flush=True)
+            print(announcement(self.config, self.base, self.anchors, count, device), flush=True)
         state.wait_for_everyone()
 
         # Nobody writes before everybody has seen the same images, and so shares out the same rest
@@ -111,7 +110,7 @@ class Sweep:
         with tracker(
             self.config.tracking, "sample", self.run_dir, settings, state.is_main_process, group
         ) as track:
-            self._declare_anchor(track)
+            self._declare_anchors(track)
             share = missing[state.process_index :: state.num_processes]
             count, seconds = sample_share(self, share, done)
             state.wait_for_everyone()
@@ -125,15 +124,16 @@ class Sweep:
         for prompt in self.prompts:
             for seed in self.config.seeds:
                 one = PromptSeed(prompt, seed)
-                if any(one.image(lam) not in done for lam in self.config.lambdas):
+                if any(one.image(lams) not in done for lams in self.config.points):
                     missing.append(one)
         return missing
 
-    def _declare_anchor(self, track: Tracker) -> None:
-        """Tell the tracker which training run the anchor is from, under the name it has there."""
-        root = Path(self.anchor.root)
-        if root.is_dir() and root.name == "anchor":
-            track.uses(f"anchor-{root.absolute().parent.name}", "model")
+    def _declare_anchors(self, track: Tracker) -> None:
+        """Tell the tracker which training runs the anchors are from, under their names there."""
+        for anchor in self.anchors:
+            root = Path(anchor.root)
+            if root.is_dir() and root.name == "anchor":
+                track.uses(f"anchor-{root.absolute().parent.name}", "model")
 
     def _finish(self, track: Tracker, count: int, seconds: float) -> None:
         """Merge the manifest, draw the grid, and say what it cost."""
@@ -163,9 +163,9 @@ def sample_share(sweep: Sweep, share: Sequence[PromptSeed], done: set[str]) -> t
     state = sweep.state
     count = 0
     for one in share:
-        count += sum(one.image(lam) not in done for lam in config.lambdas)
+        count += sum(one.image(lams) not in done for lams in config.points)
     pipe = load_sampler(config, sweep.base, state.device)
-    images = Images(pipe, config, sweep.anchor, done)
+    images = Images(pipe, config, sweep.anchors, done)
     start = time.monotonic()
     is_silent = not state.is_main_process
     with (
@@ -187,7 +187,7 @@ def show(config: SampleConfig, prompts: Sequence[Prompt], run_dir: Path, track: 
     """
     rows: list[tuple[str, list[Path]]] = []
     for prompt in prompts[:TABLE_ROWS]:
-        names = [image_path(lam, prompt.prompt_id, config.seeds[0]) for lam in config.lambdas]
+        names = [image_path(lams, prompt.prompt_id, config.seeds[0]) for lams in config.points]
         rows.append((prompt.text, [run_dir / name for name in names]))
 
     # Neighbours in a list of prompts are often alike: take rows from all over it
@@ -195,16 +195,31 @@ def show(config: SampleConfig, prompts: Sequence[Prompt], run_dir: Path, track: 
     opened = []
     for text, files in rows[::spacing]:
         opened.append((text, [Image.open(file) for file in files]))
-    heads = [_head(lam) for lam in config.lambdas]
+    heads = [_head(lams) for lams in config.points]
     labelled_grid(opened, heads, GRID_TILE).save(run_dir / GRID)
 
     track.image("grid", run_dir / GRID)
-    columns = ["prompt", *(f"lam={lam:g}" for lam in config.lambdas)]
+    columns = ["prompt", *(f"lam={_numbers(lams)}" for lams in config.points)]
     cells: list[list[Any]] = [[text, *images] for text, images in rows]
     track.table("samples", columns, cells)
 
 
-def _head(lam: float) -> str:
+def _head(lams: Lams) -> str:
     """What stands above a column of the grid."""
-    roles = {0.0: "  reference", 1.0: "  anchor"}
-    return f"λ = {lam:g}{roles.get(lam, '')}"
+    role = ""
+    if not any(lams):
+        role = "  reference"
+    elif lams == (1.0,):
+        role = "  anchor"
+    return f"λ = {_numbers(lams)}{role}"
+
+
+def _numbers(lams: Lams) -> str:
+    """Lambda of each anchor, for people."""
+    return ", ".join(f"{lam:g}" for lam in lams)
+
+
+def _digest(anchors: Sequence[Anchor]) -> Any:
+    """What tells the anchors' weights from others: a digest, or one for each of several."""
+    digests = [anchor_digest(Path(anchor.root) / anchor.weights) for anchor in anchors]
+    return digests[0] if len(digests) == 1 else digests

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -24,7 +24,7 @@ MANIFEST = "manifest.jsonl"
 SAMPLING_COLUMNS = ["sampler", "eta", "steps", "guidance_scale", "height", "width"]
 """How images were sampled. Images that differ in any of these are never compared."""
 
-OPTIONAL = {"eta": 0.0, "evaluations": None}
+OPTIONAL = {"eta": 0.0, "evaluations": None, "shares": None}
 """Keys that older manifests lack, with what they mean there."""
 
 
@@ -39,11 +39,12 @@ class ImageRecord:
         prompt_id: the prompt's name, a function of its text.
         prompt: the prompt.
         seed: the user's seed.
-        anchor: the anchor as the user named it.
+        anchor: the anchor as the user named it, or the name of a mixture of several.
+        shares: of a mixture's anchors, by name (`deradiff.anchors.mixtures`); None: one anchor.
         beta: the anchor's; None where no card says it.
         lam: lambda.
-        beta_target: beta / lam; None at lam 0 and without a beta.
-        mode: `exact`, `reuse`, `weights`, or `particles`.
+        beta_target: beta / lam; None at lam 0, without a beta, and where no model is imitated.
+        mode: `exact`, `reuse`, `weights`, `sampled`, or `particles`.
         sampler: a key of `deradiff.method.samplers.SAMPLERS`.
         eta: of DDIM.
         steps: of the sampler.
@@ -60,6 +61,7 @@ class ImageRecord:
     prompt: str
     seed: int
     anchor: str
+    shares: dict | None  # type: ignore[type-arg]
     beta: float | None
     lam: float
     beta_target: float | None
@@ -143,6 +145,18 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     return record | {"mode": full_name(record)}
 
 
+def is_one_network(record: Mapping[str, Any]) -> bool:
+    """Whether an image is the reference's or an anchor's own, so that every mode gives the same.
+
+    Args:
+        record: of a manifest, or a row of `read_samples`.
+    """
+    if record["lam"] == 0:
+        return True
+    is_plain = not (record.get("branch") or record.get("lam_schedule") or record.get("shares"))
+    return record["lam"] == 1 and is_plain
+
+
 def read_samples(runs: Sequence[str], references: Sequence[str] = ()) -> pd.DataFrame:
     """The manifests of sample runs as one table, a row an image.
 
@@ -151,8 +165,8 @@ def read_samples(runs: Sequence[str], references: Sequence[str] = ()) -> pd.Data
         references: run directories that serve as targets and as the reference, and as nothing else.
 
     Returns:
-        The manifest's keys, `run`, `file` (the image's path), and `realigned`: False for images of
-        `references`.
+        The manifest's keys, `run`, `file` (the image's path), `is_own` (it is the reference's or an
+        anchor's own image), and `realigned`: False for images of `references`.
 
     Raises:
         ValueError: where a run, a line or an image is not what it should be. Missing and altered
@@ -161,9 +175,10 @@ def read_samples(runs: Sequence[str], references: Sequence[str] = ()) -> pd.Data
     rows = []
     for run in [*runs, *references]:
         for record in read_manifest(run):
-            rows.append(record | {"realigned": run in runs})
+            own = {"realigned": run in runs, "is_own": is_one_network(record)}
+            rows.append(record | own)
     table = pd.DataFrame(rows)
-    table = table[table["realigned"] | table["lam"].isin([0, 1])].reset_index(drop=True)
+    table = table[table["realigned"] | table["is_own"]].reset_index(drop=True)
     table["file"] = [str(Path(run) / image) for run, image in zip(table["run"], table["image"])]
     _check_images(table)
     _check_pairing(table)
@@ -181,8 +196,7 @@ def _check_images(table: pd.DataFrame) -> None:
     if missing:
         raise ValueError(
             f"{_named(missing)} missing; run the sample stage's command again, it makes what is "
-            f"not "
-            "there"
+            "not there"
         )
     altered = []
     for file, sha256 in zip(table["file"], table["sha256"]):
@@ -191,8 +205,7 @@ def _check_images(table: pd.DataFrame) -> None:
     if altered:
         raise ValueError(
             f"{_named(altered)} not what the manifest's sha256 says; delete them and run the "
-            f"sample "
-            "stage's command again"
+            "sample stage's command again"
         )
 
 
@@ -228,9 +241,15 @@ def _check_pairing(table: pd.DataFrame) -> None:
 
 
 def read_cards(table: pd.DataFrame) -> dict[str, AnchorCard]:
-    """The cards of the anchors that are local folders with a card, by the manifest's `anchor`."""
+    """The cards of the anchors that are local folders with a card, by the anchor's name.
+
+    Those of a mixture's anchors are among them.
+    """
+    anchors = dict.fromkeys(table["anchor"])
+    for shares in table["shares"].dropna():
+        anchors |= dict.fromkeys(shares)
     cards = {}
-    for anchor in table["anchor"].unique():
+    for anchor in anchors:
         card = read_card(anchor) if Path(anchor).is_dir() else None
         if card is not None:
             cards[anchor] = card

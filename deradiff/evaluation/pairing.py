@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard
+from deradiff.anchors.mixtures import BETWEEN_PARTS, mixed_reward, parts_of
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 
 BETA_TOLERANCE = 1e-3
@@ -69,7 +70,8 @@ class SampledModel(NamedTuple):
         The reference is on the way to every anchor that was sampled alike.
         """
         same_source = (self.anchor, self.mode) == (other.anchor, other.mode)
-        is_smaller = self.sampling == other.sampling and self.lam < other.lam
+        is_between = 0 <= self.lam < other.lam or other.lam < self.lam <= 0
+        is_smaller = self.sampling == other.sampling and is_between
         return is_smaller and (self.is_reference or same_source)
 
 
@@ -78,7 +80,14 @@ MODEL_COLUMNS = list(SampledModel._fields)
 
 
 def anchor_name(anchor: str) -> str:
-    """An anchor's name for people: of its training run where it lies in one."""
+    """An anchor's name for people: of its training run where it lies in one.
+
+    Args:
+        anchor: as the manifest names it; a mixture is named by the names of its anchors.
+    """
+    parts = parts_of(anchor)
+    if parts:
+        return BETWEEN_PARTS.join(f"{share} {anchor_name(part)}" for share, part in parts)
     path = Path(anchor)
     return path.parent.name if path.name == "anchor" else anchor
 
@@ -102,6 +111,8 @@ class Cell:
         reference: the reference.
         anchor: the anchor as it is, lam = 1; None where it was not sampled.
         second_seeds: the target again, from other training seeds.
+        is_mixture: whether it is a mixture of several anchors, whose target was aligned on the
+            mixed reward.
     """
 
     beta: float
@@ -115,6 +126,7 @@ class Cell:
     reference: SampledModel
     anchor: SampledModel | None
     second_seeds: tuple[SampledModel, ...]
+    is_mixture: bool = False
 
     def __str__(self) -> str:
         name = anchor_name(self.realigned.anchor)
@@ -154,6 +166,8 @@ def pair_up(samples: pd.DataFrame, cards: Cards) -> tuple[list[Cell], list[str]]
         bench = _Bench.of(images, cards)
         for model in bench.realigned_models():
             cell = bench.find_cell(model)
+            if cell is None:
+                continue
             if isinstance(cell, str):
                 missing.append(cell)
                 continue
@@ -184,7 +198,8 @@ class _Bench:
 
     Attributes:
         models: a row a model, sorted by beta, lambda and mode.
-        betas: of each anchor that has one.
+        betas: of each anchor or mixture that has one.
+        shares: of each mixture's anchors.
         references: each anchor's model at lam = 0.
         anchors: each anchor's model at lam = 1.
         cards: of the anchors.
@@ -192,6 +207,7 @@ class _Bench:
 
     models: pd.DataFrame
     betas: dict[str, float]
+    shares: dict[str, dict[str, float]]
     references: dict[str, SampledModel]
     anchors: dict[str, SampledModel]
     cards: Cards
@@ -205,45 +221,53 @@ class _Bench:
         for anchor, beta in zip(models["anchor"], models["beta"]):
             if not pd.isna(beta):
                 betas[anchor] = beta
-        references = _by_anchor(models[models["lam"] == 0])
-        anchors = _by_anchor(models[models["lam"] == 1])
-        return cls(models, betas, references, anchors, cards)
+        mixtures = models[models["shares"].notna()]
+        shares = dict(zip(mixtures["anchor"], mixtures["shares"]))
+        own = models[models["is_own"]]
+        references = _by_anchor(own[own["lam"] == 0])
+        anchors = _by_anchor(own[own["lam"] == 1])
+        return cls(models, betas, shares, references, anchors, cards)
 
     def realigned_models(self) -> list[dict[str, Any]]:
-        """Models between and beyond reference and anchor: lam = 1 is an identity and no cell."""
+        """Models that are neither the reference nor an anchor as it is, which are no cells."""
         models = self.models
-        return models[models["realigned"] & ~models["lam"].isin([0, 1])].to_dict("records")
+        return models[models["realigned"] & ~models["is_own"]].to_dict("records")
 
-    def find_cell(self, model: dict[str, Any]) -> Cell | str:
-        """The cell of one realigned model, or a sentence that says what it lacks."""
+    def find_cell(self, model: dict[str, Any]) -> Cell | str | None:
+        """The cell of one realigned model, or a sentence that says what it lacks.
+
+        None for a mixture whose target nobody trained.
+        """
         anchor = model["anchor"]
         lam = model["lam"]
+        is_mixture = anchor in self.shares
         name = f"{anchor_name(anchor)} at lam={lam:g}, mode {model['mode']},"
-        if anchor not in self.betas:
-            return f"{name} has no target: its anchor names no beta"
+        if pd.isna(model["beta_target"]):
+            return None if is_mixture else f"{name} has no target: {self._why_no_target(model)}"
 
         # The target: an anchor at beta / lam, sampled as it is
         beta = self.betas[anchor]
         name = f"{name} targets beta={beta / lam:g}"
-        fitting = self._anchors_at(beta / lam, anchor)
+        fitting = self._anchors_like(anchor, lam)
         if not fitting:
-            return (
+            missing = (
                 f"{name}: no sample run of an anchor at that beta, with 1 among its lambdas, is "
                 "among the samples"
             )
+            return None if is_mixture else missing
         target, *others = self._by_training_seed(fitting, anchor)
 
         # The reference: the target's own where there is one
         sources = [
             source
             for source in (target, anchor, *self.references)
-            if source in self.references and _comparable(source, target, self.cards)
+            if source in self.references
+            and _comparable(self.cards.get(source), self.cards.get(target))
         ]
         if not sources:
             return (
                 f"{name}: no images of the reference are among the samples; sample with 0 among "
-                f"the "
-                "lambdas"
+                "the lambdas"
             )
         realigned = SampledModel.of_row(model)
         return Cell(
@@ -258,17 +282,51 @@ class _Bench:
             reference=self.references[sources[0]],
             anchor=self.anchors.get(anchor),
             second_seeds=tuple(self.anchors[other] for other in others),
+            is_mixture=is_mixture,
         )
 
-    def _anchors_at(self, beta: float, other_than: str) -> list[str]:
-        """Anchors of a beta that were sampled at lam = 1 and are comparable with another one."""
+    def _why_no_target(self, model: Mapping[str, Any]) -> str:
+        """Why one realigned model imitates no model that could be trained."""
+        if model["anchor"] not in self.betas:
+            return "its anchor names no beta"
+        if model["lam"] < 0:
+            return "its lam is negative"
+        return "its lam is not the same at all times and in all branches of guidance"
+
+    def _anchors_like(self, source: str, lam: float) -> list[str]:
+        """Other anchors, sampled as they are, that a source at a lambda should imitate.
+
+        They were aligned from the same base in the same way, at beta / lam, on the same reward. A
+        reward that no card names may be any; but not that of a mixture.
+        """
+        own_cards = [self.cards.get(anchor) for anchor in self.shares.get(source, [source])]
+        own_reward = self._reward(source)
         fitting = []
-        for anchor, its_beta in self.betas.items():
-            is_other = anchor != other_than and anchor in self.anchors
-            is_close = math.isclose(its_beta, beta, rel_tol=BETA_TOLERANCE)
-            if is_other and is_close and _comparable(anchor, other_than, self.cards):
+        for anchor in self.anchors:
+            if anchor == source or anchor not in self.betas:
+                continue
+            reward = self._reward(anchor)
+            if own_reward is not None and reward is not None:
+                is_close = _are_close(own_reward, lam, reward)
+            else:
+                beta = self.betas[source] / lam
+                is_close = math.isclose(self.betas[anchor], beta, rel_tol=BETA_TOLERANCE)
+                is_close = is_close and source not in self.shares
+            card = self.cards.get(anchor)
+            if is_close and all(_comparable(card, own_card) for own_card in own_cards):
                 fitting.append(anchor)
         return fitting
+
+    def _reward(self, source: str) -> dict[str, float] | None:
+        """The weights over beta of the rewards that a source was aligned on; None: unknown."""
+        shares = self.shares.get(source, {source: 1.0})
+        betas = {}
+        rewards = {}
+        for anchor in shares:
+            card = self.cards.get(anchor)
+            betas[anchor] = card.beta if card else None
+            rewards[anchor] = card.reward if card else None
+        return mixed_reward(shares, betas, rewards)
 
     def _by_training_seed(self, fitting: list[str], anchor: str) -> list[str]:
         """The target that shares the anchor's training seed first.
@@ -303,16 +361,24 @@ def _training_seed(anchor: str, cards: Cards) -> int | None:
     return cards[anchor].seed if anchor in cards else None
 
 
-def _comparable(one: str, other: str, cards: Cards) -> bool:
+def _comparable(one: AnchorCard | None, other: AnchorCard | None) -> bool:
     """Whether two anchors were aligned from one base in one way, as far as their cards tell."""
-    if one not in cards or other not in cards:
+    if one is None or other is None:
         return True
-    first, second = cards[one], cards[other]
-    return (first.base_model, first.method, first.objective) == (
-        second.base_model,
-        second.method,
-        second.objective,
+    return (one.base_model, one.method, one.objective) == (
+        other.base_model,
+        other.method,
+        other.objective,
     )
+
+
+def _are_close(reward: Mapping[str, float], lam: float, other: Mapping[str, float]) -> bool:
+    """Whether lam times the weights of a reward are those of another one."""
+    for scorer in {*reward, *other}:
+        weight = lam * reward.get(scorer, 0.0)
+        if not math.isclose(weight, other.get(scorer, 0.0), rel_tol=BETA_TOLERANCE):
+            return False
+    return True
 
 
 def by_model(scores: pd.DataFrame) -> dict[SampledModel, pd.DataFrame]:

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from deradiff.models.family import (
     JOINT_ATTENTION,
+    MASKED_CALL_ARGUMENTS,
     Family,
     SamplingDefaults,
     Shapes,
+    call_arguments_of,
     unwrapped,
 )
-from deradiff.models.patches import PATCH, pack, patch_coordinates, unpack
+from deradiff.models.patches import (
+    PATCH,
+    pack,
+    packed_shapes,
+    patch_coordinates,
+    patch_grid,
+    unpack,
+)
 
 if TYPE_CHECKING:  # not imported when a command starts
     from torch import Tensor, nn
@@ -34,26 +43,22 @@ class ChromaFamily(Family):
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (N, L, channels), `attention_mask` (N, L)."""
-        text, _, mask, *_ = self._encode(pipe, prompts, guided=False)
+        text, mask, _, _ = self._encode(pipe, prompts, guided=False)
         return {"encoder_hidden_states": text, "attention_mask": mask}
 
     def call_arguments(self, pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, Any]:
         """Embeddings and masks; negative ones only with guidance."""
-        text, _, mask, negative, _, negative_mask = self._encode(pipe, prompts, guided)
-        arguments = {"prompt_embeds": text, "prompt_attention_mask": mask}
-        if guided:
-            arguments["negative_prompt_embeds"] = negative
-            arguments["negative_prompt_attention_mask"] = negative_mask
-        return arguments
+        return call_arguments_of(self._encode(pipe, prompts, guided), MASKED_CALL_ARGUMENTS)
 
     def _encode(self, pipe: Any, prompts: Sequence[str], guided: bool) -> tuple[Any, ...]:
-        return pipe.encode_prompt(
+        text, _, mask, negative, _, negative_mask = pipe.encode_prompt(
             list(prompts),
             device=pipe.device,
             do_classifier_free_guidance=guided,
             negative_prompt=[""] * len(prompts) if guided else None,
             max_sequence_length=self.prompt_tokens,
         )
+        return text, mask, negative, negative_mask
 
     def denoise(
         self,
@@ -65,8 +70,7 @@ class ChromaFamily(Family):
     ) -> Tensor:
         """The predicted velocity (B, C, H, W)."""
         text = conditioning["encoder_hidden_states"]
-        rows = noisy.shape[2] // PATCH
-        columns = noisy.shape[3] // PATCH
+        rows, columns = patch_grid(noisy)
         mask = _with_patches(conditioning["attention_mask"], rows * columns)
         with _mask_in_single_blocks(unwrapped(denoiser), mask):
             predicted = denoiser(
@@ -91,15 +95,13 @@ class ChromaFamily(Family):
         self, config: Mapping[str, Any], height: int, width: int, tokens: int
     ) -> Shapes:
         """`hidden_states` in patches, `timestep`, the prompt, coordinates, `attention_mask`."""
-        patches = (height // PATCH) * (width // PATCH)
-        return {
-            "hidden_states": (1, patches, config["in_channels"]),
-            "timestep": (1,),
-            "encoder_hidden_states": (1, tokens, config["joint_attention_dim"]),
-            "img_ids": (patches, COORDINATES),
-            "txt_ids": (tokens, COORDINATES),
-            "attention_mask": (1, tokens + patches),
-        }
+        shapes = packed_shapes(config, height, width, tokens, COORDINATES)
+        shapes |= self.prompt_shapes(config, tokens)
+
+        # The mask of training also covers the patches.
+        _, patches, _ = shapes["hidden_states"]
+        shapes["attention_mask"] = (1, tokens + patches)
+        return shapes
 
 
 def _with_patches(mask: Tensor, patches: int) -> Tensor:

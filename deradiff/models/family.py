@@ -46,6 +46,14 @@ CALL_ARGUMENTS = (
 )
 """What `encode_prompt` of most pipelines returns, in its order, by arguments of their call."""
 
+MASKED_CALL_ARGUMENTS = (
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+)
+"""The same of pipelines whose prompts have a mask and no pooled embedding."""
+
 Shapes = dict[str, Any]
 """Shapes of tensors by name, each a tuple.
 
@@ -290,9 +298,16 @@ class Family(ABC):
         return self.latent_channels(pipe.vae.config), side, side
 
 
-def call_arguments_of(encoded: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """What a pipeline's `encode_prompt` returned, by CALL_ARGUMENTS; what is None is left out."""
-    named = zip(CALL_ARGUMENTS, encoded, strict=False)
+def call_arguments_of(
+    encoded: Sequence[Tensor | None], names: Sequence[str] = CALL_ARGUMENTS
+) -> dict[str, Tensor]:
+    """What a pipeline's `encode_prompt` returned, by arguments of its call.
+
+    Args:
+        encoded: embeddings and masks; what is None is left out.
+        names: of the arguments, in the order of `encoded`.
+    """
+    named = zip(names, encoded, strict=False)
     return {name: tensor for name, tensor in named if tensor is not None}
 
 

@@ -15,9 +15,16 @@ from deradiff.models.family import (
     Family,
     SamplingDefaults,
     Shapes,
-    unwrapped,
 )
-from deradiff.models.patches import PATCH, pack, patch_coordinates, unpack
+from deradiff.models.patches import (
+    PATCH,
+    guidance_input,
+    pack,
+    packed_shapes,
+    patch_coordinates,
+    patch_grid,
+    unpack,
+)
 
 if TYPE_CHECKING:  # not imported when a command starts
     from torch import Tensor, nn
@@ -62,26 +69,19 @@ class Flux2KleinFamily(Family):
     ) -> Tensor:
         """The predicted velocity (B, C, H, W)."""
         text = conditioning["encoder_hidden_states"]
-        rows = noisy.shape[2] // PATCH
-        columns = noisy.shape[3] // PATCH
+        rows, columns = patch_grid(noisy)
         txt_ids = noisy.new_zeros(text.shape[1], COORDINATES)
         txt_ids[:, -1] = noisy.new_tensor(list(range(text.shape[1])))
         predicted = denoiser(
             pack(noisy),
             timestep=timesteps / self.timestep_scale,
-            guidance=self._guidance(denoiser, noisy),
+            guidance=guidance_input(denoiser, noisy, TRAINING_GUIDANCE),
             encoder_hidden_states=text,
             txt_ids=txt_ids,
             img_ids=patch_coordinates(noisy, rows, columns, COORDINATES),
             return_dict=False,
         )[0]
         return unpack(predicted, rows, columns)
-
-    def _guidance(self, denoiser: Any, noisy: Tensor) -> Tensor | None:
-        """(B,) in float32, or None for a network that was not distilled."""
-        if not unwrapped(denoiser).config.guidance_embeds:
-            return None
-        return noisy.new_full((len(noisy),), TRAINING_GUIDANCE).float()
 
     def prompt_shapes(self, config: Mapping[str, Any], tokens: int) -> Shapes:
         """`encoder_hidden_states`."""
@@ -91,23 +91,14 @@ class Flux2KleinFamily(Family):
         self, config: Mapping[str, Any], height: int, width: int, tokens: int
     ) -> Shapes:
         """`hidden_states` in patches, `timestep`, the prompt, coordinates, and `guidance`."""
-        patches = (height // PATCH) * (width // PATCH)
-        shapes: Shapes = {
-            "hidden_states": (1, patches, config["in_channels"]),
-            "timestep": (1,),
-            **self.prompt_shapes(config, tokens),
-            "img_ids": (patches, COORDINATES),
-            "txt_ids": (tokens, COORDINATES),
-        }
-        if config["guidance_embeds"]:
-            shapes["guidance"] = (1,)
-        return shapes
+        guidance = gets_guidance(config)
+        shapes = packed_shapes(config, height, width, tokens, COORDINATES, guidance)
+        return shapes | self.prompt_shapes(config, tokens)
 
     def encode_images(self, vae: Any, images: Tensor) -> Tensor:
         """The posterior's mean, normalised by the statistics of the autoencoder's batch norm."""
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-        rows = latents.shape[2] // PATCH
-        columns = latents.shape[3] // PATCH
+        rows, columns = patch_grid(latents)
         deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
         patches = (pack(latents) - vae.bn.running_mean) / deviation
         return unpack(patches, rows, columns)

@@ -1,18 +1,26 @@
 """Latents in patches of 2 x 2, as FLUX.1, FLUX.2, Chroma and Qwen-Image read them.
 
 Latents (B, C, H, W) become rows (B, H/2 * W/2, 4 C), and a row's numbers are sorted by channel,
-then by their place in the patch.
+then by their place in the patch. Beside it stands what else the networks of FLUX's kind get.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from deradiff.models.family import Shapes, unwrapped
 
 if TYPE_CHECKING:  # not imported when a command starts
     from torch import Tensor
 
 PATCH = 2
 """Side of a patch of latents."""
+
+
+def patch_grid(latents: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patches of latents (B, C, H, W)."""
+    return latents.shape[2] // PATCH, latents.shape[3] // PATCH
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -52,3 +60,52 @@ def patch_coordinates(like: Tensor, rows: int, columns: int, numbers: int = 3) -
     ids[..., 1] = like.new_tensor(list(range(rows)))[:, None]
     ids[..., 2] = like.new_tensor(list(range(columns)))
     return ids.flatten(0, 1)
+
+
+def guidance_input(denoiser: Any, noisy: Tensor, scale: float) -> Tensor | None:
+    """The guidance that a network of FLUX's kind gets in training.
+
+    Args:
+        denoiser: the network, possibly wrapped.
+        noisy: noisy latents (B, C, H, W).
+        scale: the guidance scale.
+
+    Returns:
+        (B,) in float32, or None for a network that was not distilled.
+    """
+    if not unwrapped(denoiser).config.guidance_embeds:
+        return None
+    return noisy.new_full((len(noisy),), scale).float()
+
+
+def packed_shapes(
+    config: Mapping[str, Any],
+    height: int,
+    width: int,
+    tokens: int,
+    coordinates: int,
+    guidance: bool = False,
+) -> Shapes:
+    """Shapes of what a network of FLUX's kind gets for one image, besides the prompt.
+
+    Args:
+        config: the network's config.
+        height: of the latents.
+        width: of the latents.
+        tokens: of the prompt.
+        coordinates: numbers that say where a patch or a token lies.
+        guidance: whether guidance is an input.
+
+    Returns:
+        `hidden_states` in patches, `timestep`, `img_ids`, `txt_ids`, and perhaps `guidance`.
+    """
+    patches = (height // PATCH) * (width // PATCH)
+    shapes: Shapes = {
+        "hidden_states": (1, patches, config["in_channels"]),
+        "timestep": (1,),
+        "img_ids": (patches, coordinates),
+        "txt_ids": (tokens, coordinates),
+    }
+    if guidance:
+        shapes["guidance"] = (1,)
+    return shapes

@@ -18,7 +18,7 @@ from deradiff.models.family import (
     pad,
     without_padding,
 )
-from deradiff.models.patches import PATCH, pack, unpack
+from deradiff.models.patches import PATCH, pack, patch_grid, unpack
 
 if TYPE_CHECKING:  # not imported when a command starts
     from torch import Tensor, nn
@@ -60,8 +60,7 @@ class QwenImageFamily(Family):
         resolution: int,
     ) -> Tensor:
         """The predicted velocity (B, C, H, W)."""
-        rows = noisy.shape[2] // PATCH
-        columns = noisy.shape[3] // PATCH
+        rows, columns = patch_grid(noisy)
         text, mask = without_padding(
             conditioning["encoder_hidden_states"], conditioning["encoder_hidden_states_mask"]
         )

@@ -9,7 +9,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deradiff.models.family import Family, SamplingDefaults, Shapes, unwrapped
+from deradiff.models.family import (
+    MASKED_CALL_ARGUMENTS,
+    Family,
+    SamplingDefaults,
+    Shapes,
+    call_arguments_of,
+    unwrapped,
+)
 
 if TYPE_CHECKING:  # not imported when a command starts
     from torch import Tensor, nn
@@ -28,12 +35,7 @@ class SanaFamily(Family):
 
     def call_arguments(self, pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, Any]:
         """Embeddings and masks; negative ones only with guidance."""
-        text, mask, negative, negative_mask = self._encode(pipe, prompts, guided)
-        arguments = {"prompt_embeds": text, "prompt_attention_mask": mask}
-        if guided:
-            arguments["negative_prompt_embeds"] = negative
-            arguments["negative_prompt_attention_mask"] = negative_mask
-        return arguments
+        return call_arguments_of(self._encode(pipe, prompts, guided), MASKED_CALL_ARGUMENTS)
 
     def _encode(self, pipe: Any, prompts: Sequence[str], guided: bool) -> tuple[Any, ...]:
         # A call's own instruction, which `encode_prompt` leaves out unless it is given

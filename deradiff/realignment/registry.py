@@ -11,6 +11,7 @@ setting of its own, that is an argument of `realign` and a key of the sample sta
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -178,6 +179,8 @@ def full_name(record: Mapping[str, Any]) -> str:
             words.append(f"{record[setting]:g}")
     if record.get("branch"):
         words.append(f"{record['branch']} branch")
+    if record.get("lam_schedule"):
+        words.append(f"schedule {json.dumps(record['lam_schedule'])}")
     if _is_number(record.get("trust_region")):
         words.append(f"within {record['trust_region']:g} nats")
     return " ".join(words)

@@ -82,7 +82,12 @@ def no_sampling(monkeypatch):
 BAD_VALUES = [
     ("lambdas", [], "at least one"),
     ("lambdas", [0.5, 0.5], "0.5 twice"),
-    ("lambdas", [-0.1], "-0.1 is not"),
+    ("lambdas", [[0.3, 0.7]], "there are 1 anchors and 2 lambdas"),
+    ("lam_schedule", [1], "give lam_schedule=[1,0.2]"),
+    ("lam_schedule", [[0, 1], [0.5]], "give lam_schedule=[1,0.2]"),
+    ("anchor", [], "at least one"),
+    ("anchor", ["a", "a"], "holds a twice"),
+    ("anchor", ["a", 3], "3 is none"),
     ("lambdas", [float("nan")], "nan is not"),
     ("lambdas", ["a"], "'a' is not"),
     ("lambdas", [float("inf")], "inf is not"),
@@ -115,7 +120,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("key", "value", "words"), BAD_VALUES)
 def test_a_value_out_of_range_is_refused_by_name(key, value, words):
     with pytest.raises(ValueError) as error:
-        SampleConfig(anchor="x", **{key: value})
+        SampleConfig(**{"anchor": "x", key: value})
     message = str(error.value)
     assert key in message
     assert words in message
@@ -278,7 +283,7 @@ def test_nulls_become_the_published_settings_of_the_base_that_the_card_names(
     anchors, no_weights, family, sampler, steps, guidance, batch
 ):
     typed = SampleConfig(anchor=str(anchors / family / "anchor"), prompts=["a fox"])
-    config, _, anchor = resolve(typed)
+    config, _, (anchor,) = resolve(typed)
     assert config.model.base == str(anchors / family / "base")
     assert anchor.card.beta == 500
     assert config.sampler == sampler

@@ -77,7 +77,7 @@ def test_reference_and_anchor_are_the_stock_pipelines(tiny, config, tmp_path, an
     config = replace(config, anchor=path, sampler=sampler, prompts=PROMPTS[:1])
     run(config, tmp_path / "run")
     images = read_images(tmp_path / "run")
-    config, base, anchor = resolve(config)
+    config, base, (anchor,) = resolve(config)
 
     stock_images = []
     for lam in (0.0, 1.0):
@@ -88,11 +88,11 @@ def test_reference_and_anchor_are_the_stock_pipelines(tiny, config, tmp_path, an
         output = pipe("a red fox", num_inference_steps=3, guidance_scale=3.0, generator=[noise])
         stock = np.asarray(output.images[0]).astype(int)
         stock_images.append(stock)
-        assert np.array_equal(images[FOX.image(lam)], stock), f"lam {lam}"
+        assert np.array_equal(images[FOX.image((lam,))], stock), f"lam {lam}"
 
     reference, aligned = stock_images
     assert abs(reference - aligned).mean() > 1
-    half = images[FOX.image(0.5)]
+    half = images[FOX.image((0.5,))]
     assert abs(half - reference).mean() > 1
     assert abs(half - aligned).mean() > 1
 
@@ -216,9 +216,9 @@ def test_the_grid_has_a_column_for_each_lambda(config, tmp_path):
 
 def test_distinct_lambdas_never_share_a_folder():
     lambdas = [0.0, 0.5, 1.0, 0.125, 0.12, 0.1, 0.1 + 1e-12, 1e-5, 10.0, 1 / 3]
-    assert len({image_path(lam, "a", 0) for lam in lambdas}) == len(lambdas)
-    assert image_path(0.5, "a", 3) == "lam=0.50/a-s3.png"
-    assert image_path(0.125, "a", 0) == "lam=0.125/a-s0.png"
+    assert len({image_path((lam,), "a", 0) for lam in lambdas}) == len(lambdas)
+    assert image_path((0.5,), "a", 3) == "lam=0.50/a-s3.png"
+    assert image_path((0.125,), "a", 0) == "lam=0.125/a-s0.png"
 
 
 def test_a_line_that_a_kill_cut_short_is_not_read(tmp_path):
@@ -398,7 +398,7 @@ def test_the_tracker_gets_images_and_where_they_come_from(config, tmp_path, monk
     columns, rows = given["samples"]
     assert columns == ["prompt", "lam=0", "lam=0.5", "lam=1"]
     assert [row[0] for row in rows] == PROMPTS
-    assert rows[0][2] == tmp_path / FOX.image(0.5)
+    assert rows[0][2] == tmp_path / FOX.image((0.5,))
     for row in rows:
         assert all(file.is_file() for file in row[1:])
     assert given["grid"] == tmp_path / "grid.png"
