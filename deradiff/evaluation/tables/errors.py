@@ -254,7 +254,7 @@ def modes(comparison: Comparison) -> ResultTable:
     shared = shared_by_modes(comparison)
     rows = summary_rows(shared, approximation_errors(shared).data)
     samples = comparison.samples
-    mixed = samples[~samples["lam"].isin([0, 1])]
+    mixed = samples[~samples["is_own"]]
     for row in rows:
         counts = mixed[mixed["mode"] == row["mode"]]["evaluations"]
         row["evaluations"] = pd.to_numeric(counts).mean()
