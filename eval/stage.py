@@ -107,7 +107,7 @@ def track_results(track: Tracker, run_dir: Path, evaluation: Evaluation) -> None
     # Tables
     for table in evaluation.tables.values():
         if not table.is_empty:
-            shown = table.shown
+            shown = table.display
             track.table(table.name, list(shown.columns), shown.to_numpy().tolist())
 
     # Images and figures

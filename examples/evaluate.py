@@ -30,7 +30,7 @@ def main() -> None:
     for cell in comparison.cells:
         print(f"beta {cell.beta:g} at lambda {cell.lam:g} imitates beta {cell.beta_target:g}")
     for table in (mean_scores(comparison), approximation_errors(comparison)):
-        print(f"\n{table.title}\n{table.shown.to_string(index=False)}")
+        print(f"\n{table.title}\n{table.display.to_string(index=False)}")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_a
 from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
 from deradiff.evaluation.manifest import read_samples
 from deradiff.evaluation.results import Evaluation, evaluate, write
-from deradiff.evaluation.tables.costs import compute, published, saved
-from deradiff.evaluation.tables.errors import approximation_errors, modes, summary
+from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
+from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
 from deradiff.evaluation.tables.means import mean_scores
-from deradiff.evaluation.tables.mixtures import mixtures
-from deradiff.evaluation.tables.paper import agreement, by_target, paper_errors
+from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
+from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
 from deradiff.evaluation.tables.selection import select
 from deradiff.evaluation.tables.table import ResultTable
 from deradiff.evaluation.tables.wins import win_rates
@@ -28,20 +28,20 @@ __all__ = [
     "agreement",
     "approximation_errors",
     "bland_altman",
-    "by_target",
     "compare",
-    "compute",
+    "costs_of_anchors",
     "ecdf",
+    "errors_by_mode",
+    "errors_by_target",
     "evaluate",
     "mean_scores",
-    "mixtures",
-    "modes",
+    "mixtures_of_anchors",
     "paper_errors",
-    "published",
+    "published_cost",
     "read_samples",
     "reversal",
     "reward_against_kl",
-    "saved",
+    "savings_of_anchors",
     "scatter",
     "score_against_lambda",
     "select",

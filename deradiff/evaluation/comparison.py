@@ -88,7 +88,7 @@ class Comparison:
         """Mean scores over seeds of the images that all models share; see `pairing.per_prompt`."""
         return per_prompt(self.by_model, models, scorer)
 
-    def restricted(
+    def restrict(
         self, cells: Sequence[Cell], scores: dict[SampledModel, pd.DataFrame]
     ) -> Comparison:
         """The same with fewer cells and images."""

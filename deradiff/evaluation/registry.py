@@ -17,11 +17,11 @@ from deradiff.evaluation.figures.image_grids import first_grid, reversal
 from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
 from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
 from deradiff.evaluation.figures.style import svg
-from deradiff.evaluation.tables.costs import compute, published, saved
-from deradiff.evaluation.tables.errors import approximation_errors, modes, summary
+from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
+from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
 from deradiff.evaluation.tables.means import mean_scores
-from deradiff.evaluation.tables.mixtures import mixtures
-from deradiff.evaluation.tables.paper import agreement, by_target, paper_errors
+from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
+from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
 from deradiff.evaluation.tables.selection import selection
 from deradiff.evaluation.tables.table import ResultTable
 from deradiff.evaluation.tables.wins import win_rates
@@ -47,12 +47,13 @@ class TableSpec:
     """A table of the evaluation.
 
     Attributes:
-        name: of its files.
-        section: a key of `SECTIONS`.
-        make: makes it of a comparison and of the tables that it needs.
-        needs: tables that stand above it here, by the argument of `make` that takes them.
-        folded: what to click to see it; None: it is open.
-        is_tall: it scrolls within a window of its own.
+        name: the name of its files, `tables/<name>.csv` and `.md`.
+        section: the report's section that shows it, a key of `SECTIONS`.
+        make: makes it from a comparison and from the tables that it needs.
+        needs: names of tables that stand above it in `TABLES`, by the argument of `make` that takes
+            them. They are made once and passed on.
+        folded: the line to click to see it; None: it is open.
+        is_tall: whether it scrolls within a window of its own.
     """
 
     name: str
@@ -68,14 +69,14 @@ class FigureSpec:
     """A figure of the evaluation.
 
     Attributes:
-        name: of its file.
-        title: for people.
-        caption: what it shows and how it is read.
-        section: a key of `SECTIONS`; None: a file alone, because the report shows the same in
-            another form.
-        draw: draws it of a comparison and of the tables that it needs: a matplotlib figure, an SVG
-            text, or None where there is nothing to show.
-        needs: as `TableSpec.needs`.
+        name: the name of its file, `plots/<name>.svg`.
+        title: the heading above it.
+        caption: what it shows and how to read it.
+        section: the report's section that shows it, a key of `SECTIONS`; None: it is a file alone,
+            because the report shows the same in another form.
+        draw: draws it from a comparison and from the tables that it needs, as a matplotlib figure
+            or as SVG text; None where there is nothing to show.
+        needs: names of tables, as `TableSpec.needs`.
     """
 
     name: str
@@ -98,16 +99,16 @@ TABLES = (
         folded="Every cell: anchor, lam and target",
     ),
     TableSpec("summary", CLOSENESS, summary, ERRORS),
-    TableSpec("modes", CLOSENESS, modes),
+    TableSpec("modes", CLOSENESS, errors_by_mode),
     TableSpec("paper", CLOSENESS, paper_errors, {"summary_table": "summary", **ERRORS}),
     TableSpec("agreement", CLOSENESS, agreement, ERRORS),
-    TableSpec("by_target", CLOSENESS, by_target, ERRORS, is_tall=True),
+    TableSpec("by_target", CLOSENESS, errors_by_target, ERRORS, is_tall=True),
     TableSpec("wins", CLOSENESS, win_rates, folded="Win rates"),
     TableSpec("means", SCORES, mean_scores, folded="Mean scores of every model"),
-    TableSpec("mixtures", MIXTURES, mixtures, is_tall=True),
-    TableSpec("savings", COST, saved),
-    TableSpec("compute", COST, compute),
-    TableSpec("published", COST, published),
+    TableSpec("mixtures", MIXTURES, mixtures_of_anchors, is_tall=True),
+    TableSpec("savings", COST, savings_of_anchors),
+    TableSpec("compute", COST, costs_of_anchors),
+    TableSpec("published", COST, published_cost),
 )
 
 FIGURES = (
@@ -188,9 +189,8 @@ FIGURES = (
         "bland_altman",
         "Bland-Altman",
         "The difference over the mean of the two. Solid: the bias; dashed: 1.96 standard "
-        "deviations "
-        "between cells to either side; both of the cells with lam within (0, 1), where there are "
-        "any.",
+        "deviations between cells to either side; both of the cells with lam within (0, 1), where "
+        "there are any.",
         CLOSENESS,
         bland_altman,
         ERRORS,
@@ -199,7 +199,11 @@ FIGURES = (
 
 
 def make_tables(comparison: Comparison) -> dict[str, ResultTable]:
-    """Every table of a comparison, by name."""
+    """Make every table of a comparison.
+
+    Returns:
+        The tables by name, empty ones too.
+    """
     tables: dict[str, ResultTable] = {}
     for spec in TABLES:
         needed = {argument: tables[name] for argument, name in spec.needs.items()}
@@ -208,7 +212,15 @@ def make_tables(comparison: Comparison) -> dict[str, ResultTable]:
 
 
 def draw_figures(comparison: Comparison, tables: Mapping[str, ResultTable]) -> dict[str, str]:
-    """Every figure of a comparison as SVG, by name; those with nothing to show are left out."""
+    """Draw every figure of a comparison.
+
+    Args:
+        comparison: what is compared.
+        tables: its tables, by name.
+
+    Returns:
+        SVG by name, without the figures that have nothing to show.
+    """
     drawings = {}
     for spec in FIGURES:
         needed = {argument: tables[name] for argument, name in spec.needs.items()}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from deradiff.evaluation.statistics import LEVEL, UNKNOWN, Array, Estimate, paired_bootstrap
 
 
-def for_choosing(prompt_ids: Sequence[str], share: float = 0.5) -> NDArray[np.bool_]:
+def choosing_mask(prompt_ids: Sequence[str], share: float = 0.5) -> NDArray[np.bool_]:
     """Which prompts choose; the others report.
 
     It follows from a hash of the prompt_id alone: a prompt falls on the same side in every run,
@@ -51,7 +51,7 @@ class Choice:
         index: of the candidate.
         affordable: (C,), whether its mean path KL is within the budget.
         path_kl: (C,), mean path KL in nats.
-        chosen_by: (C,), mean scores on the choosing prompts.
+        choosing_means: (C,), mean scores on the choosing prompts.
         score: the chosen candidate's mean score.
         gain: that score above the reference's, paired.
         lead: that score above the next best affordable candidate's, paired; nan where there is
@@ -61,7 +61,7 @@ class Choice:
     index: int
     affordable: NDArray[np.bool_]
     path_kl: Array
-    chosen_by: Array
+    choosing_means: Array
     score: Estimate
     gain: Estimate
     lead: Estimate
@@ -84,7 +84,7 @@ def choose(
         path_kl: (P, C), in nats.
         budget: the largest mean path KL in nats; None: any. With a budget, a candidate without a
             path KL is not affordable.
-        choosing: (P,), as `for_choosing` makes it.
+        choosing: (P,), as `choosing_mask` makes it.
         reference: (P,), the reference's scores; None: unknown.
         seed: of the draws.
 
@@ -101,7 +101,7 @@ def choose(
     is_within = np.ones(len(mean_kl), bool) if budget is None else mean_kl <= budget
     affordable = ~np.isnan(mean_scores) & is_within
     if not affordable.any():
-        raise ValueError(_nothing_affordable(mean_kl, budget))
+        raise ValueError(_budget_message(mean_kl, budget))
 
     def rank(candidate: int) -> tuple[float, float]:
         return -mean_scores[candidate], np.nan_to_num(mean_kl[candidate], nan=np.inf)
@@ -120,14 +120,14 @@ def choose(
         index=best,
         affordable=affordable,
         path_kl=mean_kl,
-        chosen_by=mean_scores,
+        choosing_means=mean_scores,
         score=paired_bootstrap(held_out[:, [best]], _only_column, seed),
         gain=gain,
         lead=lead,
     )
 
 
-def _nothing_affordable(mean_kl: Array, budget: float | None) -> str:
+def _budget_message(mean_kl: Array, budget: float | None) -> str:
     """How the error says that no candidate is within the budget."""
     least = ", for none was recorded"
     if np.isfinite(mean_kl).any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deradiff.evaluation.selection import choose, for_choosing, reward_hacking
+from deradiff.evaluation.selection import choose, choosing_mask, reward_hacking
 
 LAMBDAS = np.array([0.0, 0.5, 1.0, 2.0, 3.0])
 KL = 10 * LAMBDAS**2
@@ -24,27 +24,27 @@ def chosen(scores=None, budget=None, **more):
         peaked(2.0) if scores is None else scores,
         np.tile(KL, (200, 1)),
         budget,
-        for_choosing(IDS),
+        choosing_mask(IDS),
         **more,
     )
 
 
 def test_prompts_are_split_by_their_id_alone():
-    first = for_choosing(IDS)
+    first = choosing_mask(IDS)
     assert 80 < first.sum() < 120
     shuffled = np.random.default_rng(2).permutation(200)
-    assert (for_choosing([IDS[i] for i in shuffled]) == first[shuffled]).all()
-    assert (for_choosing(IDS[:7]) == first[:7]).all()
-    assert for_choosing(IDS, 0.1).sum() < 40 and for_choosing(IDS, 1.0).all()
-    assert for_choosing(["\ud800 half a surrogate"]).shape == (1,)
+    assert (choosing_mask([IDS[i] for i in shuffled]) == first[shuffled]).all()
+    assert (choosing_mask(IDS[:7]) == first[:7]).all()
+    assert choosing_mask(IDS, 0.1).sum() < 40 and choosing_mask(IDS, 1.0).all()
+    assert choosing_mask(["\ud800 half a surrogate"]).shape == (1,)
 
 
 def test_the_best_is_chosen_and_reported_on_other_prompts():
     scores = peaked(2.0)
-    found, side = chosen(scores, reference=scores[:, 0]), for_choosing(IDS)
+    found, side = chosen(scores, reference=scores[:, 0]), choosing_mask(IDS)
     assert found.index == 3 and found.affordable.all()
     assert found.score.value == pytest.approx(scores[~side, 3].mean())
-    assert found.chosen_by[3] == pytest.approx(scores[side, 3].mean())
+    assert found.choosing_means[3] == pytest.approx(scores[side, 3].mean())
     assert found.gain.value == pytest.approx((scores[~side, 3] - scores[~side, 0]).mean())
     assert found.gain.low < 4 < found.gain.high and found.gain.high - found.gain.low < 0.1  # paired
     assert found.lead.value == pytest.approx(1, abs=0.05) and found.lead.low > 0  # over 1.0 or 3.0
@@ -52,8 +52,8 @@ def test_the_best_is_chosen_and_reported_on_other_prompts():
 
 def test_what_was_high_by_chance_is_not_reported_as_high():
     pure = np.random.default_rng(3).normal(0, 1, (200, 200))  # 200 candidates that are all alike
-    found = choose(pure, np.zeros((200, 200)), None, for_choosing(IDS))
-    assert found.chosen_by[found.index] > 0.2 and found.score.low < 0 < found.score.high
+    found = choose(pure, np.zeros((200, 200)), None, choosing_mask(IDS))
+    assert found.choosing_means[found.index] > 0.2 and found.score.low < 0 < found.score.high
 
 
 @pytest.mark.parametrize(("budget", "index"), [(40.0, 3), (39.9, 2), (10, 2), (9, 1), (0, 0)])
@@ -71,15 +71,15 @@ def test_equal_candidates_are_decided_by_path_kl():
 def test_a_candidate_without_a_path_kl_is_out_of_any_budget():
     kl = np.tile(KL, (200, 1))
     kl[:, 3] = np.nan
-    assert choose(peaked(2.0), kl, 90, for_choosing(IDS)).index != 3
-    assert choose(peaked(2.0), kl, None, for_choosing(IDS)).index == 3
+    assert choose(peaked(2.0), kl, 90, choosing_mask(IDS)).index != 3
+    assert choose(peaked(2.0), kl, None, choosing_mask(IDS)).index == 3
 
 
 def test_what_cannot_be_chosen_is_refused():
     with pytest.raises(ValueError, match="within 5 nats; the smallest is 10"):
-        choose(peaked(2.0)[:, 2:], np.tile(KL[2:], (200, 1)), 5, for_choosing(IDS))
+        choose(peaked(2.0)[:, 2:], np.tile(KL[2:], (200, 1)), 5, choosing_mask(IDS))
     with pytest.raises(ValueError, match="for none was recorded"):
-        choose(peaked(2.0), np.full((200, 5), np.nan), 5, for_choosing(IDS))
+        choose(peaked(2.0), np.full((200, 5), np.nan), 5, choosing_mask(IDS))
     with pytest.raises(ValueError, match="do not make two halves"):
         choose(peaked(2.0), np.zeros((200, 5)), None, np.ones(200, bool))
 

@@ -19,9 +19,9 @@ from deradiff.evaluation.tables.errors import (
     REALIGNED,
     REFERENCE_AS_IS,
     SEED_FLOOR,
-    aligned,
-    approximation_errors,
+    error_rows,
     first_range,
+    scores_of_cells,
 )
 from deradiff.evaluation.tables.table import ResultTable
 
@@ -35,21 +35,20 @@ MODEL_COLOURS = {
 Styles = dict[str, dict[str, Any]]
 
 
-def _errors_of(comparison: Comparison, approximation: ResultTable | None) -> pd.DataFrame:
-    return (approximation or approximation_errors(comparison)).data
-
-
 def ecdf(comparison: Comparison, approximation: ResultTable | None = None) -> Figure | None:
-    """Share of cells whose error is at most x % of the target's mean.
+    """The share of cells whose error is at most x % of the target's mean.
 
-    Of the realigned models within (0, 1), and of those that nothing was done to; of cells above 1
-    where there are no others. None where there is no cell.
+    It is drawn for the realigned models within (0, 1), and for the models that nothing was done to;
+    for cells above 1 where there are no others.
 
     Args:
         comparison: what is compared.
-        approximation: its approximation errors, where they are known already.
+        approximation: its approximation errors, where they are made already.
+
+    Returns:
+        A panel a scorer; None where there is no cell.
     """
-    errors = _errors_of(comparison, approximation)
+    errors = error_rows(comparison, approximation)
     if not len(errors):
         return None
     threshold = comparison.options.threshold
@@ -71,6 +70,7 @@ def ecdf(comparison: Comparison, approximation: ResultTable | None = None) -> Fi
         panel.set_xlim(left=0)
         panel.set_ylim(0, 102)
 
+    # The legend
     handles = [Line2D([], [], **style) for style in styles.values()]
     label = f"{threshold:g} % of the mean"
     handles.append(Line2D([], [], color=INK, lw=0.8, linestyle=":", label=label))
@@ -115,25 +115,32 @@ def _draw_steps(
     with_band: bool,
 ) -> None:
     """The distribution of some errors, with its band."""
-    model, target, _ = aligned(comparison, chosen)
+    model, target, _ = scores_of_cells(comparison, chosen)
     scale = 100 / chosen["target_mean"].abs().to_numpy()
     curve = error_ecdf(model * scale, target * scale)
     panel.step(curve.x, 100 * curve.share, where="post", **style)
     if with_band:
         colour = style["color"]
-        low, high = 100 * curve.low, 100 * curve.high
+        low = 100 * curve.low
+        high = 100 * curve.high
         panel.fill_between(curve.x, low, high, step="post", color=colour, alpha=0.15, lw=0)
 
 
 def scatter(comparison: Comparison, approximation: ResultTable | None = None) -> Figure | None:
     """The realigned model's mean score over the target's, a point a cell, and the identity.
 
-    Hollow: lam above 1. None where there is no cell.
+    Points of lam above 1 are hollow.
+
+    Args:
+        comparison: what is compared.
+        approximation: its approximation errors, where they are made already.
+
+    Returns:
+        A panel a scorer; None where there is no cell.
     """
-    errors = _errors_of(comparison, approximation)
-    if not len(errors):
+    own = _realigned_errors(comparison, approximation)
+    if own.empty:
         return None
-    own = errors[errors["what"] == REALIGNED]
     styles = anchor_styles(own)
 
     def draw(panel: Axes, scorer: str) -> None:
@@ -152,19 +159,27 @@ def scatter(comparison: Comparison, approximation: ResultTable | None = None) ->
 def bland_altman(comparison: Comparison, approximation: ResultTable | None = None) -> Figure | None:
     """Realigned less target, in % of the target's mean, over the mean of the two.
 
-    With the bias of the cells within (0, 1) and 1.96 standard deviations to its sides; of those
-    above 1 where there are no others. None where there is no cell.
+    Lines show the bias of the cells within (0, 1) and 1.96 standard deviations to its sides; of the
+    cells above 1 where there are no others.
+
+    Args:
+        comparison: what is compared.
+        approximation: its approximation errors, where they are made already.
+
+    Returns:
+        A panel a scorer; None where there is no cell.
     """
-    errors = _errors_of(comparison, approximation)
-    if not len(errors):
+    own = _realigned_errors(comparison, approximation)
+    if own.empty:
         return None
-    own = errors[errors["what"] == REALIGNED]
     styles = anchor_styles(own)
 
     def draw(panel: Axes, scorer: str) -> None:
         rows = own[own["scorer"] == scorer]
         signed = 100 * rows["difference"] / rows["target_mean"].abs()
         panel.axhline(0, color=INK, lw=0.5)
+
+        # The bias and the limits of agreement
         _, contains = first_range(rows)
         within = signed[rows["lam"].map(contains)]
         if len(within) > 1:
@@ -172,6 +187,8 @@ def bland_altman(comparison: Comparison, approximation: ResultTable | None = Non
             lines = ((limits.bias, "-"), (limits.lower, "--"), (limits.upper, "--"))
             for estimate, linestyle in lines:
                 panel.axhline(estimate.value, color=COLOURS[5], lw=1.2, linestyle=linestyle)
+
+        # The cells
         panel.xaxis.set_major_locator(MaxNLocator(4))
         _draw_points(panel, rows, (rows["mean"] + rows["target_mean"]) / 2, signed, styles)
 
@@ -183,6 +200,12 @@ def bland_altman(comparison: Comparison, approximation: ResultTable | None = Non
     scorers = list(own["scorer"].unique())
     ylabel = "realigned less target, %"
     return panels(scorers, draw, "mean of the two scores", ylabel, legend)
+
+
+def _realigned_errors(comparison: Comparison, approximation: ResultTable | None) -> pd.DataFrame:
+    """The errors of the realigned models, a row a cell and scorer."""
+    errors = error_rows(comparison, approximation)
+    return errors[errors["what"] == REALIGNED] if len(errors) else errors
 
 
 def _draw_points(

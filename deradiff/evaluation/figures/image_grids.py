@@ -57,7 +57,7 @@ class GridHead:
     """What stands above a column: lambda, and what it is."""
 
     lam: str
-    says: str
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def image_grids(samples: pd.DataFrame) -> list[ImageGrid]:
     for (anchor, mode, *sampling), rows in groups:
         lams = sorted(rows["lam"].unique())
         lines = []
-        for images in spread_out(rows, prompts_a_grid):
+        for images in evenly_spaced_prompts(rows, prompts_a_grid):
             if left < len(lams):
                 break
             left -= len(lams)
@@ -143,7 +143,7 @@ def _grid_line(images: pd.DataFrame, lams: Sequence[float]) -> GridLine:
     return GridLine(images["prompt"].iloc[0], uris, files)
 
 
-def spread_out(rows: pd.DataFrame, count: int) -> list[pd.DataFrame]:
+def evenly_spaced_prompts(rows: pd.DataFrame, count: int) -> list[pd.DataFrame]:
     """The first seed's images of at most `count` prompts, a frame a prompt.
 
     Spread over all prompts: neighbours in a list are often alike.
@@ -176,7 +176,7 @@ def grid_svg(grid: ImageGrid) -> str:
     for column, head in enumerate(grid.heads):
         x = PROMPT_WIDTH + column * (CELL + GAP)
         parts.append(f'<text x="{x}" y="14" font-weight="bold">lam {escape(head.lam)}</text>')
-        parts.append(f'<text x="{x}" y="31">{escape(head.says)}</text>')
+        parts.append(f'<text x="{x}" y="31">{escape(head.meaning)}</text>')
     for row, line in enumerate(grid.lines):
         y = HEAD_HEIGHT + row * (CELL + GAP)
         parts += _prompt_svg(line.prompt, y)
@@ -230,7 +230,7 @@ def reversal(comparison: Comparison) -> Figure | None:
 
 
 def _draw_reversal(comparison: Comparison, rows: pd.DataFrame, lams: Sequence[float]) -> Figure:
-    prompts = spread_out(rows, STRIP_PROMPTS)[:STRIP_PROMPTS]
+    prompts = evenly_spaced_prompts(rows, STRIP_PROMPTS)[:STRIP_PROMPTS]
     with matplotlib.rc_context(STYLE):
         size = (1.35 * len(lams) + 1, 3.4 + 1.3 * len(prompts))
         figure = Figure(figsize=size, layout="constrained")

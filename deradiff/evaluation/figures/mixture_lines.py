@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.style import HOLLOW, INK, line_style, panels
 from deradiff.evaluation.pairing import SampledModel
-from deradiff.evaluation.tables.mixtures import Line, lines_of, mixtures
+from deradiff.evaluation.tables.mixtures import Line, lines_of, mixtures_of_anchors
 from deradiff.evaluation.tables.table import ResultTable
 
 FEWEST_POINTS = 3
@@ -34,7 +34,7 @@ def simplex(comparison: Comparison, table: ResultTable | None = None) -> Figure 
     lines = _lines_between_two(comparison)
     if not lines:
         return None
-    data = (table or mixtures(comparison)).data
+    data = (table or mixtures_of_anchors(comparison)).data
     names = {line.name.partition(" and ")[2] for line in lines}
     second = names.pop() if len(names) == 1 else "the second anchor"
 
@@ -73,7 +73,7 @@ def trade_off(comparison: Comparison, table: ResultTable | None = None) -> Figur
     lines = _lines_between_two(comparison)
     if not lines or len(comparison.scorers) < 2:
         return None
-    data = (table or mixtures(comparison)).data
+    data = (table or mixtures_of_anchors(comparison)).data
     first, *others = comparison.scorers
 
     def draw(panel: Axes, scorer: str) -> None:

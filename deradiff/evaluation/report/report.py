@@ -32,7 +32,7 @@ class ScorerLine:
 
 
 @dataclass(frozen=True)
-class ShownTable:
+class ReportTable:
     """A table as the report shows it."""
 
     table: ResultTable
@@ -41,7 +41,7 @@ class ShownTable:
 
 
 @dataclass(frozen=True)
-class ShownFigure:
+class ReportFigure:
     """A figure as the report shows it."""
 
     name: str
@@ -55,8 +55,8 @@ class Section:
     """A section of the report, with whatever tables and figures there are."""
 
     title: str
-    tables: Sequence[ShownTable]
-    figures: Sequence[ShownFigure]
+    tables: Sequence[ReportTable]
+    figures: Sequence[ReportFigure]
     sentence: str = ""
     missing: Sequence[str] = ()
 
@@ -130,21 +130,21 @@ def sections_of(evaluation: Evaluation) -> list[Section]:
     return sections
 
 
-def _shown_tables(section: str, tables: Mapping[str, ResultTable]) -> list[ShownTable]:
+def _shown_tables(section: str, tables: Mapping[str, ResultTable]) -> list[ReportTable]:
     shown = []
     for spec in TABLES:
         table = tables.get(spec.name)
         if spec.section == section and table is not None and not table.is_empty:
-            shown.append(ShownTable(table, spec.folded, spec.is_tall))
+            shown.append(ReportTable(table, spec.folded, spec.is_tall))
     return shown
 
 
-def _shown_figures(section: str, figures: Mapping[str, str]) -> list[ShownFigure]:
+def _shown_figures(section: str, figures: Mapping[str, str]) -> list[ReportFigure]:
     shown = []
     for spec in FIGURES:
         if spec.section == section and spec.name in figures:
             drawing = Markup(figures[spec.name])
-            shown.append(ShownFigure(spec.name, spec.title, spec.caption, drawing))
+            shown.append(ReportFigure(spec.name, spec.title, spec.caption, drawing))
     return shown
 
 

@@ -48,7 +48,7 @@ def _flops(key: str) -> Column:
 NAME = Column("anchor", text=lambda row: anchor_name(row["anchor"]))
 
 
-def compute(comparison: Comparison) -> ResultTable:
+def costs_of_anchors(comparison: Comparison) -> ResultTable:
     """What each anchor cost, from its card."""
     rows = []
     for anchor, card in comparison.cards.items():
@@ -70,7 +70,7 @@ def compute(comparison: Comparison) -> ResultTable:
     return ResultTable.from_rows("compute", "What the anchors cost", COMPUTE_NOTE, rows, columns)
 
 
-def saved(comparison: Comparison) -> ResultTable:
+def savings_of_anchors(comparison: Comparison) -> ResultTable:
     """For each realigned anchor: what training its targets, too, has cost."""
     cards = comparison.cards
     rows = []
@@ -112,7 +112,7 @@ def _published_cost() -> PublishedCost:
     return published_dpo()
 
 
-def published(comparison: Comparison | None = None) -> ResultTable:
+def published_cost(comparison: Comparison | None = None) -> ResultTable:
     """The paper's SDXL anchor: GPU-hours and FLOPs as stated, and the FLOPs of its recipe."""
     cost = _published_cost()
     row = asdict(cost)

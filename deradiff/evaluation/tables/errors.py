@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from deradiff.evaluation.agreement import equivalence
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import Cell, SampledModel
 from deradiff.evaluation.statistics import (
+    Array,
     Estimate,
     approximation_error,
     mean_approximation_error,
@@ -30,8 +30,6 @@ from deradiff.evaluation.tables.table import (
     interval,
     number,
 )
-
-Array = NDArray[np.float64]
 
 REALIGNED = "realigned"
 ANCHOR_AS_IS = "anchor as is"
@@ -79,7 +77,17 @@ and step, as counted while sampling; a model aligned from scratch takes 1. """
 
 
 def first_range(errors: pd.DataFrame) -> tuple[str, Callable[[float], bool]]:
-    """The first of RANGES that holds a cell of some errors: the paper's, where there is one."""
+    """The first of `RANGES` that holds a cell: the paper's range where it holds one.
+
+    Args:
+        errors: rows of the table of approximation errors.
+
+    Returns:
+        The range's name, and the function that says whether it holds a lambda.
+
+    Raises:
+        ValueError: for no rows.
+    """
     for name, contains in RANGES.items():
         if errors["lam"].map(contains).any():
             return name, contains
@@ -90,10 +98,10 @@ def first_range(errors: pd.DataFrame) -> tuple[str, Callable[[float], bool]]:
 
 
 def approximation_errors(comparison: Comparison) -> ResultTable:
-    """A row per scorer, cell and compared model.
+    """Each model's distance from its target: a row per scorer, cell and compared model.
 
     The compared models are the realigned one, the anchor as is, the reference as is, and the
-    target's other training seeds.
+    target's other training seeds. People see a line a cell.
     """
     rows = []
     for scorer in comparison.scorers:
@@ -110,7 +118,7 @@ def approximation_errors(comparison: Comparison) -> ResultTable:
         ERRORS_NOTE.format(margin=margin),
         rows,
         ERROR_COLUMNS,
-        shown_rows=_lines_of_cells(rows),
+        display_rows=_lines_of_cells(rows),
     )
 
 
@@ -122,10 +130,11 @@ def _error_row(comparison: Comparison, cell: Cell, model: SampledModel, scorer: 
     scores, target, reference = paired.to_numpy().T
     error = approximation_error(scores, target, reference)
 
-    # The margin is a share of a distance that is measured on the same prompts, so it is a number a
-    # prompt: what the test compares is linear
+    # The margin is a share of a distance that is measured on the same prompts. So it is a number
+    # for each prompt, and the test compares linear contrasts.
     margins = comparison.options.margin / 100 * (target - reference)
     test = equivalence(scores - target, margins)
+
     means = paired.mean()
     return {
         "beta": cell.beta,
@@ -165,7 +174,10 @@ def _share_of_anchor(
 
 
 def _add_floors(rows: list[Row]) -> None:
-    """The seed floor of each row's cell: the mean error of the target's other training seeds."""
+    """Give each row the seed floor of its cell.
+
+    The floor is the mean error of the target's other training seeds.
+    """
     errors: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         if row["what"] == SEED_FLOOR:
@@ -180,19 +192,22 @@ def _lines_of_cells(rows: Iterable[Row]) -> list[Row]:
 
     Where there are several second seeds, the first is shown.
     """
+    # The first row of each name in each cell
     cells: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
         models = cells.setdefault((row["scorer"], row["cell"]), {})
         models.setdefault(row["what"], row)
+
+    # A share of a distance that is not clear of 0 gets a question mark
     lines = []
     for models in cells.values():
         line = dict(models[REALIGNED])
         doubt = "" if line["clear"] else " ?"
         for name in (REALIGNED, ANCHOR_AS_IS, SEED_FLOOR):
-            shown = NOT_THERE
+            text = NOT_THERE
             if name in models:
-                shown = interval(models[name]["share"]) + doubt
-            line[f"shown {name}"] = shown
+                text = interval(models[name]["share"]) + doubt
+            line[f"display {name}"] = text
         lines.append(line)
     return lines
 
@@ -209,10 +224,10 @@ ERROR_COLUMNS = (
     Column("target beta", "beta_target"),
     Column("mode"),
     SAMPLED,
-    Column("% of distance", f"shown {REALIGNED}"),
+    Column("% of distance", f"display {REALIGNED}"),
     Column("% of anchor's", "share_of_anchor"),
-    Column("anchor as is", f"shown {ANCHOR_AS_IS}"),
-    Column("seed floor", f"shown {SEED_FLOOR}"),
+    Column("anchor as is", f"display {ANCHOR_AS_IS}"),
+    Column("seed floor", f"display {SEED_FLOOR}"),
     Column("TOST p", text=_tost),
     Column("error"),
     Column("% of mean", "percent_of_mean"),
@@ -224,17 +239,26 @@ ERROR_COLUMNS = (
 # --- Means over cells ---
 
 
-def summary(comparison: Comparison, approximation: ResultTable | None = None) -> ResultTable:
-    """Mean absolute errors per scorer and mode, for lam in (0, 1) and for lam above 1.
-
-    Of the realigned models, and of those that they are compared with.
+def error_rows(comparison: Comparison, approximation: ResultTable | None) -> pd.DataFrame:
+    """The data of the table of approximation errors, which is made where it is not passed.
 
     Args:
         comparison: what is compared.
-        approximation: its approximation errors, where they are known already.
+        approximation: its approximation errors; None: not made yet.
     """
-    errors = approximation or approximation_errors(comparison)
-    rows = summary_rows(comparison, errors.data)
+    return (approximation or approximation_errors(comparison)).data
+
+
+def summary(comparison: Comparison, approximation: ResultTable | None = None) -> ResultTable:
+    """Mean absolute errors per scorer and mode, for lam in (0, 1) and for lam above 1.
+
+    They are those of the realigned models, and of the models that these are compared with.
+
+    Args:
+        comparison: what is compared.
+        approximation: its approximation errors, where they are made already.
+    """
+    rows = summary_rows(comparison, error_rows(comparison, approximation))
     note = SUMMARY_NOTE.format(margin=comparison.options.margin)
     return ResultTable.from_rows(
         "summary",
@@ -242,17 +266,19 @@ def summary(comparison: Comparison, approximation: ResultTable | None = None) ->
         note,
         rows,
         SUMMARY_COLUMNS,
-        shown_rows=_lines_of_summary(rows),
+        display_rows=_lines_of_summary(rows),
     )
 
 
-def modes(comparison: Comparison) -> ResultTable:
-    """The summary again over what every mode has, and what each mode costs.
+def errors_by_mode(comparison: Comparison) -> ResultTable:
+    """The summary over the cells and images that every mode has, and what each mode costs.
 
-    No row where there is one mode.
+    Where there is one mode, the table has no row.
     """
-    shared = shared_by_modes(comparison)
+    shared = restrict_to_shared(comparison)
     rows = summary_rows(shared, approximation_errors(shared).data)
+
+    # At lam = 0 and 1 a mode evaluates no second network
     samples = comparison.samples
     mixed = samples[~samples["is_own"]]
     for row in rows:
@@ -265,18 +291,18 @@ def modes(comparison: Comparison) -> ResultTable:
         note,
         rows,
         [*SUMMARY_COLUMNS, Column("evaluations a step", "evaluations")],
-        shown_rows=_lines_of_summary(rows),
+        display_rows=_lines_of_summary(rows),
     )
 
 
-def shared_by_modes(comparison: Comparison) -> Comparison:
-    """The cells that every mode realigned, with the images that all of these share.
+def restrict_to_shared(comparison: Comparison) -> Comparison:
+    """Restrict a comparison to the cells that every mode has, and to the images that these share.
 
-    Nothing where there is one mode.
+    Where there is one mode, nothing is left.
     """
     all_modes = {cell.mode for cell in comparison.cells}
     if len(all_modes) < 2:
-        return comparison.restricted([], {})
+        return comparison.restrict([], {})
 
     # The modes of each cell, whichever mode it is of
     modes_of: dict[Any, set[str]] = {}
@@ -284,7 +310,7 @@ def shared_by_modes(comparison: Comparison) -> Comparison:
         modes_of.setdefault(cell.key(), set()).add(cell.mode)
     cells = [cell for cell in comparison.cells if modes_of[cell.key()] == all_modes]
     if not cells:
-        return comparison.restricted([], {})
+        return comparison.restrict([], {})
 
     # The images that all of them have
     scores = comparison.by_model
@@ -292,34 +318,46 @@ def shared_by_modes(comparison: Comparison) -> Comparison:
     for cell in cells:
         ids = ids.intersection(scores[cell.realigned].index)
     shared = {model: rows[rows.index.isin(ids)] for model, rows in scores.items()}
-    return comparison.restricted(cells, shared)
+    return comparison.restrict(cells, shared)
 
 
 def summary_rows(comparison: Comparison, errors: pd.DataFrame) -> list[Row]:
-    """A row per range, scorer, mode, way of sampling and compared model."""
+    """The summary's rows: one per range, scorer, mode, way of sampling and compared model.
+
+    Args:
+        comparison: what is compared.
+        errors: its approximation errors.
+    """
     if not len(errors):
         return []
     keys = ["scorer", "mode", *SAMPLING_COLUMNS, "what"]
     rows: list[Row] = []
-    for values, found in errors.groupby(keys, sort=False):
+    for values, group in errors.groupby(keys, sort=False):
         for name, contains in RANGES.items():
-            chosen = found[found["lam"].map(contains)]
+            chosen = group[group["lam"].map(contains)]
             if len(chosen):
                 row = {"range": name, **dict(zip(keys, values, strict=True))}
                 rows.append(row | _means(comparison, chosen))
 
-    # Modes below one another
+    # By range, then by scorer, so that modes stand below one another
     scorers = list(dict.fromkeys(row["scorer"] for row in rows))
     ranges = list(RANGES)
     rows.sort(key=lambda row: (ranges.index(row["range"]), scorers.index(row["scorer"])))
     return rows
 
 
-def aligned(comparison: Comparison, chosen: pd.DataFrame) -> tuple[Array, Array, Array]:
-    """Scores of the model, the target and the reference, each (P, C).
+def scores_of_cells(comparison: Comparison, chosen: pd.DataFrame) -> tuple[Array, Array, Array]:
+    """Scores per prompt of some cells: of the compared model, the target and the reference.
 
-    A row a prompt and a column for each chosen row of the errors, nan where a cell lacks a prompt:
-    so the prompts can be drawn together for all of them.
+    The prompts of all cells can then be drawn together.
+
+    Args:
+        comparison: what is compared.
+        chosen: C rows of its approximation errors.
+
+    Returns:
+        Three arrays (P, C): a row a prompt, a column a row of `chosen`, nan where a cell lacks a
+        prompt.
     """
     paired = []
     for row in chosen.to_dict("records"):
@@ -328,10 +366,8 @@ def aligned(comparison: Comparison, chosen: pd.DataFrame) -> tuple[Array, Array,
         models = [model, cell.target, cell.reference]
         paired.append(comparison.per_prompt(models, row["scorer"])[0])
     wide = pd.concat(paired, axis=1, keys=range(len(paired)))
-    model_scores, target, reference = (
-        wide.xs(part, axis=1, level=1).to_numpy() for part in range(3)
-    )
-    return model_scores, target, reference
+    parts = [wide.xs(part, axis=1, level=1).to_numpy() for part in range(3)]
+    return parts[0], parts[1], parts[2]
 
 
 def _compared_model(cell: Cell, name: str, anchor: str) -> SampledModel:
@@ -343,7 +379,7 @@ def _compared_model(cell: Cell, name: str, anchor: str) -> SampledModel:
 
 def _means(comparison: Comparison, chosen: pd.DataFrame) -> Row:
     """The means of some rows of the errors."""
-    model, target, reference = aligned(comparison, chosen)
+    model, target, reference = scores_of_cells(comparison, chosen)
     clear = chosen["clear"].to_numpy(dtype=bool)
     mean = mean_approximation_error(model, target, reference, clear)
     return {
@@ -364,18 +400,21 @@ def _means(comparison: Comparison, chosen: pd.DataFrame) -> Row:
 
 def _lines_of_summary(rows: Sequence[Row]) -> list[Row]:
     """A line a range, scorer and mode: the compared models become columns."""
-    same = ("range", "scorer", "mode", *SAMPLING_COLUMNS)
+    keys = ("range", "scorer", "mode", *SAMPLING_COLUMNS)
     shares: dict[tuple[Any, ...], Estimate] = {}
     for row in rows:
-        shares[(*(row[key] for key in same), row["what"])] = row["share"]
+        group = tuple(row[key] for key in keys)
+        shares[*group, row["what"]] = row["share"]
+
     lines = []
     for row in rows:
         if row["what"] != REALIGNED:
             continue
         line = dict(row)
+        group = tuple(row[key] for key in keys)
         for name in (ANCHOR_AS_IS, SEED_FLOOR):
-            share = shares.get((*(row[key] for key in same), name))
-            line[f"shown {name}"] = number(share.value) if share else NOT_THERE
+            share = shares.get((*group, name))
+            line[f"display {name}"] = number(share.value) if share else NOT_THERE
         lines.append(line)
     return lines
 
@@ -404,8 +443,8 @@ SUMMARY_COLUMNS = (
     Column("worst", "worst_share"),
     Column("% of anchor's", "share_of_anchor"),
     Column("worst of anchor's", "worst_share_of_anchor"),
-    Column("anchor as is", f"shown {ANCHOR_AS_IS}"),
-    Column("seed floor", f"shown {SEED_FLOOR}"),
+    Column("anchor as is", f"display {ANCHOR_AS_IS}"),
+    Column("seed floor", f"display {SEED_FLOOR}"),
     Column("under the floor", text=_under_floor),
     Column("equivalent", text=_equivalent_cells),
 )
@@ -415,9 +454,10 @@ SUMMARY_COLUMNS = (
 
 
 def verdict(data: pd.DataFrame, missing: Sequence[str]) -> str:
-    """How close realigned models come, in a sentence.
+    """How close realigned models come, in a sentence or two.
 
-    With its intervals, how far off doing nothing is, and what may not be claimed.
+    They say the errors with their intervals, how far off the anchor as it is would be, and what may
+    not be claimed without a second training seed.
 
     Args:
         data: of the summary.
@@ -427,38 +467,43 @@ def verdict(data: pd.DataFrame, missing: Sequence[str]) -> str:
         why = f" ({missing[0]})" if missing else ""
         return (
             "Nothing to compare yet: no realigned model has its target, aligned from scratch, "
-            "among "
-            f"the samples{why}."
+            f"among the samples{why}."
         )
+
+    # The paper's range and mode exact, where there are such cells
     name = next(one for one in RANGES if (data["range"] == one).any())
     mode = "exact" if (data["mode"] == "exact").any() else data["mode"].iloc[0]
     rows = data[(data["range"] == name) & (data["mode"] == mode)]
-    own = rows[rows["what"] == REALIGNED]
-    idle = rows[rows["what"] == ANCHOR_AS_IS]
+    realigned = rows[rows["what"] == REALIGNED]
+    anchor = rows[rows["what"] == ANCHOR_AS_IS]
 
     # In % of the distance where a scorer has one, otherwise in the paper's unit
-    is_clear = own["share"].notna().any()
-    column = "share" if is_clear else "percent_of_mean"
-    unit = "of the way from the reference to it" if is_clear else "of its mean score"
+    column = "percent_of_mean"
+    unit = "of its mean score"
+    if realigned["share"].notna().any():
+        column = "share"
+        unit = "of the way from the reference to it"
     text = (
         f"For {name}, a realigned model misses the model aligned from scratch by "
-        f"{_span(own, column)} {unit}"
+        f"{_span(realigned, column)} {unit}"
     )
-    if idle[column].notna().any():
-        text += f"; the anchor left as it is would miss by {_span(idle, column)}"
-    text += "."
+    if anchor[column].notna().any():
+        text += f"; the anchor left as it is would miss by {_span(anchor, column)}"
+    return f"{text}. {_floor_sentence(realigned)}"
 
-    with_floor = int(own["cells_with_floor"].sum())
-    under = int(own["cells_under_floor"].sum())
+
+def _floor_sentence(realigned: pd.DataFrame) -> str:
+    """How many errors may be training noise."""
+    with_floor = int(realigned["cells_with_floor"].sum())
+    under = int(realigned["cells_under_floor"].sum())
     if with_floor:
         return (
-            f"{text} {under} of {with_floor} errors lie under the seed floor, the difference "
-            f"that a "
+            f"{under} of {with_floor} errors lie under the seed floor, the difference that a "
             "second training seed makes."
         )
     return (
-        f"{text} No second training seed of a target was given, so how much of this is training "
-        "noise is not known."
+        "No second training seed of a target was given, so how much of this is training noise is "
+        "not known."
     )
 
 

@@ -107,7 +107,7 @@ def _ends(line: Line, models: pd.DataFrame) -> list[Point]:
     return ends
 
 
-def mixtures(comparison: Comparison) -> ResultTable:
+def mixtures_of_anchors(comparison: Comparison) -> ResultTable:
     """A row per scorer and point between several anchors; no row where none was sampled."""
     rows = []
     for scorer in comparison.scorers:

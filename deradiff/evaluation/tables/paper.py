@@ -21,8 +21,8 @@ from deradiff.evaluation.tables.errors import (
     RANGES,
     REALIGNED,
     REFERENCE_AS_IS,
-    aligned,
-    approximation_errors,
+    error_rows,
+    scores_of_cells,
     summary,
 )
 from deradiff.evaluation.tables.table import (
@@ -86,13 +86,21 @@ Intervals: in the csv."""
 
 
 def paper_family(anchor: str, row: Mapping[str, Any], cards: Cards) -> str | None:
-    """Which of the paper's experiments images belong to; None: to none.
+    """Which of the paper's experiments images belong to, by base model and sampling.
 
-    By base model, sampler, steps and guidance.
+    Args:
+        anchor: the images' anchor.
+        row: their sampler, steps and guidance_scale.
+        cards: of the anchors.
+
+    Returns:
+        A key of `MAE`; None: they belong to none.
     """
     family = BASES.get(cards[anchor].base_model) if anchor in cards else None
+    if family is None:
+        return None
     sampling = (row["sampler"], row["steps"], row["guidance_scale"])
-    return family if sampling == (SAMPLER, STEPS, GUIDANCE.get(family or "")) else None
+    return family if sampling == (SAMPLER, STEPS, GUIDANCE[family]) else None
 
 
 # --- The summary in the paper's units ---
@@ -109,42 +117,46 @@ def paper_errors(
 
     Args:
         comparison: what is compared.
-        summary_table: its summary, where that is known already.
-        approximation: its approximation errors, where they are known already.
+        summary_table: its summary, where it is made already.
+        approximation: its approximation errors, where they are made already.
     """
-    approximation = approximation or approximation_errors(comparison)
+    errors = error_rows(comparison, approximation)
     summary_table = summary_table or summary(comparison, approximation)
     rows = []
     if not summary_table.is_empty:
         data = summary_table.data
-        for own in data[data["what"] == REALIGNED].to_dict("records"):
-            rows.append(_paper_row(own, approximation.data, comparison.cards))
+        for line in data[data["what"] == REALIGNED].to_dict("records"):
+            rows.append(_paper_row(line, errors, comparison.cards))
+
     has_published = any(not math.isnan(row["paper_error"]) for row in rows)
-    columns = PAPER_COLUMNS + PUBLISHED_COLUMNS if has_published else PAPER_COLUMNS
-    note = f"{PAPER_NOTE} {BESIDE_NOTE if has_published else NOT_BESIDE_NOTE}"
+    columns = PAPER_COLUMNS
+    note = f"{PAPER_NOTE} {NOT_BESIDE_NOTE}"
+    if has_published:
+        columns = PAPER_COLUMNS + PUBLISHED_COLUMNS
+        note = f"{PAPER_NOTE} {BESIDE_NOTE}"
     return ResultTable.from_rows("paper", "In the paper's measures", note, rows, columns)
 
 
-def _paper_row(own: dict[str, Any], errors: pd.DataFrame, cards: Cards) -> Row:
-    """One line of the summary in the paper's units."""
+def _paper_row(line: dict[str, Any], errors: pd.DataFrame, cards: Cards) -> Row:
+    """A line of the summary in the paper's units."""
     # The errors that the line is the mean of
-    same = errors["lam"].map(RANGES[own["range"]])
+    same = errors["lam"].map(RANGES[line["range"]])
     for key in ("scorer", "mode", *SAMPLING_COLUMNS):
-        same = same & (errors[key] == own[key])
+        same = same & (errors[key] == line[key])
     realigned = errors[same & (errors["what"] == REALIGNED)]
     reference = errors[same & (errors["what"] == REFERENCE_AS_IS)]
 
     published = None
-    if own["range"] == PAPER_RANGE:
-        published = _published(realigned, own, cards)
+    if line["range"] == PAPER_RANGE:
+        published = _published(realigned, line, cards)
     paper_error, paper_percent = published or (math.nan, math.nan)
-    identities = own["cells"] / (own["cells"] + realigned["anchor"].nunique())
+    identities = line["cells"] / (line["cells"] + realigned["anchor"].nunique())
     keys = ("range", "scorer", "mode", *SAMPLING_COLUMNS, "cells")
     return {
-        **{key: own[key] for key in keys},
-        "error": estimate_of(own, "error"),
-        "percent_of_mean": estimate_of(own, "percent_of_mean"),
-        "percent_with_identities": identities * own["percent_of_mean"],
+        **{key: line[key] for key in keys},
+        "error": estimate_of(line, "error"),
+        "percent_of_mean": estimate_of(line, "percent_of_mean"),
+        "percent_with_identities": identities * line["percent_of_mean"],
         "reference_percent_of_mean": reference["percent_of_mean"].mean(),
         "paper_error": paper_error,
         "paper_percent_of_mean": paper_percent,
@@ -186,23 +198,17 @@ PUBLISHED_COLUMNS = (
 
 
 def agreement(comparison: Comparison, approximation: ResultTable | None = None) -> ResultTable:
-    """Median error, share of errors under a threshold, and Bland-Altman's limits.
+    """How the realigned models' errors are spread, a row per range, scorer and mode.
 
-    Over the realigned cells of a scorer and mode.
+    The measures are the median error, the share of errors under a threshold, and Bland and Altman's
+    limits of agreement.
+
+    Args:
+        comparison: what is compared.
+        approximation: its approximation errors, where they are made already.
     """
-    errors = (approximation or approximation_errors(comparison)).data
+    rows = _agreement_rows(comparison, error_rows(comparison, approximation))
     threshold = comparison.options.threshold
-    keys = ["scorer", "mode", *SAMPLING_COLUMNS]
-    rows: list[Row] = []
-    realigned = errors[errors["what"] == REALIGNED] if len(errors) else errors
-    for values, found in realigned.groupby(keys, sort=False) if len(errors) else []:
-        for name, contains in RANGES.items():
-            chosen = found[found["lam"].map(contains)]
-            if len(chosen):
-                row = {"range": name, **dict(zip(keys, values, strict=True)), "cells": len(chosen)}
-                rows.append(row | _agreement(comparison, chosen))
-    ranges = list(RANGES)
-    rows.sort(key=lambda row: ranges.index(row["range"]))
     columns = (
         Column("range"),
         Column("scorer"),
@@ -219,10 +225,30 @@ def agreement(comparison: Comparison, approximation: ResultTable | None = None) 
     return ResultTable.from_rows("agreement", "How the errors are spread", note, rows, columns)
 
 
+def _agreement_rows(comparison: Comparison, errors: pd.DataFrame) -> list[Row]:
+    if not len(errors):
+        return []
+    keys = ["scorer", "mode", *SAMPLING_COLUMNS]
+    realigned = errors[errors["what"] == REALIGNED]
+    rows: list[Row] = []
+    for values, group in realigned.groupby(keys, sort=False):
+        for name, contains in RANGES.items():
+            chosen = group[group["lam"].map(contains)]
+            if len(chosen):
+                row = {"range": name, **dict(zip(keys, values, strict=True)), "cells": len(chosen)}
+                rows.append(row | _agreement(comparison, chosen))
+    ranges = list(RANGES)
+    rows.sort(key=lambda row: ranges.index(row["range"]))
+    return rows
+
+
 def _agreement(comparison: Comparison, chosen: pd.DataFrame) -> Row:
-    model, target, _ = aligned(comparison, chosen)
+    """The spread of some rows of the errors."""
+    model, target, _ = scores_of_cells(comparison, chosen)
     scale = chosen["target_mean"].abs().to_numpy()
     errors = error_spread(model, target, comparison.options.threshold / 100 * scale)
+
+    # Limits need two cells
     row: Row = {
         "deviation": errors.deviation,
         "median": errors.median,
@@ -248,27 +274,37 @@ def _limits(row: Row) -> str:
 # --- One anchor, every target ---
 
 
-def by_target(comparison: Comparison, approximation: ResultTable | None = None) -> ResultTable:
+def errors_by_target(
+    comparison: Comparison, approximation: ResultTable | None = None
+) -> ResultTable:
     """Absolute error in % of the mean: a row per scorer, anchor and mode, a column per target.
 
-    The paper's row stands below ours.
+    The paper's row stands below ours where the experiment is the paper's.
+
+    Args:
+        comparison: what is compared.
+        approximation: its approximation errors, where they are made already.
     """
-    errors = (approximation or approximation_errors(comparison)).data
+    errors = error_rows(comparison, approximation)
     title = "One anchor, every target"
     if not len(errors):
         return ResultTable.from_rows("by_target", title, BY_TARGET_NOTE, [], [])
+
+    # A line an anchor, for people
     own = errors[errors["what"] == REALIGNED]
     betas = sorted({*own["beta_target"], *own["beta"]})
     keys = ["scorer", "mode", *SAMPLING_COLUMNS, "beta", "anchor"]
     lines: list[Row] = []
-    for values, found in own.groupby(keys, sort=False):
+    for values, group in own.groupby(keys, sort=False):
         line = dict(zip(keys, values, strict=True))
-        lines += _lines_of_anchor(line, found, betas, comparison.cards)
+        lines += _lines_of_anchor(line, group, betas, comparison.cards)
     columns = [Column("scorer"), Column("anchor"), Column("mode"), Column("sampled")]
     columns += [Column(_beta_header(beta)) for beta in betas]
+
+    # A row a cell, for the csv
     rows = own[BY_TARGET_CSV].to_dict("records")
     return ResultTable.from_rows(
-        "by_target", title, BY_TARGET_NOTE, rows, columns, shown_rows=lines
+        "by_target", title, BY_TARGET_NOTE, rows, columns, display_rows=lines
     )
 
 
@@ -282,9 +318,13 @@ def _lines_of_anchor(
         "mode": line["mode"],
         "sampled": describe_sampling(line),
     }
+
+    # Ours; realigned to its own beta, an anchor is itself
     percent = dict(zip(errors["beta_target"], errors["percent_of_mean"]))
     percent[line["beta"]] = 0.0
     lines = [head | {_beta_header(beta): percent.get(beta) for beta in betas}]
+
+    # The paper's
     is_papers = line["beta"] == BY_TARGET_BETA and paper_family(line["anchor"], line, cards)
     published = BY_TARGET.get(line["scorer"]) if is_papers else None
     if published:

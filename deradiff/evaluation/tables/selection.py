@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel, anchor_name
-from deradiff.evaluation.selection import Choice, choose, for_choosing, reward_hacking
+from deradiff.evaluation.selection import Choice, choose, choosing_mask, reward_hacking
 from deradiff.evaluation.statistics import Estimate, paired_bootstrap
 from deradiff.evaluation.tables.table import (
     NO_ESTIMATE,
@@ -122,7 +122,7 @@ def select(comparison: Comparison) -> Answer:
     # Split the prompts by their text: one text may come twice, under two ids
     prompts = paired[score].index
     texts = samples.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
-    choosing = for_choosing(list(texts[prompts]))
+    choosing = choosing_mask(list(texts[prompts]))
     if min(choosing.sum(), (~choosing).sum()) < FEWEST:
         return _no_answer(
             f"the models share {len(prompts)} prompts, too few to choose by some and report on "
@@ -189,7 +189,7 @@ def _rows(candidates: _Candidates, choice: Choice, samples: pd.DataFrame) -> lis
     betas = dict(zip(samples["anchor"], samples["beta"]))
     order = sorted(
         range(len(candidates.models)),
-        key=lambda i: (not choice.affordable[i], -choice.chosen_by[i]),
+        key=lambda i: (not choice.affordable[i], -choice.choosing_means[i]),
     )
     rows = []
     for index in order:

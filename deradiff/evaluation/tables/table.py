@@ -22,7 +22,7 @@ Row = dict[str, Any]
 NOT_THERE = "–"
 NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan)
 
-SAID_ONCE = {"mode": "Realigned in mode {}.", "sampled": "Sampled with {}."}
+NOTE_SENTENCES = {"mode": "Realigned in mode {}.", "sampled": "Sampled with {}."}
 """Columns that, where they say the same on every line, say it once, in the note."""
 
 
@@ -33,18 +33,18 @@ class Column:
     Attributes:
         header: what stands above it.
         key: the value of a row that it shows; the header where None.
-        text: makes a row's text; None: by the kind of the value (`shown_value`).
+        text: makes a row's text; None: by the kind of the value (`display_value`).
     """
 
     header: str
     key: str | None = None
     text: Callable[[Row], str] | None = None
 
-    def of(self, row: Row) -> str:
+    def text_of(self, row: Row) -> str:
         """The text of a row."""
         if self.text:
             return self.text(row)
-        return shown_value(row.get(self.key or self.header))
+        return display_value(row.get(self.key or self.header))
 
 
 @dataclass
@@ -56,14 +56,14 @@ class ResultTable:
         title: for people.
         note: what the columns mean.
         data: one value a cell, for csv and for further computation.
-        shown: text a cell, for people.
+        display: text a cell, for people.
     """
 
     name: str
     title: str
     note: str
     data: pd.DataFrame
-    shown: pd.DataFrame
+    display: pd.DataFrame
 
     @classmethod
     def from_rows(
@@ -73,7 +73,7 @@ class ResultTable:
         note: str,
         rows: Sequence[Row],
         columns: Iterable[Column],
-        shown_rows: Sequence[Row] | None = None,
+        display_rows: Sequence[Row] | None = None,
     ) -> ResultTable:
         """A table of rows.
 
@@ -83,19 +83,19 @@ class ResultTable:
             note: what the columns mean.
             rows: values, for csv.
             columns: what people see.
-            shown_rows: the rows that people see, where they are not `rows`.
+            display_rows: the rows that people see, where they are not `rows`.
         """
         columns = list(columns)
         lines = []
-        for row in rows if shown_rows is None else shown_rows:
-            lines.append({column.header: column.of(row) for column in columns})
+        for row in rows if display_rows is None else display_rows:
+            lines.append({column.header: column.text_of(row) for column in columns})
         shown = pd.DataFrame(lines)
         note = " ".join(note.split())
-        for header, sentence in SAID_ONCE.items():
+        for header, sentence in NOTE_SENTENCES.items():
             if header in shown.columns and shown[header].nunique() == 1:
                 note += " " + sentence.format(shown[header].iloc[0])
                 shown = shown.drop(columns=header)
-        return cls(name, title, note, pd.DataFrame([flat(row) for row in rows]), shown)
+        return cls(name, title, note, pd.DataFrame([flatten(row) for row in rows]), shown)
 
     @property
     def is_empty(self) -> bool:
@@ -104,8 +104,8 @@ class ResultTable:
 
     def markdown(self) -> str:
         """The table as markdown, with its title and note."""
-        header = [str(column) for column in self.shown.columns]
-        lines = [header, ["---"] * len(header), *self.shown.to_numpy().tolist()]
+        header = [str(column) for column in self.display.columns]
+        lines = [header, ["---"] * len(header), *self.display.to_numpy().tolist()]
         rows = [_markdown_line(cells) for cells in lines]
         return "\n".join([f"## {self.title}", "", *rows, "", self.note, ""])
 
@@ -128,7 +128,7 @@ def _escaped(cell: str) -> str:
     return cell.replace("|", "\\|").replace("\n", " ")
 
 
-def flat(row: Row) -> Row:
+def flatten(row: Row) -> Row:
     """A row of numbers: an estimate becomes three."""
     values: Row = {}
     for key, value in row.items():
@@ -141,7 +141,7 @@ def flat(row: Row) -> Row:
     return values
 
 
-def shown_value(value: Any) -> str:
+def display_value(value: Any) -> str:
     """A value as people see it."""
     if isinstance(value, Estimate):
         return interval(value)
