@@ -49,7 +49,7 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
         check_spec(spec)
     samples = read_samples(config.samples, config.references)
     cards = read_cards(samples)
-    cells, missing = pair_up(samples, cards)
+    pairs = pair_up(samples, cards)
     is_main = process_state().is_main_process
     if is_main:
         claim(run_dir, asdict(config), ignore=DERIVED)
@@ -70,12 +70,21 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
         options = Options(
             config.margin, config.threshold, config.select.score, config.select.path_kl
         )
-        comparison = Comparison(samples, scores, cells, missing, cards, list(specs), options)
+        comparison = Comparison(
+            samples=samples,
+            scores=scores,
+            cells=pairs.cells,
+            missing=pairs.missing,
+            cards=cards,
+            scorers=list(specs),
+            options=options,
+            mixtures=pairs.mixtures,
+        )
         evaluation = evaluate(comparison)
         report = write(run_dir, evaluation, specs)
         track_results(track, run_dir, evaluation)
 
-    for sentence in missing:
+    for sentence in pairs.missing:
         print(f"eval: missing: {sentence}")
     for sentence in evaluation.verdicts:
         print(f"eval: {sentence}")

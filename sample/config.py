@@ -90,6 +90,9 @@ class SampleConfig:
     branch: str = setting(
         "both", "the branch of guidance that lambda acts on: " + ", ".join(BRANCHES)
     )
+    read_pickled_tensors: bool = setting(
+        False, "anchors may be pickles (.pth, .pt, .bin, .ckpt), of which only tensors are read"
+    )
     batched: bool = setting(False, "a LoRA anchor's rows and the reference's as one batch")
     sampler: str | None = setting(None, "null: the model's default; " + ", ".join(SAMPLERS))
     eta: float = setting(0.0, "of DDIM: 0 (deterministic) to 1")

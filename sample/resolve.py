@@ -12,6 +12,7 @@ import torch
 
 from configs.checks import section
 from deradiff.anchors.anchor import BETA_CONVENTION, Anchor, check_anchor_family, load_anchor
+from deradiff.anchors.weight_files import PICKLES_ARGUMENT
 from deradiff.method.samplers import SAMPLERS, samplers_for
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel, check_autoencoder
 from deradiff.models.families import FAMILIES
@@ -28,7 +29,7 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, list[Anchor]
     Raises:
         ValueError: in one sentence, for what cannot work.
     """
-    anchors = [load_anchor(anchor) for anchor in config.anchors]
+    anchors = [_find_anchor(anchor, config.read_pickled_tensors) for anchor in config.anchors]
     # What `model=` says is known before the hub is asked for anything
     if config.model.name in FAMILIES:
         for anchor in anchors:
@@ -39,6 +40,15 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, list[Anchor]
     resolved = _with_defaults(config, base, anchors)
     _check_fits(resolved, base, anchors)
     return resolved, base, anchors
+
+
+def _find_anchor(source: str, pickles_allowed: bool) -> Anchor:
+    """`load_anchor`, whose refusal of a pickle names the stage's key."""
+    try:
+        return load_anchor(source, read_pickled_tensors=pickles_allowed)
+    except ValueError as error:
+        message = str(error).replace(PICKLES_ARGUMENT, "read_pickled_tensors=true")
+        raise ValueError(message) from error
 
 
 def find_base(config: SampleConfig, anchors: Sequence[Anchor]) -> BaseModel:

@@ -36,6 +36,7 @@ EXTENDS = (
     "seeds",
     "batch_size",
     "batched",
+    "read_pickled_tensors",
     "path_kl",
     "bake",
     "runs",

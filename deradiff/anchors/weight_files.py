@@ -32,6 +32,10 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before the names of all tensors."""
 
 
+PICKLES_ARGUMENT = "load_anchor(..., read_pickled_tensors=True)"
+"""What allows pickles, as an error names it."""
+
+
 def is_pickle(file: str) -> bool:
     """Whether a file of this name is one of torch.save's."""
     return file.endswith(PICKLES)
@@ -56,8 +60,8 @@ def check_pickle_allowed(file: str, name: str, pickles_allowed: bool) -> None:
     if is_pickle(file) and not pickles_allowed:
         raise ValueError(
             f"{name} is a pickle ({Path(file).name}), and safetensors alone are read unless you "
-            "say otherwise: give load_anchor(..., read_pickled_tensors=True), which reads its "
-            "tensors and runs no code of it"
+            f"say otherwise: give {PICKLES_ARGUMENT}, which reads its tensors and runs no code "
+            "of it"
         )
 
 

@@ -8,11 +8,13 @@ from deradiff.evaluation.comparison import Comparison, Options, compare
 from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
 from deradiff.evaluation.figures.image_grids import reversal
 from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
+from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
 from deradiff.evaluation.manifest import read_samples
 from deradiff.evaluation.results import Evaluation, evaluate, write
 from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
 from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
 from deradiff.evaluation.tables.means import mean_scores
+from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
 from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
 from deradiff.evaluation.tables.selection import select
 from deradiff.evaluation.tables.table import ResultTable
@@ -33,6 +35,7 @@ __all__ = [
     "errors_by_target",
     "evaluate",
     "mean_scores",
+    "mixtures_of_anchors",
     "paper_errors",
     "published_cost",
     "read_samples",
@@ -42,7 +45,9 @@ __all__ = [
     "scatter",
     "score_against_lambda",
     "select",
+    "simplex",
     "summary",
+    "trade_off",
     "win_rates",
     "write",
 ]

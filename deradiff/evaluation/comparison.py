@@ -49,11 +49,12 @@ class Comparison:
     Attributes:
         samples: a row an image (`read_samples`).
         scores: a row per image and scorer (`score_images`).
-        cells: every realigned model with its target.
+        cells: every realigned model of one anchor with its target.
         missing: sentences that say what could not be compared, and why.
         cards: of the anchors.
         scorers: their labels, in the order that tables show.
         options: what counts as close.
+        mixtures: every mixture of several anchors with its target.
         model_scores: the scores of each model, where they are not simply those of `scores`.
     """
 
@@ -64,6 +65,7 @@ class Comparison:
     cards: Mapping[str, AnchorCard]
     scorers: Sequence[str]
     options: Options = field(default_factory=Options)
+    mixtures: Sequence[Cell] = ()
     model_scores: dict[SampledModel, pd.DataFrame] | None = None
 
     @cached_property
@@ -119,7 +121,16 @@ def compare(
         specs = {name: ScorerSpec(name) for name in specs}
     table = read_samples([str(run) for run in samples], [str(run) for run in references])
     cards = read_cards(table)
-    cells, missing = pair_up(table, cards)
+    pairs = pair_up(table, cards)
     scores = score_images(table, specs, batch_size, Path(cache))
     assert scores is not None, "only the main process of several has the scores"
-    return Comparison(table, scores, cells, missing, cards, list(specs), options or Options())
+    return Comparison(
+        samples=table,
+        scores=scores,
+        cells=pairs.cells,
+        missing=pairs.missing,
+        cards=cards,
+        scorers=list(specs),
+        options=options or Options(),
+        mixtures=pairs.mixtures,
+    )

@@ -146,22 +146,32 @@ class Cell:
         return self.target, self.lam, self.realigned.anchor
 
 
-def pair_up(samples: pd.DataFrame, cards: Cards) -> tuple[list[Cell], list[str]]:
+class Pairs(NamedTuple):
+    """Which models are compared with which.
+
+    Attributes:
+        cells: every realigned model of one anchor, with its target.
+        mixtures: every mixture of several anchors whose target was sampled, with its target.
+        missing: sentences that say what could not be compared, and why.
+    """
+
+    cells: list[Cell]
+    mixtures: list[Cell]
+    missing: list[str]
+
+
+def pair_up(samples: pd.DataFrame, cards: Cards) -> Pairs:
     """The cells of all realigned models.
 
     Args:
         samples: of `read_samples`. A target may be any of them.
         cards: of their anchors.
 
-    Returns:
-        The cells, and for each model that lacks something a sentence that says what.
-
     Raises:
         ValueError: where two anchors could be the same target, because they agree in beta and
             training seed.
     """
-    cells = []
-    missing = []
+    pairs = Pairs([], [], [])
     for _, images in samples.groupby(SAMPLING_COLUMNS):
         bench = _Bench.of(images, cards)
         for model in bench.realigned_models():
@@ -169,17 +179,18 @@ def pair_up(samples: pd.DataFrame, cards: Cards) -> tuple[list[Cell], list[str]]
             if cell is None:
                 continue
             if isinstance(cell, str):
-                missing.append(cell)
+                pairs.missing.append(cell)
                 continue
             alone, total = _without_partner(cell, images)
             if alone:
-                missing.append(
+                pairs.missing.append(
                     f"{cell}: {alone} of {total} realigned images have no partner of the same "
                     "prompt and seed, and are left out"
                 )
             if alone < total:
+                cells = pairs.mixtures if cell.is_mixture else pairs.cells
                 cells.append(cell)
-    return cells, missing
+    return pairs
 
 
 def _without_partner(cell: Cell, images: pd.DataFrame) -> tuple[int, int]:

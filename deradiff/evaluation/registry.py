@@ -15,10 +15,12 @@ from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
 from deradiff.evaluation.figures.image_grids import first_grid, reversal
 from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
+from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
 from deradiff.evaluation.figures.style import svg
 from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
 from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
 from deradiff.evaluation.tables.means import mean_scores
+from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
 from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
 from deradiff.evaluation.tables.selection import selection
 from deradiff.evaluation.tables.table import ResultTable
@@ -26,12 +28,14 @@ from deradiff.evaluation.tables.wins import win_rates
 
 WHICH_LAMBDA = "which-lambda"
 SCORES = "scores"
+MIXTURES = "mixtures"
 CLOSENESS = "closeness"
 COST = "cost"
 
 SECTIONS = {
     WHICH_LAMBDA: "Which lambda",
     SCORES: "What lam does to the scores",
+    MIXTURES: "Several anchors, mixed",
     CLOSENESS: "How close to models aligned from scratch",
     COST: "What it cost",
 }
@@ -101,6 +105,7 @@ TABLES = (
     TableSpec("by_target", CLOSENESS, errors_by_target, ERRORS, is_tall=True),
     TableSpec("wins", CLOSENESS, win_rates, folded="Win rates"),
     TableSpec("means", SCORES, mean_scores, folded="Mean scores of every model"),
+    TableSpec("mixtures", MIXTURES, mixtures_of_anchors, is_tall=True),
     TableSpec("savings", COST, savings_of_anchors),
     TableSpec("compute", COST, costs_of_anchors),
     TableSpec("published", COST, published_cost),
@@ -135,6 +140,25 @@ FIGURES = (
         "given up for it.",
         SCORES,
         reversal,
+    ),
+    FigureSpec(
+        "simplex",
+        "From one anchor to the other",
+        "Each score over the share of the second anchor in the mixture, as a paired difference to "
+        "the reference; bands: 95 % intervals. Hollow points: the model that was aligned from "
+        "scratch on the rewards in these shares.",
+        MIXTURES,
+        simplex,
+        {"table": "mixtures"},
+    ),
+    FigureSpec(
+        "trade_off",
+        "One score against another",
+        "The same models: what each mixture gives by one score and by another. The numbers at the "
+        "points are the share of the second anchor.",
+        MIXTURES,
+        trade_off,
+        {"table": "mixtures"},
     ),
     FigureSpec(
         "pictures",

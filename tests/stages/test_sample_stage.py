@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from configs.tracking import Tracker, TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
@@ -406,3 +408,31 @@ def test_the_tracker_gets_images_and_where_they_come_from(config, tmp_path, monk
     manifest = tmp_path / "manifest.jsonl"
     assert given["artifact"] == (f"samples-{tmp_path.name}", "samples", manifest), "as eval does"
     assert given["group"] == slug(given["base"]), "as train and eval"
+
+
+def test_a_pickled_anchor_is_sampled_where_the_key_allows_it(tiny, config, tmp_path):
+    # The full anchor, its network a pickle.
+    anchor = tiny / "sd15-full/anchor"
+    shutil.copytree(anchor, tmp_path / "pickled")
+    file = next((tmp_path / "pickled/unet").glob("*.safetensors"))
+    weights = load_file(file)
+    file.unlink()
+    torch.save(weights, file.with_suffix(".bin"))
+    small = replace(config, lambdas=[1.0], prompts=["a red fox"])
+    pickled = replace(small, anchor=str(tmp_path / "pickled"))
+
+    # Without the key the refusal names it, and not the function of the library.
+    message = r"is a pickle .*: give read_pickled_tensors=true, which reads its tensors"
+    with pytest.raises(ValueError, match=message):
+        run(pickled, tmp_path / "refused")
+
+    # With it the images are those of the same weights in safetensors.
+    pickled = replace(pickled, read_pickled_tensors=True)
+    run(pickled, tmp_path / "read")
+    run(replace(small, anchor=str(anchor)), tmp_path / "plain")
+    assert difference(read_images(tmp_path / "read"), read_images(tmp_path / "plain")) == 0
+
+    # Other weights in a file of the same name are another anchor.
+    torch.save({name: 2 * tensor for name, tensor in weights.items()}, file.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="anchor_sha256"):
+        run(pickled, tmp_path / "read")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from deradiff.evaluation.comparison import Comparison
-from deradiff.evaluation.figures.style import INK, anchor_styles, dash, panels
+from deradiff.evaluation.figures.style import HOLLOW, INK, anchor_styles, dash, panels
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import SampledModel, anchor_name
 from deradiff.evaluation.tables.means import mean_scores
@@ -26,13 +26,6 @@ LINEAR_UP_TO = 2
 
 SMALLEST_GAP = 0.06
 """Between the names of two points, as a share of the axis."""
-
-HOLLOW: dict[str, Any] = {
-    "markerfacecolor": "none",
-    "markersize": 10,
-    "markeredgewidth": 1.6,
-    "linestyle": "",
-}
 
 LineKey = tuple[Any, ...]
 

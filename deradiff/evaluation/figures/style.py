@@ -31,6 +31,14 @@ INK = "#123456"
 INK_STYLE = "<style>svg{color:#1c2430}@media(prefers-color-scheme:dark){svg{color:#dde3ea}}</style>"
 """The colours of an SVG that stands alone."""
 
+HOLLOW: dict[str, Any] = {
+    "markerfacecolor": "none",
+    "markersize": 10,
+    "markeredgewidth": 1.6,
+    "linestyle": "",
+}
+"""How the points of models that were aligned from scratch are drawn."""
+
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "deradiff",

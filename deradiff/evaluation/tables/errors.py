@@ -280,7 +280,7 @@ def errors_by_mode(comparison: Comparison) -> ResultTable:
 
     # At lam = 0 and 1 a mode evaluates no second network
     samples = comparison.samples
-    mixed = samples[~samples["lam"].isin([0, 1])]
+    mixed = samples[~samples["is_own"]]
     for row in rows:
         counts = mixed[mixed["mode"] == row["mode"]]["evaluations"]
         row["evaluations"] = pd.to_numeric(counts).mean()

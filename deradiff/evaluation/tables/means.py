@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel, anchor_name
-from deradiff.evaluation.statistics import paired_bootstrap
+from deradiff.evaluation.statistics import Estimate, paired_bootstrap
 from deradiff.evaluation.tables.table import NO_ESTIMATE, SAMPLED, Column, ResultTable, Row
 
 NOTE = """Means over prompts, each the mean over its seeds. Brackets: 95 % bootstrap intervals over
@@ -81,16 +82,33 @@ def _row(
     paired, images = comparison.per_prompt(compared, scorer)
     if not images:
         return {}
-    values = paired.to_numpy()
-    gain = paired_bootstrap(values, _gain) if reference is not None else NO_ESTIMATE
+    gain = NO_ESTIMATE if reference is None else gain_of(paired)
     return {
         "scorer": scorer,
         **model._asdict(),
         "prompts": len(paired),
         "images": images,
-        "mean": paired_bootstrap(values, _own),
+        "mean": mean_of(paired),
         "gain": gain,
     }
+
+
+def mean_of(paired: pd.DataFrame) -> Estimate:
+    """The mean score of a model.
+
+    Args:
+        paired: a row a prompt; the model's scores are the first column.
+    """
+    return paired_bootstrap(paired.to_numpy(), _own)
+
+
+def gain_of(paired: pd.DataFrame) -> Estimate:
+    """The mean score of a model, less the reference's.
+
+    Args:
+        paired: a row a prompt; the model's scores are the first column, the reference's the last.
+    """
+    return paired_bootstrap(paired.to_numpy(), _gain)
 
 
 def _own(means: NDArray[np.float64]) -> NDArray[np.float64]:
