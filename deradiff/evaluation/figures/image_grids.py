@@ -1,6 +1,6 @@
-"""Images for people: grids of prompts and lambdas, small enough to stand inside one file.
+"""Images for people: prompts by lambdas, small enough to stand inside one file.
 
-And a figure of how a small lambda takes reward hacking back.
+And how a small lambda takes reward hacking back.
 """
 
 from __future__ import annotations
@@ -54,12 +54,7 @@ STRIP_PROMPTS = 4
 
 @dataclass(frozen=True)
 class GridHead:
-    """What stands above a column.
-
-    Attributes:
-        lam: lambda.
-        meaning: what it is: the reference, the anchor, or the beta that it aims at.
-    """
+    """What stands above a column: lambda, and what it is."""
 
     lam: str
     meaning: str
@@ -67,13 +62,7 @@ class GridHead:
 
 @dataclass(frozen=True)
 class GridLine:
-    """A prompt's images, one for each lambda; None where one was not sampled.
-
-    Attributes:
-        prompt: the prompt.
-        uris: the images themselves, as `data_uri` makes them.
-        files: their paths.
-    """
+    """A prompt's images, one for each lambda; None where one was not sampled."""
 
     prompt: str
     uris: Sequence[str | None]
@@ -115,40 +104,34 @@ def data_uri(file: str) -> str:
 def image_grids(samples: pd.DataFrame) -> list[ImageGrid]:
     """A grid for each anchor, mode and way of sampling, that of the most lambdas first.
 
-    All grids together have at most `GRID_IMAGES` images, so later ones may have few lines or none.
-
     Args:
         samples: of `read_samples`.
     """
-    # How many prompts a grid may show
     groups = list(samples.groupby(["anchor", "mode", *SAMPLING_COLUMNS], sort=False))
     groups.sort(key=lambda group: -group[1]["lam"].nunique())
     columns = sum(rows["lam"].nunique() for _, rows in groups)
     prompts_a_grid = max(1, min(GRID_PROMPTS, GRID_IMAGES // columns))
-
     grids = []
-    images_left = GRID_IMAGES
+    left = GRID_IMAGES
     for (anchor, mode, *sampling), rows in groups:
-        # The lines, while there are images left to show
         lams = sorted(rows["lam"].unique())
         lines = []
         for images in evenly_spaced_prompts(rows, prompts_a_grid):
-            if images_left < len(lams):
+            if left < len(lams):
                 break
-            images_left -= len(lams)
+            left -= len(lams)
             lines.append(_grid_line(images, lams))
-
-        # What stands above them
-        description = describe_sampling(dict(zip(SAMPLING_COLUMNS, sampling)))
+        described = describe_sampling(dict(zip(SAMPLING_COLUMNS, sampling)))
         beta = rows["beta"].iloc[0]
-        grid = ImageGrid(
-            title=f"{anchor_name(anchor)}, mode {mode}, {description}",
-            heads=[GridHead(f"{lam:g}", _meaning(lam, beta)) for lam in lams],
-            lines=lines,
-            start=lams.index(1) if 1 in lams else len(lams) - 1,
-            prompts=rows["prompt_id"].nunique(),
+        grids.append(
+            ImageGrid(
+                title=f"{anchor_name(anchor)}, mode {mode}, {described}",
+                heads=[GridHead(f"{lam:g}", _meaning(lam, beta)) for lam in lams],
+                lines=lines,
+                start=lams.index(1) if 1 in lams else len(lams) - 1,
+                prompts=rows["prompt_id"].nunique(),
+            )
         )
-        grids.append(grid)
     return grids
 
 
@@ -161,16 +144,9 @@ def _grid_line(images: pd.DataFrame, lams: Sequence[float]) -> GridLine:
 
 
 def evenly_spaced_prompts(rows: pd.DataFrame, count: int) -> list[pd.DataFrame]:
-    """The first seed's images of at most `count` prompts.
+    """The first seed's images of at most `count` prompts, a frame a prompt.
 
-    The prompts are spread over all of them: neighbours in a list are often alike.
-
-    Args:
-        rows: samples of one model at several lambdas.
-        count: of prompts.
-
-    Returns:
-        A table of images for each prompt.
+    Spread over all prompts: neighbours in a list are often alike.
     """
     first_seed = rows[rows["seed"] == rows["seed"].min()]
     by_prompt = [images for _, images in first_seed.groupby("prompt_id", sort=False)]
@@ -188,13 +164,7 @@ def _meaning(lam: float, beta: float | None) -> str:
 
 
 def grid_svg(grid: ImageGrid) -> str:
-    """A grid as an SVG that stands alone.
-
-    Prompts are others' text: they are escaped, and cut to a length.
-
-    Args:
-        grid: the grid.
-    """
+    """One grid as a file of its own. Prompts are others' text: escaped, and cut to a length."""
     width = PROMPT_WIDTH + len(grid.heads) * (CELL + GAP)
     height = HEAD_HEIGHT + len(grid.lines) * (CELL + GAP)
     parts = [
@@ -203,22 +173,19 @@ def grid_svg(grid: ImageGrid) -> str:
         "font-family=\"system-ui, 'DejaVu Sans', sans-serif\" "
         f'fill="currentColor">{INK_STYLE}'
     ]
-
-    # The heads of the columns
     for column, head in enumerate(grid.heads):
         x = PROMPT_WIDTH + column * (CELL + GAP)
         parts.append(f'<text x="{x}" y="14" font-weight="bold">lam {escape(head.lam)}</text>')
         parts.append(f'<text x="{x}" y="31">{escape(head.meaning)}</text>')
-
-    # A line a prompt
     for row, line in enumerate(grid.lines):
         y = HEAD_HEIGHT + row * (CELL + GAP)
         parts += _prompt_svg(line.prompt, y)
         for column, uri in enumerate(line.uris):
             x = PROMPT_WIDTH + column * (CELL + GAP)
             if uri:
-                place = f'x="{x}" y="{y}" width="{CELL}" height="{CELL}"'
-                parts.append(f'<image {place} href="{uri}"/>')
+                parts.append(
+                    f'<image x="{x}" y="{y}" width="{CELL}" height="{CELL}" href="{uri}"/>'
+                )
     return "".join([*parts, "</svg>"])
 
 
@@ -247,14 +214,9 @@ def first_grid(comparison: Comparison) -> str:
 def reversal(comparison: Comparison) -> Figure | None:
     """The anchor of the smallest beta, pulled back from lam = 1 to the reference.
 
-    The figure shows every score's gain, and images below. A gain is the paired difference to the
-    reference in standard deviations over prompts, so that all scores share one axis.
-
-    Args:
-        comparison: what is compared.
-
-    Returns:
-        The figure; None where no anchor was sampled at 0, at 1 and between.
+    Every score's gain, and images below. A gain is the paired difference to the reference in
+    standard deviations over prompts, so that all scores share one axis. None where no anchor was
+    sampled at 0, 1 and between.
     """
     samples = comparison.samples
     is_shown = samples["realigned"] & samples["lam"].between(0, 1)
@@ -302,7 +264,6 @@ def _draw_gains(
     panel: Axes, comparison: Comparison, rows: pd.DataFrame, lams: Sequence[float]
 ) -> None:
     """Each score's gain over the reference, which is the last of the lambdas."""
-    # The models in the order of the columns
     by_lam: dict[float, SampledModel] = {}
     for row in rows.drop_duplicates("lam").to_dict("records"):
         by_lam[row["lam"]] = SampledModel.of_row(row)
@@ -312,7 +273,6 @@ def _draw_gains(
     def gain(means: NDArray[np.float64]) -> NDArray[np.float64]:
         return means[..., 0] - means[..., 1]
 
-    # A line a scorer, with its band
     columns: Any = range(len(lams))
     for index, scorer in enumerate(comparison.scorers):
         paired = comparison.per_prompt(models, scorer)[0]
@@ -322,7 +282,7 @@ def _draw_gains(
             values = paired[[i, reference]].to_numpy() / scale
             gains.append(paired_bootstrap(values, gain))
         style = line_style(index)
-        panel.plot(columns, [estimate.value for estimate in gains], label=scorer, **style)
-        low = [estimate.low for estimate in gains]
-        high = [estimate.high for estimate in gains]
+        panel.plot(columns, [one.value for one in gains], label=scorer, **style)
+        low = [one.low for one in gains]
+        high = [one.high for one in gains]
         panel.fill_between(columns, low, high, color=style["color"], alpha=0.15, lw=0)
