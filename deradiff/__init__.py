@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deradiff.realignment.bake import bake
     from deradiff.realignment.context import realign
     from deradiff.realignment.dial import Dial
+    from deradiff.realignment.guider import RealignGuidance
     from deradiff.scorers import load_scorer
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "AnchorCard",
     "ByBranch",
     "Dial",
+    "RealignGuidance",
     "bake",
     "load_anchor",
     "load_scorer",
@@ -37,6 +39,7 @@ _MODULES = {
     "AnchorCard": "deradiff.anchors.anchor",
     "ByBranch": "deradiff.method.branches",
     "Dial": "deradiff.realignment.dial",
+    "RealignGuidance": "deradiff.realignment.guider",
     "bake": "deradiff.realignment.bake",
     "load_anchor": "deradiff.anchors.anchor",
     "load_scorer": "deradiff.scorers",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 
 def calling_pipeline(pipe: Any) -> Any:
@@ -22,7 +22,7 @@ def calling_pipeline(pipe: Any) -> Any:
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             caller = frame.f_locals.get("self")
-            if isinstance(caller, DiffusionPipeline):
+            if isinstance(caller, DiffusionPipeline | ModularPipeline):
                 return caller
         frame = frame.f_back  # type: ignore[assignment]
     return pipe

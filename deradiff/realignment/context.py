@@ -12,7 +12,7 @@ How the parts work together, at every evaluation of the denoiser inside the cont
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
 from deradiff.realignment.caller import calling_pipeline
 from deradiff.realignment.carriers import all_plain
 from deradiff.realignment.clock import Clock
+from deradiff.realignment.conditions import lams_of_condition
 from deradiff.realignment.dial import Dial, validated_lams
 from deradiff.realignment.full_anchor import FullAnchor
 from deradiff.realignment.guided_steps import GuidedSteps
@@ -141,7 +142,7 @@ def realign(
         ```
     """
     # Mistakes first, before a weight is read.
-    sources = _as_list(anchor)
+    sources = sources_of(anchor)
     _check_numbers(every, particles, trust_region)
     _check_mode(mode, len(sources), particles, trust_region, batched)
     names = _realigned_denoisers(pipe)
@@ -209,7 +210,8 @@ class _Traits(NamedTuple):
         return cls(True, family.patch_size, family.shared_arguments)
 
 
-def _as_list(anchor: Source | Sequence[Source]) -> list[Source]:
+def sources_of(anchor: Source | Sequence[Source]) -> list[Source]:
+    """One anchor or several, as a list."""
     if isinstance(anchor, str | Path | Anchor):
         return [anchor]
     return list(anchor)
@@ -342,23 +344,28 @@ class _Hook(ModelHook):
         self._chain = 0
         # The network's forward, compiled, where the network was compiled in place.
         self.compiled_forward: Any = None
+        # Whether the evaluation that is asked for is one to realign; None: all are.
+        self.gate: Callable[[], bool] | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """One evaluation that the pipeline asks for."""
         forward: Any = self.compiled_forward or self.fn_ref.original_forward
+        if self.gate is not None and not self.gate():
+            return forward(*args, **kwargs)
         args, kwargs = all_plain((args, kwargs))
         network_class: Any = type(unwrapped(module))
         parameters = parameters_of(network_class)
         call = Call(forward, args, kwargs, parameters, self.shared_arguments)
 
         # Which step is this, and what is lambda there?
-        self.steps.follow(calling_pipeline(self.pipe), self.tap)
+        caller = calling_pipeline(self.pipe)
+        self.steps.follow(caller, self.tap)
         clock = self.steps.clock
         clock.tick(call.timestep)
         if clock.chain != self._chain or clock.index is None:
             self.networks.begin_chain()
             self._chain = clock.chain
-        lams = self.dial.begin_evaluation(call.rows)
+        lams = lams_of_condition(self.dial.begin_evaluation(call.rows), caller, module)
 
         # What is not on its way to a step of the scheduler needs no companions.
         mixed = self.mode.evaluate(call, lams)

@@ -5,6 +5,7 @@ Shapes: (images, ...), those of the latents that the scheduler denoises.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class GuidedSteps(StepObserver):
 
     Attributes:
         track: whether the outputs of this step have lost their companions.
+        on_step: is called after each step, with whether it was the last one of a chain; None:
+            nobody wants to know.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class GuidedSteps(StepObserver):
         self.limit = limit
         self.patch_size = patch_size
         self.track = LostTrack()
+        self.on_step: Callable[[bool], None] | None = None
         self._rows_of_step = 0
         self._blocks_of_step = 0
         self._is_first_step = False
@@ -145,7 +149,8 @@ class GuidedSteps(StepObserver):
             self.kl.unknown = self.kl.unknown or LOST
         else:
             models = Companions.of(companions, len(self.dial.strengths))
-        if self._is_by_branch:
+        # Where a guider tells the branches, each has been mixed by its own lambda already.
+        if self._is_by_branch and self._blocks_of_step > 0:
             output, moved = self._mixed_by_branch(output, models, sample)
             self.kl.add(moved, len(output))
             return output
@@ -174,6 +179,8 @@ class GuidedSteps(StepObserver):
         self.track = LostTrack()
         self._rows_of_step = 0
         self._blocks_of_step = 0
+        if self.on_step is not None:
+            self.on_step(self._has_finished_chain)
         return stepped
 
     @property

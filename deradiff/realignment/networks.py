@@ -22,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
 from deradiff.realignment.cache_states import REFERENCE, CacheStates, Memories
 from deradiff.realignment.full_anchor import FullAnchor
+from deradiff.realignment.random_numbers import RandomNumbers
 
 TIME_ARGUMENTS = (
     "timestep",
@@ -68,6 +69,15 @@ class Call:
     def rows(self) -> int:
         """The rows of the batch."""
         return len(self.x)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first tensor among the arguments; the CPU where there is none."""
+        leaves, _ = tree_flatten((self.x, self.args, self.kwargs))
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                return leaf.device
+        return torch.device("cpu")
 
     @property
     def timestep(self) -> Any:
@@ -273,8 +283,9 @@ class Networks:
             calls[model] = replace(call, args=args, kwargs=kwargs)
 
         outputs = {}
+        random_numbers = RandomNumbers(call.device)
         for model, own_call in calls.items():
-            with self.caches.of(model):
+            with self.caches.of(model), random_numbers.repeated():
                 if model == REFERENCE:
                     output = own_call()
                 else:
