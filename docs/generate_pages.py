@@ -19,6 +19,7 @@ PUBLIC_NAMES = (
     "ramp",
     "piecewise",
     "ByBranch",
+    "RealignGuidance",
     "load_anchor",
     "Anchor",
     "AnchorCard",

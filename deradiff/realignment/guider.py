@@ -24,7 +24,6 @@ from diffusers.guiders import BaseGuidance
 from deradiff.anchors.anchor import Anchor, load_anchor
 from deradiff.method.branches import ByBranch
 from deradiff.method.lambdas import Lambda
-from deradiff.models.pipelines import denoiser_names
 from deradiff.realignment.caller import calling_pipeline
 from deradiff.realignment.context import HOOK, Source, realign, sources_of
 from deradiff.realignment.dial import Dial, validated_lams
@@ -144,7 +143,7 @@ class RealignGuidance(BaseGuidance):
             kwargs: arguments of the constructor.
         """
         arguments = {
-            "guider": self.guider.new(),
+            "guider": _config_of(self.guider),
             "anchor": list(self._sources),
             "lam": list(self._lams),
             **self._options,
@@ -250,7 +249,7 @@ class RealignGuidance(BaseGuidance):
     def _realign_caller(self) -> None:
         """Realign the pipeline whose call this is. Raises ValueError."""
         pipe = calling_pipeline(None)
-        self._check_pipeline(pipe)
+        self.check_pipeline(pipe)
         self._anchors = self._anchors or [load_anchor(source) for source in self._sources]
         stack = ExitStack()
         dial = stack.enter_context(realign(pipe, self._anchors, self._lams, **self._options))
@@ -264,18 +263,28 @@ class RealignGuidance(BaseGuidance):
         self.dial = dial
         self._release = weakref.finalize(self, stack.close)
 
-    def _check_pipeline(self, pipe: Any) -> None:
-        """Raise ValueError for a pipeline that this guider cannot realign."""
+    def check_pipeline(self, pipe: Any) -> None:
+        """Check that this guider can realign a pipeline.
+
+        Args:
+            pipe: the pipeline.
+
+        Raises:
+            ValueError: for one whose guider this is not, or that has another guider beside it.
+        """
         if not self._is_part_of(pipe):
             raise ValueError(
                 "RealignGuidance acts in calls of the modular pipeline whose guider it is: call "
                 "pipe.update_components(guider=...) with it"
             )
-        names = denoiser_names(pipe)
+        names = []
+        for name, component in pipe.components.items():
+            if isinstance(component, BaseGuidance):
+                names.append(name)
         if len(names) > 1:
             raise ValueError(
-                f"{type(pipe).__name__} has several denoisers ({', '.join(names)}), and a guider "
-                "belongs to one: use deradiff.realign, which realigns them together"
+                f"{type(pipe).__name__} has several guiders ({', '.join(names)}), each for a part "
+                "of what is sampled: use deradiff.realign, which realigns all of it"
             )
 
     def _is_part_of(self, pipe: Any) -> bool:
