@@ -1,5 +1,6 @@
-"""Whether two models' scores agree: equivalence tests, win rates, limits of agreement,
-distributions of errors. Arrays in, numbers out.
+"""Whether two models' scores agree. Arrays in, numbers out.
+
+Equivalence tests, win rates, limits of agreement, and distributions of errors.
 
 Prompts are the independent draws: an array (P,) holds one value for each prompt, the mean over that
 prompt's seeds, and nan where there is none.
@@ -68,6 +69,9 @@ def equivalence(difference: Array, margin: float | Array) -> Equivalence:
         difference: (P,), the model less the target.
         margin: above 0, in the score's unit; or a measured one for each prompt (P,).
 
+    Returns:
+        The test's result; not equivalent where there are fewer than two prompts.
+
     Raises:
         ValueError: for a fixed margin that is not above 0.
     """
@@ -75,7 +79,7 @@ def equivalence(difference: Array, margin: float | Array) -> Equivalence:
     if not is_measured and not margin > 0:
         raise ValueError(f"the margin of an equivalence test must be above 0, not {margin}")
 
-    # The prompts that have both.
+    # The prompts that have both
     difference = np.asarray(difference, dtype=np.float64)
     band = np.broadcast_to(np.asarray(margin, dtype=np.float64), difference.shape)
     present = ~np.isnan(difference) & ~np.isnan(band)
@@ -87,7 +91,7 @@ def equivalence(difference: Array, margin: float | Array) -> Equivalence:
     if band.mean() < 0:
         band = -band
 
-    # Both one-sided tests, and that a measured margin is one at all.
+    # Both one-sided tests, and a third one: is a measured margin one at all?
     student = stats.t(prompts - 1)
     p_below = student.cdf(_student_t(difference - band))
     p_above = student.sf(_student_t(difference + band))
@@ -95,6 +99,7 @@ def equivalence(difference: Array, margin: float | Array) -> Equivalence:
     if is_measured:
         p = max(p, 2 * student.sf(_student_t(band)))
 
+    # The interval of the mean difference
     mean = difference.mean()
     half = student.ppf(1 - ALPHA) * difference.std(ddof=1) / np.sqrt(prompts)
     return Equivalence(float(p), bool(p < ALPHA), float(mean - half), float(mean + half))
@@ -107,7 +112,7 @@ def win_share(wins: Array) -> Estimate:
     among the distributions on [0, 1] of one mean, a coin's variance is the largest.
 
     Args:
-        wins: (P,), of each prompt, in [0, 1]: the mean over its seeds of 1, 1/2 or 0.
+        wins: (P,), a share in [0, 1] for each prompt: the mean over its seeds of 1, 1/2 or 0.
 
     Raises:
         ValueError: for no prompts.
@@ -117,6 +122,8 @@ def win_share(wins: Array) -> Estimate:
     prompts = len(wins)
     if prompts == 0:
         raise ValueError("a win rate needs at least one prompt")
+
+    # Wilson's interval
     rate = wins.mean()
     z2 = NORMAL**2
     centre = (rate + z2 / (2 * prompts)) / (1 + z2 / prompts)
@@ -172,11 +179,13 @@ def limits_of_agreement(differences: Array) -> LimitsOfAgreement:
     count = len(values)
     if count < 2:
         raise ValueError("limits of agreement need at least two differences")
+
+    # The bias
     bias = values.mean()
     deviation = values.std(ddof=1)
     half = stats.t.ppf((1 + LEVEL) / 2, count - 1) * deviation / np.sqrt(count)
 
-    # How far from the bias a limit may lie.
+    # How far from the bias a limit may lie
     levels = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     quantiles = stats.nct.ppf(levels, count - 1, NORMAL * np.sqrt(count))
     near, far = quantiles * deviation / np.sqrt(count)
@@ -238,10 +247,16 @@ def error_ecdf(model: Array, target: Array, seed: int = 0) -> Ecdf:
         model: (P, C), a row for each prompt.
         target: (P, C).
         seed: of the draws.
+
+    Returns:
+        The function at the C errors.
     """
+    # Means of the sample (row 0) and of R resamples
     cells = model.shape[1]
     means = resampled_means(np.concatenate([model, target], axis=1), seed)
     errors = abs(means[:, :cells] - means[:, cells:])
+
+    # The share of errors up to each of the sample's, and its band
     x = np.sort(errors[0])
     shares = np.stack([(errors <= limit).mean(axis=1) for limit in x], axis=1)  # (1 + R, C)
     levels = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]

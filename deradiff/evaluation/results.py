@@ -21,14 +21,14 @@ REPORT = "report.html"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that a comparison says.
+    """Everything that is made from a comparison.
 
     Attributes:
         comparison: what was compared.
         tables: by name.
         figures: SVG, by name.
         grids: images for the report.
-        answer: which lambda.
+        answer: which lambda to choose.
         verdicts: the report's first sentences.
     """
 
@@ -57,7 +57,7 @@ def evaluate(comparison: Comparison) -> Evaluation:
 def write(run_dir: Path, evaluation: Evaluation, scorers: Mapping[str, ScorerSpec]) -> Path:
     """Write tables/*.csv and *.md, plots/*.svg and report.html.
 
-    A table or figure that an earlier command left, and this one has not, is removed.
+    A table or figure of an earlier command that this one does not make is removed.
 
     Args:
         run_dir: where they go.
@@ -67,27 +67,41 @@ def write(run_dir: Path, evaluation: Evaluation, scorers: Mapping[str, ScorerSpe
     Returns:
         The report's path.
     """
+    # Tables
     for table in evaluation.tables.values():
         table.write(run_dir / "tables")
+
+    # Figures
     plots = run_dir / "plots"
     for old in plots.glob("*.svg"):
         if old.stem not in evaluation.figures:
             old.unlink()
     for name, drawing in evaluation.figures.items():
         write_atomic(plots / f"{name}.svg", drawing)
+
+    # The report
     lines = scorer_lines(evaluation.comparison, scorers)
     write_atomic(run_dir / REPORT, render(run_dir.name, evaluation, lines))
     return run_dir / REPORT
 
 
 def scorer_lines(comparison: Comparison, scorers: Mapping[str, ScorerSpec]) -> Sequence[ScorerLine]:
-    """How each scorer's scores were made."""
-    stated = comparison.scores.drop_duplicates("scorer").set_index("scorer")
+    """How each scorer's scores were made.
+
+    Args:
+        comparison: with the scores.
+        scorers: by label.
+    """
+    first_rows = comparison.scores.drop_duplicates("scorer").set_index("scorer")
     lines = []
     for label, spec in scorers.items():
-        row = stated.loc[label]
-        checkpoint = spec.checkpoint or spec.file or "default"
-        lines.append(
-            ScorerLine(label, row["scale"], row["version"], checkpoint, row["preprocessing"])
+        row = first_rows.loc[label]
+        line = ScorerLine(
+            label=label,
+            scale=row["scale"],
+            version=row["version"],
+            checkpoint=spec.checkpoint or spec.file or "default",
+            preprocessing=row["preprocessing"],
         )
+        lines.append(line)
     return lines

@@ -34,10 +34,10 @@ def score_images(
 ) -> pd.DataFrame | None:
     """Score every image by every scorer.
 
-    Killed at any moment, the same call goes on where it stopped.
+    After a kill, the same call goes on where it stopped.
 
     Args:
-        samples: a row an image.
+        samples: a row an image (`read_samples`).
         scorers: by label.
         batch_size: images scored at once.
         cache: the folder of the scores of all runs.
@@ -61,20 +61,27 @@ def score_images(
             store = ScoreCache(cache, scorer)
             run = _ScoringRun(scorer, label, batch_size, store, progress)
             scores = run.complete(samples)
+
+            # The main process has them all
             if state.is_main_process:
                 table = rows.drop(columns="key").assign(
                     scorer=label,
                     version=scorer.version,
                     scale=scorer.scale,
                     preprocessing=scorer.preprocessing,
-                    score=[scores[one] for one in rows["key"]],
+                    score=[scores[key] for key in rows["key"]],
                 )
                 tables.append(table)
     return pd.concat(tables, ignore_index=True) if state.is_main_process else None
 
 
 def write_scores(scores: pd.DataFrame, file: Path) -> None:
-    """Write the table as parquet: the old file or the new one, never a part."""
+    """Write scores as parquet, in one piece: a kill leaves the old file or the new one.
+
+    Args:
+        scores: of `score_images`.
+        file: where they go.
+    """
     buffer = io.BytesIO()
     scores.to_parquet(buffer, index=False)
     write_atomic(file, buffer.getvalue())
@@ -119,9 +126,12 @@ class _ScoringRun:
         return self.cache.scores
 
     def _missing(self, images: pd.DataFrame) -> pd.DataFrame:
-        return images[[one not in self.cache.scores for one in images["key"]]]
+        """The images whose score the cache lacks."""
+        is_missing = [key not in self.cache.scores for key in images["key"]]
+        return images[is_missing]
 
     def _score(self, images: pd.DataFrame) -> None:
+        """Score images in batches, each of which goes to the cache at once."""
         for start in range(0, len(images), self.batch_size):
             batch = images.iloc[start : start + self.batch_size]
             self.cache.add(batch["key"], self._scores(batch))
@@ -129,11 +139,12 @@ class _ScoringRun:
 
     def _scores(self, batch: pd.DataFrame) -> list[float]:
         images = [Image.open(file).convert("RGB") for file in batch["file"]]
-        scores = self.scorer(images, list(batch["prompt"])).double().cpu().numpy()
+        prompts = list(batch["prompt"])
+        scores = self.scorer(images, prompts).double().cpu().numpy()
         for file, score in zip(batch["file"], scores):
             if not np.isfinite(score):
                 raise ValueError(
-                    f"the scorer {self.label} gave no finite score for {file}; leave it out of "
-                    "scorers=[...] or give another checkpoint"
+                    f"the scorer {self.label} gave no finite score for {file}; remove it from the "
+                    "scorers or give another checkpoint"
                 )
         return [float(score) for score in scores]

@@ -1,9 +1,8 @@
 """Choosing lambda: the best held-out score under a path-KL budget, and an alarm for reward hacking.
-Arrays in, numbers out.
 
-A candidate is one lambda of one anchor. It is chosen on some prompts and reported on others, so
-that what is reported was not picked for being high. The path KL of a run costs nothing more
-(`deradiff.realignment.path_kl`), so the budget needs no extra model.
+Arrays in, numbers out. A candidate is one lambda of one anchor. It is chosen on some prompts and
+reported on others, so that what is reported was not picked for being high. The path KL of a run
+costs nothing more (`deradiff.realignment.path_kl`), so the budget needs no extra model.
 
 Shapes: P prompts, C candidates, K scores.
 """
@@ -96,19 +95,24 @@ def choose(
             f"{len(choosing)} prompts do not make two halves, one to choose lambda by and one to "
             "report on: sample more prompts"
         )
+
+    # The candidates within the budget
     mean_kl = _column_means(path_kl)
     mean_scores = _column_means(scores[choosing])
-    is_within = np.ones(len(mean_kl), bool) if budget is None else mean_kl <= budget
-    affordable = ~np.isnan(mean_scores) & is_within
+    affordable = ~np.isnan(mean_scores)
+    if budget is not None:
+        affordable &= mean_kl <= budget
     if not affordable.any():
         raise ValueError(_budget_message(mean_kl, budget))
 
     def rank(candidate: int) -> tuple[float, float]:
         return -mean_scores[candidate], np.nan_to_num(mean_kl[candidate], nan=np.inf)
 
-    # The best by the choosing prompts, and its worth on the others.
+    # The best by the choosing prompts
     order = sorted(np.flatnonzero(affordable).tolist(), key=rank)
     best = order[0]
+
+    # Its worth on the other prompts
     held_out = scores[~choosing]
     gain = UNKNOWN
     if reference is not None:
@@ -129,12 +133,12 @@ def choose(
 
 def _budget_message(mean_kl: Array, budget: float | None) -> str:
     """How the error says that no candidate is within the budget."""
-    least = ", for none was recorded"
+    smallest = ", for none was recorded"
     if np.isfinite(mean_kl).any():
-        least = f"; the smallest is {np.nanmin(mean_kl):.4g}"
+        smallest = f"; the smallest is {np.nanmin(mean_kl):.4g}"
     return (
-        f"no lambda has a mean path KL within {budget:g} nats{least}: raise the budget or sample "
-        "smaller lambdas"
+        f"no lambda has a mean path KL within {budget:g} nats{smallest}: raise the budget or "
+        "sample smaller lambdas"
     )
 
 
@@ -189,6 +193,7 @@ def reward_hacking(before: Array, after: Array, optimised: int = 0, seed: int = 
         optimised: the column of the score that alignment optimised.
         seed: of the draws.
     """
+    # How far each score changes
     others = before.shape[1] - 1
     level_of_others = 1 - (1 - LEVEL) / max(others, 1)
     changes = []
@@ -196,6 +201,7 @@ def reward_hacking(before: Array, after: Array, optimised: int = 0, seed: int = 
         level = LEVEL if column == optimised else level_of_others
         changes.append(_mean_change(own_before, own_after, seed, level))
 
+    # Which of the others fell clearly
     fallen = []
     for column, change in enumerate(changes):
         if column != optimised and change.high < 0:

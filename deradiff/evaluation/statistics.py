@@ -1,9 +1,9 @@
-"""Approximation errors of paired scores: arrays in, numbers out. Every interval is a percentile
-bootstrap over prompts.
+"""Approximation errors of paired scores. Arrays in, numbers out.
 
-A new evaluation would draw other prompts, so prompts are resampled, and not images: an array holds
-one value for each prompt, the mean over that prompt's seeds. All columns of a prompt are drawn
-together, so that what prompts differ in cancels from every difference.
+Every interval is a percentile bootstrap over prompts. A new evaluation would draw other prompts, so
+prompts are resampled, and not images: an array holds one value for each prompt, the mean over that
+prompt's seeds. All columns of a prompt are drawn together, so that what prompts differ in cancels
+from every difference.
 
 Shapes: P prompts, K columns of values, C cells (a target and a scorer), R resamples.
 """
@@ -46,8 +46,9 @@ class Estimate:
         An interval that holds 0 becomes one from 0 to its farther end, so that 0 stays in it.
         """
         near, far = sorted((abs(self.low), abs(self.high)))
-        holds_zero = self.low <= 0 <= self.high
-        return Estimate(abs(self.value), 0.0 if holds_zero else near, far)
+        if self.low <= 0 <= self.high:
+            near = 0.0
+        return Estimate(abs(self.value), near, far)
 
 
 UNKNOWN = Estimate(np.nan, np.nan, np.nan)
@@ -58,8 +59,8 @@ UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 def _draw_counts(prompts: int, seed: int) -> Array:
     """How often each prompt was drawn: (1 + R, P); the first row is the sample itself."""
     generator = np.random.default_rng(seed)
-    evenly = np.full(prompts, 1 / prompts)
-    draws = generator.multinomial(prompts, evenly, size=RESAMPLES)
+    uniform = np.full(prompts, 1 / prompts)
+    draws = generator.multinomial(prompts, uniform, size=RESAMPLES)
     return np.vstack([np.ones(prompts), draws])
 
 
@@ -105,6 +106,8 @@ def paired_bootstrap(
         statistics = statistic(resampled_means(values, seed))
     value = float(statistics[0])
     resampled = statistics[1:]
+
+    # The interval; one prompt alone has none
     finite = resampled[np.isfinite(resampled)]
     if len(values) == 1 or not len(finite):
         return Estimate(value, np.nan, np.nan)

@@ -248,7 +248,7 @@ def test_a_score_that_is_no_number_is_refused_and_not_kept(tmp_path, scored):
             divisors = [float(level_of(image) != 2) for image in images]
             return super().__call__(images, prompts) / torch.tensor(divisors)
 
-    with pytest.raises(ValueError, match=r"level gave no finite score for .*4.png; leave it out"):
+    with pytest.raises(ValueError, match=r"level gave no finite score for .*4.png; remove it"):
         scored(grey_samples(tmp_path), Broken(), batch_size=2)
     again = Level()
     scored(grey_samples(tmp_path), again)

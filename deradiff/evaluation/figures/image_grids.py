@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ STRIP_PROMPTS = 4
 
 @dataclass(frozen=True)
 class GridHead:
-    """What stands above a column: lambda, and what it is."""
+    """What stands above a column: lambda, of several anchors one each, and what it is."""
 
     lam: str
     meaning: str
@@ -104,29 +104,35 @@ def data_uri(file: str) -> str:
 def image_grids(samples: pd.DataFrame) -> list[ImageGrid]:
     """A grid for each anchor, mode and way of sampling, that of the most lambdas first.
 
+    A run of several anchors is one grid.
+
     Args:
         samples: of `read_samples`.
     """
-    groups = list(samples.groupby(["anchor", "mode", *SAMPLING_COLUMNS], sort=False))
-    groups.sort(key=lambda group: -group[1]["lam"].nunique())
-    columns = sum(rows["lam"].nunique() for _, rows in groups)
-    prompts_a_grid = max(1, min(GRID_PROMPTS, GRID_IMAGES // columns))
+    mixed_runs = set(samples.loc[samples["shares"].notna(), "run"])
+    is_mixed = samples["run"].isin(mixed_runs)
+    source = samples["anchor"].where(~is_mixed, samples["run"])
+    by_grid = samples.groupby([source, "mode", *SAMPLING_COLUMNS], sort=False)
+    groups = [(key, rows, _columns(rows)) for key, rows in by_grid]
+    groups.sort(key=lambda group: -len(group[2]))
+    count = sum(len(columns) for _, _, columns in groups)
+    prompts_a_grid = max(1, min(GRID_PROMPTS, GRID_IMAGES // count))
     grids = []
     left = GRID_IMAGES
-    for (anchor, mode, *sampling), rows in groups:
-        lams = sorted(rows["lam"].unique())
+    for (_, mode, *sampling), rows, columns in groups:
         lines = []
         for images in evenly_spaced_prompts(rows, prompts_a_grid):
-            if left < len(lams):
+            if left < len(columns):
                 break
-            left -= len(lams)
-            lines.append(_grid_line(images, lams))
+            left -= len(columns)
+            lines.append(_grid_line(images, columns))
         described = describe_sampling(dict(zip(SAMPLING_COLUMNS, sampling)))
-        beta = rows["beta"].iloc[0]
+        names = " and ".join(map(anchor_name, columns[0].anchors))
+        lams = [sum(column.lams) for column in columns]
         grids.append(
             ImageGrid(
-                title=f"{anchor_name(anchor)}, mode {mode}, {described}",
-                heads=[GridHead(f"{lam:g}", _meaning(lam, beta)) for lam in lams],
+                title=f"{names}, mode {mode}, {described}",
+                heads=[column.head for column in columns],
                 lines=lines,
                 start=lams.index(1) if 1 in lams else len(lams) - 1,
                 prompts=rows["prompt_id"].nunique(),
@@ -135,10 +141,49 @@ def image_grids(samples: pd.DataFrame) -> list[ImageGrid]:
     return grids
 
 
-def _grid_line(images: pd.DataFrame, lams: Sequence[float]) -> GridLine:
+@dataclass(frozen=True)
+class _Column:
+    """One column of a grid.
+
+    Attributes:
+        anchor: the manifest's.
+        lam: the manifest's.
+        anchors: of the grid.
+        lams: lambda of each of these.
+        head: what stands above it.
+    """
+
+    anchor: str
+    lam: float
+    anchors: tuple[str, ...]
+    lams: tuple[float, ...]
+    head: GridHead
+
+
+def _columns(rows: pd.DataFrame) -> list[_Column]:
+    """The columns of a grid: by lambda, and by the share of the first anchor."""
+    models = rows.drop_duplicates(["anchor", "lam"]).to_dict("records")
+    anchors: dict[str, None] = {}
+    for model in models:
+        anchors |= dict.fromkeys(_shares(model))
+    columns = []
+    for model in models:
+        shares = _shares(model)
+        lams = tuple(model["lam"] * shares.get(anchor, 0.0) for anchor in anchors)
+        head = GridHead(", ".join(f"{lam:g}" for lam in lams), _meaning(model))
+        columns.append(_Column(model["anchor"], model["lam"], tuple(anchors), lams, head))
+    return sorted(columns, key=lambda column: (column.lam, [-lam for lam in column.lams]))
+
+
+def _shares(model: Mapping[str, Any]) -> dict[str, float]:
+    """The share of each anchor in a model, which is mostly one."""
+    return model["shares"] or {model["anchor"]: 1.0}
+
+
+def _grid_line(images: pd.DataFrame, columns: Sequence[_Column]) -> GridLine:
     """One prompt's images."""
-    file_of = dict(zip(images["lam"], images["file"]))
-    files = [file_of.get(lam) for lam in lams]
+    file_of = dict(zip(zip(images["anchor"], images["lam"]), images["file"]))
+    files = [file_of.get((column.anchor, column.lam)) for column in columns]
     uris = [None if file is None else data_uri(file) for file in files]
     return GridLine(images["prompt"].iloc[0], uris, files)
 
@@ -153,12 +198,13 @@ def evenly_spaced_prompts(rows: pd.DataFrame, count: int) -> list[pd.DataFrame]:
     return by_prompt[:: math.ceil(len(by_prompt) / count)]
 
 
-def _meaning(lam: float, beta: float | None) -> str:
+def _meaning(model: Mapping[str, Any]) -> str:
     """What a lambda is, for the head of its column."""
-    if lam == 0:
+    if model["lam"] == 0:
         return "reference"
-    target = "" if beta is None or pd.isna(beta) else f"beta {beta / lam:,.6g}"
-    if lam == 1:
+    beta = model["beta_target"]
+    target = "" if beta is None or pd.isna(beta) else f"beta {beta:,.6g}"
+    if model["is_own"]:
         return f"anchor, {target}" if target else "anchor"
     return target
 

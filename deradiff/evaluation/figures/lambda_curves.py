@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from deradiff.anchors.mixtures import parts_of
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.style import HOLLOW, INK, anchor_styles, dash, panels
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
@@ -58,6 +59,16 @@ def styles_of_lines(means: pd.DataFrame) -> dict[LineKey, dict[str, Any]]:
     return lines
 
 
+def _points_of_curves(means: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the means that lie on a curve over lambda.
+
+    A mixture of several anchors that was sampled at one lambda has a figure of its own.
+    """
+    lams = means.groupby("anchor")["lam"].transform("nunique")
+    is_mixture = means["anchor"].map(parts_of).notna()
+    return means[~is_mixture | (lams > 1)]
+
+
 def score_against_lambda(comparison: Comparison, means: ResultTable | None = None) -> Figure:
     """Mean score over lam, a line an anchor.
 
@@ -68,7 +79,7 @@ def score_against_lambda(comparison: Comparison, means: ResultTable | None = Non
         comparison: what is compared.
         means: its mean scores, where they are known already.
     """
-    data = (means or mean_scores(comparison)).data
+    data = _points_of_curves((means or mean_scores(comparison)).data)
     lines = styles_of_lines(data)
     handles = [Line2D([], [], **style) for style in lines.values()]
     if comparison.cells:
@@ -124,7 +135,7 @@ def reward_against_kl(comparison: Comparison, means: ResultTable | None = None) 
 
     None where no path KL is known.
     """
-    data = (means or mean_scores(comparison)).data
+    data = _points_of_curves((means or mean_scores(comparison)).data)
     data = data[data["path_kl"].notna()]
     if data.empty or not (data["path_kl"] > 0).any():
         return None

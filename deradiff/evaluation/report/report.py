@@ -22,7 +22,15 @@ if TYPE_CHECKING:  # results.py makes the report
 
 @dataclass(frozen=True)
 class ScorerLine:
-    """How one scorer's scores were made, for the report."""
+    """How one scorer's scores were made, for the report.
+
+    Attributes:
+        label: the scorer's name in tables.
+        scale: what its scores measure.
+        version: of its code and files.
+        checkpoint: of its network.
+        preprocessing: what it does to an image.
+    """
 
     label: str
     scale: str
@@ -33,7 +41,13 @@ class ScorerLine:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table as the report shows it."""
+    """A table as the report shows it.
+
+    Attributes:
+        table: the table.
+        folded: the line to click to see it; None: it is open.
+        is_tall: whether it scrolls within a window of its own.
+    """
 
     table: ResultTable
     folded: str | None
@@ -42,7 +56,14 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure as the report shows it."""
+    """A figure as the report shows it.
+
+    Attributes:
+        name: the name of its file.
+        title: the heading above it.
+        caption: what it shows and how to read it.
+        svg: the figure.
+    """
 
     name: str
     title: str
@@ -52,7 +73,15 @@ class ReportFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the report, with whatever tables and figures there are."""
+    """A section of the report, with whatever tables and figures there are.
+
+    Attributes:
+        title: the heading above it.
+        tables: in order.
+        figures: in order.
+        sentence: what it says where there is no table to show.
+        missing: sentences that say what could not be compared.
+    """
 
     title: str
     tables: Sequence[ReportTable]
@@ -68,7 +97,7 @@ class Section:
     @property
     def is_open(self) -> bool:
         """Whether any of its tables stands open."""
-        return any(not shown.folded for shown in self.tables)
+        return any(not table.folded for table in self.tables)
 
 
 NOTHING_COMPARED = (
@@ -87,6 +116,7 @@ def render(title: str, evaluation: Evaluation, scorers: Sequence[ScorerLine]) ->
         evaluation: what it shows.
         scorers: how the scores were made.
     """
+    # Templates, and the only script that the page lets run
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -96,6 +126,7 @@ def render(title: str, evaluation: Evaluation, scorers: Sequence[ScorerLine]) ->
     )
     script = environment.get_template("page.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
     samples = evaluation.comparison.samples
     counts = {
         "models": len(samples.drop_duplicates(MODEL_COLUMNS)),
@@ -121,8 +152,8 @@ def sections_of(evaluation: Evaluation) -> list[Section]:
     for key, title in SECTIONS.items():
         section = Section(
             title=title,
-            tables=_shown_tables(key, evaluation.tables),
-            figures=_shown_figures(key, evaluation.figures),
+            tables=_tables_of(key, evaluation.tables),
+            figures=_figures_of(key, evaluation.figures),
             **_sentences(key, evaluation),
         )
         if not section.is_empty:
@@ -130,22 +161,24 @@ def sections_of(evaluation: Evaluation) -> list[Section]:
     return sections
 
 
-def _shown_tables(section: str, tables: Mapping[str, ResultTable]) -> list[ReportTable]:
-    shown = []
+def _tables_of(section: str, tables: Mapping[str, ResultTable]) -> list[ReportTable]:
+    """The tables of a section that are not empty."""
+    own = []
     for spec in TABLES:
         table = tables.get(spec.name)
         if spec.section == section and table is not None and not table.is_empty:
-            shown.append(ReportTable(table, spec.folded, spec.is_tall))
-    return shown
+            own.append(ReportTable(table, spec.folded, spec.is_tall))
+    return own
 
 
-def _shown_figures(section: str, figures: Mapping[str, str]) -> list[ReportFigure]:
-    shown = []
+def _figures_of(section: str, figures: Mapping[str, str]) -> list[ReportFigure]:
+    """The figures of a section that were drawn."""
+    own = []
     for spec in FIGURES:
         if spec.section == section and spec.name in figures:
             drawing = Markup(figures[spec.name])
-            shown.append(ReportFigure(spec.name, spec.title, spec.caption, drawing))
-    return shown
+            own.append(ReportFigure(spec.name, spec.title, spec.caption, drawing))
+    return own
 
 
 def _sentences(section: str, evaluation: Evaluation) -> dict[str, Any]:

@@ -35,21 +35,16 @@ CARD_VALUES = (
 )
 
 
-def _flops(key: str) -> Column:
-    """A column of FLOPs under a header that follows from its key."""
-    headers = {
-        "flops": "FLOPs",
-        "flops_from_scratch": "FLOPs, all from scratch",
-        "flops_anchor": "FLOPs, one anchor",
-    }
-    return Column(headers[key], text=lambda row: f"{row[key]:.3g}")
+def _flops_column(header: str, key: str) -> Column:
+    """A column of FLOPs."""
+    return Column(header, text=lambda row: f"{row[key]:.3g}")
 
 
 NAME = Column("anchor", text=lambda row: anchor_name(row["anchor"]))
 
 
 def costs_of_anchors(comparison: Comparison) -> ResultTable:
-    """What each anchor cost, from its card."""
+    """What each anchor cost, from its card: a row an anchor."""
     rows = []
     for anchor, card in comparison.cards.items():
         row: Row = {"anchor": anchor}
@@ -65,20 +60,25 @@ def costs_of_anchors(comparison: Comparison) -> ResultTable:
         Column("pairs", "pairs_seen"),
         Column("device"),
         Column("device-hours", "gpu_hours"),
-        _flops("flops"),
+        _flops_column("FLOPs", "flops"),
     )
     return ResultTable.from_rows("compute", "What the anchors cost", COMPUTE_NOTE, rows, columns)
 
 
 def savings_of_anchors(comparison: Comparison) -> ResultTable:
-    """For each realigned anchor: what training its targets, too, has cost."""
+    """What training the targets, too, has cost: a row for each realigned anchor.
+
+    An anchor has a row where it and all of its targets have cards.
+    """
+    # Each anchor's targets, by beta
+    targets_of: dict[str, dict[float, str]] = {}
+    for cell in comparison.cells:
+        targets = targets_of.setdefault(cell.realigned.anchor, {})
+        targets[cell.beta_target] = cell.target.anchor
+
     cards = comparison.cards
     rows = []
-    for anchor in dict.fromkeys(cell.realigned.anchor for cell in comparison.cells):
-        targets = {}
-        for cell in comparison.cells:
-            if cell.realigned.anchor == anchor:
-                targets[cell.beta_target] = cell.target.anchor
+    for anchor, targets in targets_of.items():
         if {anchor, *targets.values()} <= set(cards):
             rows.append(_savings_row(anchor, list(targets.values()), cards))
     columns = (
@@ -87,8 +87,8 @@ def savings_of_anchors(comparison: Comparison) -> ResultTable:
         Column("device-hours, all from scratch", "hours_from_scratch"),
         Column("device-hours, one anchor", "hours_anchor"),
         Column("hours saved, %", "hours_percent"),
-        _flops("flops_from_scratch"),
-        _flops("flops_anchor"),
+        _flops_column("FLOPs, all from scratch", "flops_from_scratch"),
+        _flops_column("FLOPs, one anchor", "flops_anchor"),
         Column("FLOPs saved, %", "flops_percent"),
     )
     return ResultTable.from_rows("savings", "What realignment saves", SAVINGS_NOTE, rows, columns)
@@ -100,11 +100,16 @@ def _savings_row(anchor: str, targets: list[str], cards: Cards) -> Row:
     row: Row = {"anchor": anchor, "beta": card.beta, "targets": len(targets)}
     hours = savings(card.gpu_hours, [other.gpu_hours for other in others])
     flops = savings(card.flops, [other.flops for other in others])
-    return row | _named("hours", hours) | _named("flops", flops)
+    return row | _prefixed("hours", hours) | _prefixed("flops", flops)
 
 
-def _named(unit: str, amounts: Savings) -> Row:
+def _prefixed(unit: str, amounts: Savings) -> Row:
+    """The amounts as `<unit>_from_scratch` and so on."""
     return {f"{unit}_{key}": value for key, value in asdict(amounts).items()}
+
+
+def _flops_with_everything(row: Row) -> str:
+    return f"{row['with_everything']:.4g}"
 
 
 @lru_cache
@@ -113,7 +118,11 @@ def _published_cost() -> PublishedCost:
 
 
 def published_cost(comparison: Comparison | None = None) -> ResultTable:
-    """The paper's SDXL anchor: GPU-hours and FLOPs as stated, and the FLOPs of its recipe."""
+    """The paper's SDXL anchor: GPU-hours and FLOPs as stated, and the FLOPs of its recipe.
+
+    Args:
+        comparison: not needed; the paper's numbers are the same in every evaluation.
+    """
     cost = _published_cost()
     row = asdict(cost)
     why = row.pop("why")
@@ -123,9 +132,7 @@ def published_cost(comparison: Comparison | None = None) -> ResultTable:
         Column("FLOPs, stated", text=lambda row: f"{row['published_flops']:.4g}"),
         Column("FLOPs, counted", text=lambda row: f"{row['flops']:.4g}"),
         Column("counted / stated", "ratio"),
-        Column(
-            "with checkpointing and autoencoder", text=lambda row: f"{row['with_everything']:.4g}"
-        ),
+        Column("with checkpointing and autoencoder", text=_flops_with_everything),
     )
     note = PUBLISHED_NOTE.format(why=why)
     title = "The paper's anchor, by the same count"

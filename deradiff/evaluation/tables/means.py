@@ -31,7 +31,10 @@ COLUMNS = (
 
 
 def mean_scores(comparison: Comparison) -> ResultTable:
-    """Every model's mean score, and how far it lies above the reference's."""
+    """Every model's mean score, and how far it lies above the reference's.
+
+    A row a model and scorer.
+    """
     samples = comparison.samples
     path_kl = samples.groupby(MODEL_COLUMNS)["path_kl"].mean()
     betas = dict(zip(samples["anchor"], samples["beta"]))
@@ -53,10 +56,20 @@ def mean_scores(comparison: Comparison) -> ResultTable:
 
 
 def reference_of(model: SampledModel, models: list[SampledModel]) -> SampledModel | None:
-    """The reference that was sampled as a model was: its own run's where there is one."""
-    references = [
-        other for other in models if other.is_reference and other.sampling == model.sampling
-    ]
+    """The reference that was sampled as a model was.
+
+    Args:
+        model: the model.
+        models: all that were sampled.
+
+    Returns:
+        The reference of the model's own run where there is one, otherwise the first of another
+        run; None where the reference was not sampled.
+    """
+    references = []
+    for other in models:
+        if other.is_reference and other.sampling == model.sampling:
+            references.append(other)
     references.sort(key=lambda other: other.anchor != model.anchor)
     return references[0] if references else None
 

@@ -129,7 +129,7 @@ def paper_errors(
             rows.append(_paper_row(line, errors, comparison.cards))
 
     has_published = any(not math.isnan(row["paper_error"]) for row in rows)
-    columns = PAPER_COLUMNS
+    columns: tuple[Column, ...] = PAPER_COLUMNS
     note = f"{PAPER_NOTE} {NOT_BESIDE_NOTE}"
     if has_published:
         columns = PAPER_COLUMNS + PUBLISHED_COLUMNS

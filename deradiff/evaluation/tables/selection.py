@@ -16,7 +16,7 @@ from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel, anchor_name
 from deradiff.evaluation.selection import Choice, choose, choosing_mask, reward_hacking
-from deradiff.evaluation.statistics import Estimate, paired_bootstrap
+from deradiff.evaluation.statistics import Array, Estimate, paired_bootstrap
 from deradiff.evaluation.tables.table import (
     NO_ESTIMATE,
     NOT_THERE,
@@ -28,9 +28,7 @@ from deradiff.evaluation.tables.table import (
     number,
 )
 
-Array = NDArray[np.float64]
-
-FEWEST = 2
+FEWEST_PROMPTS = 2
 """Prompts to choose by, and as many to report on: of one there is no interval."""
 
 NOTE = """Chosen: the largest mean {score} over the choosing prompts{budget}. All other numbers
@@ -114,6 +112,8 @@ def select(comparison: Comparison) -> Answer:
     """
     samples = comparison.samples
     score = comparison.chosen_score
+
+    # The candidates' scores
     models = candidate_models(samples)
     paired = {}
     for scorer in comparison.scorers:
@@ -123,7 +123,7 @@ def select(comparison: Comparison) -> Answer:
     prompts = paired[score].index
     texts = samples.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
     choosing = choosing_mask(list(texts[prompts]))
-    if min(choosing.sum(), (~choosing).sum()) < FEWEST:
+    if min(choosing.sum(), (~choosing).sum()) < FEWEST_PROMPTS:
         return _no_answer(
             f"the models share {len(prompts)} prompts, too few to choose by some and report on "
             "others"
@@ -141,11 +141,14 @@ def select(comparison: Comparison) -> Answer:
     candidates = _Candidates(models, paired, score, choosing)
     rows = _rows(candidates, choice, samples)
     own = next(row for row in rows if row["chosen"])
-    within = ""
+    within_budget = ""
     if budget is not None:
-        within = f", of the models with a mean path KL of at most {number(budget)} nats"
+        within_budget = f", of the models with a mean path KL of at most {number(budget)} nats"
     note = NOTE.format(
-        score=score, budget=within, choosing=choosing.sum(), reporting=(~choosing).sum()
+        score=score,
+        budget=within_budget,
+        choosing=choosing.sum(),
+        reporting=(~choosing).sum(),
     )
     table = ResultTable.from_rows(
         "selection", "Every candidate, best first", note, rows, _columns(score)
@@ -155,7 +158,7 @@ def select(comparison: Comparison) -> Answer:
 
 
 def selection(comparison: Comparison) -> ResultTable:
-    """Every candidate, best first: the table of `select`."""
+    """The table of `select`: every candidate, best first."""
     return select(comparison).table
 
 
@@ -165,7 +168,14 @@ def _no_answer(why: str) -> Answer:
 
 
 def candidate_models(samples: pd.DataFrame) -> list[SampledModel]:
-    """Every realigned model; the reference, which all anchors share, once a way of sampling."""
+    """The models that lambda is chosen among.
+
+    They are all realigned models. The reference, which all anchors share, is there once for each
+    way of sampling.
+
+    Args:
+        samples: of `read_samples`.
+    """
     models = samples[samples["realigned"]].drop_duplicates(MODEL_COLUMNS)
     is_twice = (models["lam"] == 0) & models.duplicated([*SAMPLING_COLUMNS, "lam"])
     rows = models[~is_twice][MODEL_COLUMNS].itertuples(index=False)
@@ -187,32 +197,31 @@ def _path_kl(samples: pd.DataFrame, models: Sequence[SampledModel], prompts: pd.
 def _rows(candidates: _Candidates, choice: Choice, samples: pd.DataFrame) -> list[Row]:
     """A row a candidate: the affordable ones first, best first."""
     betas = dict(zip(samples["anchor"], samples["beta"]))
-    order = sorted(
-        range(len(candidates.models)),
-        key=lambda i: (not choice.affordable[i], -choice.choosing_means[i]),
-    )
+    score = candidates.score
+
+    def rank(index: int) -> tuple[bool, float]:
+        return not choice.affordable[index], -choice.choosing_means[index]
+
     rows = []
-    for index in order:
+    for index in sorted(range(len(candidates.models)), key=rank):
         model = candidates.models[index]
-        score = candidates.score
         reference = candidates.reference_of(index)
         gain = NO_ESTIMATE
         if reference is not None:
             gain = candidates.difference(index, reference)
-        rows.append(
-            {
-                **model._asdict(),
-                "choosing_mean": candidates.choosing_mean(score, index),
-                "mean": paired_bootstrap(candidates.reported(score, [index]), _first),
-                "gain": gain,
-                "below_chosen": candidates.difference(choice.index, index),
-                "alarm": ", ".join(fallen_scores(candidates, index)),
-                "beta": betas[model.anchor],
-                "path_kl": choice.path_kl[index],
-                "affordable": bool(choice.affordable[index]),
-                "chosen": index == choice.index,
-            }
-        )
+        row = {
+            **model._asdict(),
+            "choosing_mean": candidates.choosing_mean(score, index),
+            "mean": paired_bootstrap(candidates.reported(score, [index]), _first),
+            "gain": gain,
+            "below_chosen": candidates.difference(choice.index, index),
+            "alarm": ", ".join(fallen_scores(candidates, index)),
+            "beta": betas[model.anchor],
+            "path_kl": choice.path_kl[index],
+            "affordable": bool(choice.affordable[index]),
+            "chosen": index == choice.index,
+        }
+        rows.append(row)
     return rows
 
 
@@ -222,6 +231,10 @@ def fallen_scores(candidates: _Candidates, index: int) -> list[str]:
     A scorer has fallen if the candidate is clearly below that scorer's own best at a smaller lambda
     of the same anchor. That best is found on the choosing prompts, so that the fall, which is
     measured on the reporting prompts, is not the luck of the highest.
+
+    Args:
+        candidates: all of them.
+        index: of the one candidate.
     """
     own = candidates.models[index]
     weaker = [i for i, model in enumerate(candidates.models) if model.is_weaker_than(own)]
@@ -240,9 +253,7 @@ def fallen_scores(candidates: _Candidates, index: int) -> list[str]:
     names = [candidates.score, *others]
     after = [candidates.reported(name, [index]) for name in names]
 
-    alarm = reward_hacking(
-        np.concatenate(before, axis=1), np.concatenate(after, axis=1), optimised=0
-    )
+    alarm = reward_hacking(np.concatenate(before, axis=1), np.concatenate(after, axis=1))
     if not alarm.raised:
         return []
     return [names[column] for column in alarm.fallen]
@@ -292,15 +303,15 @@ def _describe(row: Row) -> str:
 
 def _sentence(own: Row, rows: Sequence[Row], score: str, budget: float | None) -> str:
     """The answer: which lambda, what it is worth, and the alarm."""
-    text = (
-        f"Choose {_describe(own)}: on prompts that had no say in it, {score} is "
-        f"{interval(own['mean'])}"
-    )
+    # What it is worth
+    mean = interval(own["mean"])
+    text = f"Choose {_describe(own)}: on prompts that had no say in it, {score} is {mean}"
     if own["lam"] and np.isfinite(own["gain"].value):
         text += f", {interval(own['gain'])} above the reference"
     if np.isfinite(own["path_kl"]):
-        within = f", within the budget of {number(budget)}" if budget is not None else ""
-        text += f", at a path KL of {number(own['path_kl'])} nats{within}"
+        text += f", at a path KL of {number(own['path_kl'])} nats"
+        if budget is not None:
+            text += f", within the budget of {number(budget)}"
     if not own["alarm"]:
         return text + "; no other score falls as it rises."
 

@@ -23,7 +23,7 @@ NOT_THERE = "–"
 NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan)
 
 NOTE_SENTENCES = {"mode": "Realigned in mode {}.", "sampled": "Sampled with {}."}
-"""Columns that, where they say the same on every line, say it once, in the note."""
+"""Columns that the note replaces, by one sentence, where all lines have the same text in them."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class ResultTable:
     """A finished table.
 
     Attributes:
-        name: of its files.
-        title: for people.
+        name: the name of its files.
+        title: the heading above it.
         note: what the columns mean.
-        data: one value a cell, for csv and for further computation.
-        display: text a cell, for people.
+        data: numbers, for csv and for further computation; an estimate is three columns.
+        display: the same as text, for people.
     """
 
     name: str
@@ -78,24 +78,31 @@ class ResultTable:
         """A table of rows.
 
         Args:
-            name: of its files.
-            title: for people.
+            name: the name of its files.
+            title: the heading above it.
             note: what the columns mean.
             rows: values, for csv.
             columns: what people see.
             display_rows: the rows that people see, where they are not `rows`.
         """
+        # The text
+        if display_rows is None:
+            display_rows = rows
         columns = list(columns)
         lines = []
-        for row in rows if display_rows is None else display_rows:
+        for row in display_rows:
             lines.append({column.header: column.text_of(row) for column in columns})
-        shown = pd.DataFrame(lines)
+        display = pd.DataFrame(lines)
+
+        # What is the same on every line goes into the note
         note = " ".join(note.split())
         for header, sentence in NOTE_SENTENCES.items():
-            if header in shown.columns and shown[header].nunique() == 1:
-                note += " " + sentence.format(shown[header].iloc[0])
-                shown = shown.drop(columns=header)
-        return cls(name, title, note, pd.DataFrame([flatten(row) for row in rows]), shown)
+            if header in display.columns and display[header].nunique() == 1:
+                note += " " + sentence.format(display[header].iloc[0])
+                display = display.drop(columns=header)
+
+        data = pd.DataFrame([flatten(row) for row in rows])
+        return cls(name, title, note, data, display)
 
     @property
     def is_empty(self) -> bool:
@@ -110,7 +117,13 @@ class ResultTable:
         return "\n".join([f"## {self.title}", "", *rows, "", self.note, ""])
 
     def write(self, folder: Path) -> None:
-        """Write `<name>.csv` and `<name>.md`. An empty table is no file, nor is an old one kept."""
+        """Write `<name>.csv` and `<name>.md`.
+
+        An empty table has no files: those of an earlier command are removed.
+
+        Args:
+            folder: where they go.
+        """
         for ending, text in (("csv", self.data.to_csv(index=False)), ("md", self.markdown())):
             file = folder / f"{self.name}.{ending}"
             if self.is_empty:
@@ -151,14 +164,14 @@ def display_value(value: Any) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; a dash for what is not there."""
+    """A number in three significant digits; a dash where there is none."""
     if value is None or not np.isfinite(value):
         return NOT_THERE
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def interval(estimate: Estimate, unit: str = "") -> str:
-    """`value unit [low, high]`."""
+    """An estimate as text, `value unit [low, high]`; without the brackets where none is known."""
     text = f"{number(estimate.value)}{unit}"
     if not np.isfinite(estimate.low):
         return text
@@ -166,17 +179,21 @@ def interval(estimate: Estimate, unit: str = "") -> str:
 
 
 def estimate_of(row: Mapping[str, Any], name: str) -> Estimate:
-    """The estimate that three columns of a table's data hold."""
+    """The estimate that three columns of a table's data hold.
+
+    Args:
+        row: of the data.
+        name: of the first column; the others are `<name>_low` and `<name>_high`.
+    """
     return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 def describe_sampling(row: Mapping[str, Any]) -> str:
     """How images were sampled, from the values of `SAMPLING_COLUMNS`."""
     eta = f" (eta {row['eta']:g})" if row["eta"] else ""
+    guidance = f"guidance {row['guidance_scale']:g}"
     size = f"{row['width']}x{row['height']}"
-    return (
-        f"{row['sampler']}{eta}, {row['steps']} steps, guidance {row['guidance_scale']:g}, {size}"
-    )
+    return f"{row['sampler']}{eta}, {row['steps']} steps, {guidance}, {size}"
 
 
 SAMPLED = Column("sampled", text=describe_sampling)
