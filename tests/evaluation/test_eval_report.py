@@ -72,9 +72,9 @@ def attributes_of(elements, tag):
     return [attributes for name, attributes in elements if name == tag]
 
 
-def texts(svg):
+def texts(drawing):
     """The texts of an SVG."""
-    return ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter(SVG_TEXT)]
+    return ["".join(text.itertext()) for text in ElementTree.fromstring(drawing).iter(SVG_TEXT)]
 
 
 def test_the_report_opens_with_the_lambda_and_the_verdict_both_with_intervals(drawn):
@@ -201,13 +201,20 @@ def sample_rows(folder, beta, prompts=500, size=(768, 512)):
 def test_the_figures_are_svg_with_text_in_the_pages_ink(drawn):
     assert {file.stem for file in (drawn / "plots").glob("*.svg")} == FIGURES
     svgs = {name: (drawn / "plots" / f"{name}.svg").read_text() for name in FIGURES}
-    for svg in svgs.values():
-        ElementTree.fromstring(svg)
-        assert "currentColor" in svg and "#123456" not in svg and "mathdefault" not in svg
+    for text in svgs.values():
+        ElementTree.fromstring(text)
+        assert "currentColor" in text and "#123456" not in text and "mathdefault" not in text
     for name in FIGURES - {"reversal", "pictures"}:
         assert {"vivid", "crisp"} <= set(texts(svgs[name]))
     title = "shapes-beta2000-seed0, from the anchor back to the reference"
     assert title in texts(svgs["reversal"])
+
+
+def test_figures_are_the_same_bytes_in_every_run(drawn):
+    """matplotlib names a clip path by its size where it is a rectangle, by its address otherwise."""
+    for file in (drawn / "plots").glob("*.svg"):
+        shapes = re.findall(r"<clipPath[^>]*>\s*<(\w+)", file.read_text())
+        assert set(shapes) <= {"rect"}
 
 
 def test_a_figure_that_is_no_longer_made_does_not_stay(tmp_path, counting_scorer):
@@ -238,8 +245,8 @@ def test_prompts_are_others_text(tmp_path, counting_scorer, prompt):
 
     # No file lies where a prompt might want it, and figures and tables are whole
     assert {file.name for file in tmp_path.iterdir()} == {"train", "sample", "eval", "cache"}
-    for svg in (run_dir / "plots").glob("*.svg"):
-        ElementTree.fromstring(svg.read_text())
+    for file in (run_dir / "plots").glob("*.svg"):
+        ElementTree.fromstring(file.read_text())
     for table in (run_dir / "tables").glob("*.md"):
         lines = [line for line in table.read_text().split("\n") if line.startswith("| ")]
         assert len({line.count(" | ") for line in lines}) == 1

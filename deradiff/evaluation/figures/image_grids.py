@@ -345,7 +345,8 @@ def _draw_reversal(comparison: Comparison, rows: pd.DataFrame, lams: Sequence[fl
                 if lam in files:
                     image = Image.open(files[lam]).convert("RGB")
                     image.thumbnail((CELL, CELL))
-                    place.imshow(np.asarray(image), interpolation="none")
+                    # Clipped, its SVG would have an id that differs from run to run
+                    place.imshow(np.asarray(image), interpolation="none", clip_on=False)
         return figure
 
 
