@@ -170,7 +170,9 @@ def sample_rows(folder, beta, prompts=500, size=(768, 512)):
         values = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(values).save(file)
     common = {
+        "run": f"run{beta}",
         "anchor": f"a{beta}",
+        "shares": None,
         "beta": beta,
         "mode": "exact",
         "seed": 0,
@@ -185,7 +187,13 @@ def sample_rows(folder, beta, prompts=500, size=(768, 512)):
     rows = []
     for prompt in range(prompts):
         for lam in (0.0, 0.25, 0.5, 0.75, 1.0):
-            own = {"lam": lam, "prompt_id": f"p{prompt}", "prompt": f"prompt {prompt}"}
+            own = {
+                "lam": lam,
+                "beta_target": beta / lam if lam else None,
+                "is_own": lam in (0, 1),
+                "prompt_id": f"p{prompt}",
+                "prompt": f"prompt {prompt}",
+            }
             rows.append(common | own)
     return rows
 
