@@ -210,11 +210,10 @@ def test_the_figures_are_svg_with_text_in_the_pages_ink(drawn):
     assert title in texts(svgs["reversal"])
 
 
-def test_figures_are_the_same_bytes_in_every_run(drawn):
-    """matplotlib names a clip path by its size where it is a rectangle, by its address otherwise."""
-    for file in (drawn / "plots").glob("*.svg"):
-        shapes = re.findall(r"<clipPath[^>]*>\s*<(\w+)", file.read_text())
-        assert set(shapes) <= {"rect"}
+def test_images_in_a_figure_have_no_clip_path(drawn):
+    """Its id would follow from coordinates whose last bits differ from run to run."""
+    figure = (drawn / "plots" / "reversal.svg").read_text()
+    assert figure.count("<clipPath") == 1  # of the panel above the images
 
 
 def test_a_figure_that_is_no_longer_made_does_not_stay(tmp_path, counting_scorer):

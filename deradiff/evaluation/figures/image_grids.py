@@ -345,7 +345,8 @@ def _draw_reversal(comparison: Comparison, rows: pd.DataFrame, lams: Sequence[fl
                 if lam in files:
                     image = Image.open(files[lam]).convert("RGB")
                     image.thumbnail((CELL, CELL))
-                    # Clipped, its SVG would have an id that differs from run to run
+                    # Unclipped: the id of a clip path follows from coordinates, whose last bits
+                    # differ from run to run, and with them would the bytes of the file
                     place.imshow(np.asarray(image), interpolation="none", clip_on=False)
         return figure
 
