@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test test-all check docs reproduce base
+.PHONY: help install demo test test-all check docs reproduce mixtures base
 
 help:
 	@echo "make install    deradiff and what its tests need, into .venv"
@@ -13,6 +13,7 @@ help:
 	@echo "make check      lint, format and types"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make reproduce  the paper's experiment on the shapes world: six betas from scratch"
+	@echo "make mixtures   two anchors of two rewards, mixed, on the shapes world"
 	@echo "make base       train the shapes world's base model and scorers, compared with the shipped"
 
 install: $(VENV)/installed
@@ -53,6 +54,9 @@ docs: install
 
 reproduce: install
 	PYTHON=$(RUN) bash examples/reproduce.sh
+
+mixtures: install
+	PYTHON=$(RUN) bash examples/mixtures.sh
 
 base: install
 	$(RUN) -m train experiment=shapes_clip

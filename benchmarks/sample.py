@@ -1,4 +1,4 @@
-"""What realignment costs: each mode beside a plain model, and a sweep beside the published loop.
+"""What realignment costs: modes beside a plain model, a sweep beside the published loop, path KL.
 
     python -m benchmarks.sample                           the shapes world, on the CPU
     python -m benchmarks.sample --network sd15 --width 64      SD1.5's shape at a fifth of its width
@@ -7,8 +7,8 @@
 
 Networks other than the shapes world's have random weights. What is timed is denoising alone, with
 guidance, without decoding: a decoder's time is the same in every mode and would flatter the ratios.
-Repetitions are interleaved, and each ratio is of one repetition: median [lowest, highest]. On the
-CPU seconds are the processor's.
+Repetitions are interleaved, and each ratio is of one repetition: median [lowest, highest]; of path
+KL median [95 % interval of the median]. On the CPU seconds are the processor's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -36,6 +38,9 @@ from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from deradiff.models.flops import denoiser_flops
 from deradiff.models.published import MEASURED_TFLOPS
+from deradiff.realignment import context
+from deradiff.realignment.carriers import LostTrack
+from deradiff.realignment.modes import Mixed
 from deradiff.realignment.registry import MODES
 
 PEAK = MEASURED_TFLOPS["H200"] * 1e12
@@ -340,6 +345,35 @@ class Stopwatch:
             "ratio": with_range([a / b for a, b in zip(ours, published)]),
         }
 
+    def path_kl(self, kind: str) -> dict[str, str]:
+        """What it costs that the outputs carry their companions, so that path KL is known.
+
+        Mode exact at lambda 0.5, with companions and without. Both evaluate both networks.
+
+        Args:
+            kind: of the anchor: `lora` or `full`.
+        """
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        with self.realigned(Variant(kind, "exact", {"mode": "exact"})) as dial:
+            for repetition in range(self.args.repeats):
+                # In turn, and every other repetition the other way round.
+                order = (True, False) if repetition % 2 == 0 else (False, True)
+                for is_measured in order:
+                    with ExitStack() as stack:
+                        if not is_measured:
+                            stack.enter_context(patch.object(context, "carried", uncarried))
+                        own = self.seconds(self.call) / self.args.batch
+                    seconds[is_measured].append(own)
+                    if is_measured:
+                        assert dial.path_kl.isfinite().all()
+        ratios = [a / b for a, b in zip(seconds[True], seconds[False])]
+        return {
+            "anchor": kind,
+            "known": with_interval(seconds[True]),
+            "unknown": with_interval(seconds[False]),
+            "ratio": with_interval(ratios, digits=4),
+        }
+
     @property
     def latent_side(self) -> int:
         """Side of an image's latents."""
@@ -350,6 +384,31 @@ class Stopwatch:
         side = self.latent_side
         config = dict(self.pipe.unet.config)
         return 2 * self.args.steps * denoiser_flops(config, side, side, TOKENS)
+
+
+def uncarried(mixed: Mixed, track: LostTrack) -> Any:
+    """A realigned output alone, in place of `deradiff.realignment.modes.carried`."""
+    return mixed.output.whole()
+
+
+def with_interval(values: list[float], digits: int = 3) -> str:
+    """Median [its interval at 95 %, from the order of the values alone].
+
+    Of fewer than six values the interval is their range, which is less sure.
+    """
+    # As many values are left off at either end as lie there with a probability of 2.5 % at most.
+    ordered = sorted(values)
+    count = len(ordered)
+    rank = 0
+    probability = 0.5**count
+    while probability <= 0.025:
+        rank += 1
+        probability += comb(count, rank) * 0.5**count
+    low = max(rank - 1, 0)
+    high = count - 1 - low
+    numbers = [statistics.median(ordered), ordered[low], ordered[high]]
+    median, lowest, highest = (f"{number:.{digits}g}" for number in numbers)
+    return f"{median} [{lowest}, {highest}]"
 
 
 def with_range(values: list[float]) -> str:
@@ -379,7 +438,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
 
     # What is printed.
-    parser.add_argument("--table", choices=("cost", "sweep"), help="one table alone")
+    parser.add_argument("--table", choices=tuple(TABLES), help="one table alone")
     return parser.parse_args(arguments)
 
 
@@ -415,6 +474,23 @@ def print_sweeps(stopwatch: Stopwatch) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def print_path_kl(stopwatch: Stopwatch) -> None:
+    """The table of path KL."""
+    print("\n| exact, lambda 0.5 | s an image, path KL known | unknown | x |\n|---|---|---|---|")
+    for kind in stopwatch.anchors:
+        row = stopwatch.path_kl(kind)
+        cells = [row["anchor"], row["known"], row["unknown"], row["ratio"]]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+TABLES: dict[str, Callable[[Stopwatch], None]] = {
+    "cost": print_costs,
+    "sweep": print_sweeps,
+    "path_kl": print_path_kl,
+}
+"""By name, in the order in which they are printed."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Time what the arguments name, and print the tables."""
     args = parse_arguments(arguments)
@@ -422,10 +498,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stopwatch = Stopwatch(args, Path(folder))
         print(f"{args} on {device}, torch {torch.__version__}")
-        if args.table != "sweep":
-            print_costs(stopwatch)
-        if args.table != "cost":
-            print_sweeps(stopwatch)
+        for name in [args.table] if args.table else TABLES:
+            TABLES[name](stopwatch)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from deradiff.realignment.resampling import GUIDED_PARTICLES
 from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of
 from sample.config import SampleConfig
-from sample.manifest import Record, lam_folder
+from sample.manifest import Lams, Record, lam_folder
 from sample.sampling import beta_of, beta_target
 
 NO_BETA = "beta unknown"
@@ -50,12 +50,18 @@ def announcement(
         f"sample: {prompts} prompts x {len(config.seeds)} seeds x {len(config.lambdas)} lambdas",
     ]
     lines += _cautions(config, base)
-    for lams in config.points:
+    numbers = [lams_text(lams) for lams in config.points]
+    width = max(6, *map(len, numbers))
+    for lams, lam in zip(config.points, numbers):
         model = as_one_anchor(config.anchors, lams)
         role = "  (the anchor)" if model.is_anchor and len(anchors) == 1 else ""
-        numbers = ", ".join(f"{lam:g}" for lam in lams)
-        lines.append(f"  lam {numbers:<6} {_target(model, config, anchors, unit)}{role}")
+        lines.append(f"  lam {lam:<{width}} {_target(model, config, anchors, unit)}{role}")
     return "\n".join(lines)
+
+
+def lams_text(lams: Lams) -> str:
+    """Lambda of each anchor, for people."""
+    return ", ".join(f"{lam:g}" for lam in lams)
 
 
 def _beta(anchor: Anchor) -> float | None:

@@ -22,7 +22,7 @@ from deradiff.images import labelled_grid
 from deradiff.models.base_model import BaseModel
 from deradiff.realignment.dial import BeyondAnchorWarning, NegativeLambdaWarning
 from deradiff.realignment.resampling import GuidedParticlesWarning
-from sample.announce import announcement, cost
+from sample.announce import announcement, cost, lams_text
 from sample.config import SampleConfig
 from sample.manifest import Lams, Record, image_path, intact, merge, save_image
 from sample.sampling import Images, PromptSeed, load_sampler, mode_options
@@ -200,7 +200,7 @@ def show(config: SampleConfig, prompts: Sequence[Prompt], run_dir: Path, track: 
     labelled_grid(opened, heads, GRID_TILE).save(run_dir / GRID)
 
     track.image("grid", run_dir / GRID)
-    columns = ["prompt", *(f"lam={_numbers(lams)}" for lams in config.points)]
+    columns = ["prompt", *(f"lam={lams_text(lams)}" for lams in config.points)]
     cells: list[list[Any]] = [[text, *images] for text, images in rows]
     track.table("samples", columns, cells)
 
@@ -212,12 +212,7 @@ def _head(lams: Lams) -> str:
         role = "  reference"
     elif lams == (1.0,):
         role = "  anchor"
-    return f"λ = {_numbers(lams)}{role}"
-
-
-def _numbers(lams: Lams) -> str:
-    """Lambda of each anchor, for people."""
-    return ", ".join(f"{lam:g}" for lam in lams)
+    return f"λ = {lams_text(lams)}{role}"
 
 
 def _digest(anchors: Sequence[Anchor]) -> Any:

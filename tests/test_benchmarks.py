@@ -9,7 +9,7 @@ from benchmarks import published_loop, sample
 from deradiff import realign
 
 
-def test_both_tables_come_out(capsys):
+def test_all_tables_come_out(capsys):
     sample.main(["--steps", "4", "--batch", "1", "--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
@@ -33,7 +33,17 @@ def test_both_tables_come_out(capsys):
         "sweep of 5 lambdas",
         "lora",
         "full",
+        "exact, lambda 0.5",
+        "lora",
+        "full",
     ]
+
+
+def test_the_interval_of_a_median_is_that_of_the_signs():
+    # Of ten values it goes from the second to the ninth: P(fewer than two below) = 11 / 1024.
+    assert sample.with_interval([float(value) for value in range(10)]) == "4.5 [1, 8]"
+    assert sample.with_interval([2.0, 1.0, 4.0]) == "2 [1, 4]"
+    assert sample.with_interval([1.0]) == "1 [1, 1]"
 
 
 def test_random_networks_of_the_published_shapes_sample():

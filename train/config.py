@@ -20,6 +20,7 @@ SOURCES = {  # data.source: whether it gives pairs; None: the columns of the tab
     "sampled_pairs": True,
 }
 SHAPES_REWARDS = ("vivid", "crisp")
+DEFAULT_SCORER = "vivid"
 
 
 @dataclass
@@ -84,7 +85,7 @@ class DataConfig:
     limit: int | None = setting(None, "use the first so many usable rows only; null: all")
     count: int = setting(4000, "rows that are drawn, or pairs that are sampled or labelled")
     scorer: Any = setting(  # str | dict[str, float], a union that Hydra's schemas do not have
-        "vivid",
+        DEFAULT_SCORER,
         "what labels pairs: vivid or crisp for shapes_pairs, any scorer for the others; a weighted "
         "sum of several: data.scorer={vivid:0.5,crisp:0.5}",
     )
@@ -380,6 +381,7 @@ class TrainConfig:
         if self.beta is not None:
             rule = "" if self.optim.rule == "inverse_beta" else f"-{self.optim.rule}"
             parts.append(f"beta{self.beta:g}{rule}")
-        if isinstance(self.data.scorer, dict):
+        # Anchors of other rewards are other runs.
+        if self.spec.makes_anchor and self.data.scorer != DEFAULT_SCORER:
             parts.append(self.data.scorer_name)
         return "-".join([*parts, f"seed{self.seed}"])

@@ -14,8 +14,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from deradiff.data.pairs import BrokenImage, CaptionedImages, image_tensor
+from deradiff.data.pairs import BrokenImage, CaptionedImages, EncodedImages, image_tensor
 from deradiff.data.part_files import PartFiles
 from deradiff.files import write_atomic
 from deradiff.models.families import family_of
@@ -35,7 +39,17 @@ SHARD = 512
 """Examples, or captions, of one file."""
 
 BATCH = 32
-"""Examples, or captions, that are encoded at once."""
+"""Examples, or captions, that are encoded at once, at most."""
+
+BYTES_AT_ONCE = 16 * 2**20
+"""Of one channel of all images that the autoencoder encodes at once.
+
+Its memory grows with it: 13 GB for SDXL's in half precision, at 8 images of 1024 pixels. More of
+them are not faster (docs/training.md).
+"""
+
+BATCHES_AHEAD = 2
+"""Batches of images that are decoded while the autoencoder works."""
 
 LAYOUT = 3
 """Version of the files' layout."""
@@ -53,11 +67,26 @@ Encode = Callable[[range], dict[str, Tensor]]
 def encode_images(pipe: Any, images: Tensor) -> Tensor:
     """The latents (N, C, H, W) of images, as the pipeline's family encodes them.
 
+    So many images are encoded at once as memory allows.
+
     Args:
         pipe: a pipeline with an autoencoder.
         images: (N, 3, R, R) in [-1, 1].
     """
-    return family_of(pipe).encode_images(pipe.vae, images)
+    family = family_of(pipe)
+    count = images_at_once(images.shape[-1], pipe.vae.dtype)
+    latents = [family.encode_images(pipe.vae, part) for part in images.split(count)]
+    return torch.cat(latents)
+
+
+def images_at_once(resolution: int, dtype: torch.dtype) -> int:
+    """How many images an autoencoder encodes at once.
+
+    Args:
+        resolution: pixels of an image's side.
+        dtype: of the autoencoder.
+    """
+    return max(1, BYTES_AT_ONCE // (resolution**2 * dtype.itemsize))
 
 
 def encodings_key(encoders: str, data: CaptionedImages, resolution: int) -> str:
@@ -118,13 +147,15 @@ class Cache:
         for flip in [False, True] if self.flip else [False]:
             encode = partial(self._encode_latents, pipe, flip)
             self._build_shards(_latents_kind(flip), len(self.data), encode, progress)
-        encode = partial(self._encode_captions, pipe)
-        self._build_shards(EMBEDDINGS, len(self.captions), encode, progress)
+        self._build_shards(
+            EMBEDDINGS, len(self.captions), partial(self._encode_captions, pipe), progress
+        )
         self._skip_broken()
 
     def _build_shards(self, kind: str, count: int, encode: Encode, progress: bool) -> None:
         def write(rows: range, file: Path) -> None:
-            write_atomic(file, save(_encode_in_batches(rows, encode)))
+            tensors = {name: part.contiguous().cpu() for name, part in encode(rows).items()}
+            write_atomic(file, save(tensors))
 
         self._shards(kind, count).write_missing(
             write,
@@ -144,35 +175,64 @@ class Cache:
                 self.data.skip(index, reason)
 
     def _encode_latents(
-        self, pipe: Callable[[], Any], flip: bool, indices: range
+        self, pipe: Callable[[], Any], flip: bool, rows: range
     ) -> dict[str, Tensor]:
-        """Latents (N, P, C, H, W), and which of the N examples are broken.
+        """Latents (N, P, C, H, W) of a shard, and which of its N examples are broken.
 
         The latents of a broken example are those of grey images, and never read.
         """
-        # The images of each example; grey ones where they are broken.
-        grey = torch.zeros(self.data.images_per_example, 3, self.resolution, self.resolution)
-        examples = []
-        for index in indices:
-            try:
-                images = self.data.images(index)
-            except BrokenImage as broken:
-                self.data.skip(index, str(broken))
-                examples.append(grey)
-                continue
-            tensors = [image_tensor(image, self.resolution, flip) for image in images]
-            examples.append(torch.stack(tensors))
+        at_once = images_at_once(self.resolution, pipe().vae.dtype)
+        size = min(BATCH, max(1, at_once // self.data.images_per_example))
+        batches = []
+        for examples in _batches(self._decoded_ahead(rows, flip, BATCHES_AHEAD * size), size):
+            stacked = torch.stack(examples)
+            latents = encode_images(pipe(), stacked.flatten(0, 1))
+            batches.append(latents.unflatten(0, stacked.shape[:2]).cpu())
+        is_broken = [index in self.data.broken for index in rows]
+        return {"latents": torch.cat(batches), "broken": torch.tensor(is_broken)}
 
-        # All images of the batch at once.
-        stacked = torch.stack(examples)
-        latents = encode_images(pipe(), stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2])
-        is_broken = [index in self.data.broken for index in indices]
-        return {"latents": latents, "broken": torch.tensor(is_broken)}
+    def _decoded_ahead(self, rows: range, flip: bool, ahead: int) -> Iterator[Tensor]:
+        """The images (P, 3, R, R) of examples, decoded by threads before they are asked for.
+
+        Args:
+            rows: numbers of the examples.
+            flip: mirror the images.
+            ahead: at most so many examples are decoded and wait.
+        """
+        grey = torch.zeros(self.data.images_per_example, 3, self.resolution, self.resolution)
+        waiting: deque[tuple[int, Future[Tensor]]] = deque()
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            left = iter(rows)
+            while True:
+                # Files are read by this thread alone.
+                for index in islice(left, ahead - len(waiting)):
+                    encoded = self.data.encoded_images(index)
+                    waiting.append((index, threads.submit(self._decode, index, encoded, flip)))
+                if not waiting:
+                    return
+                index, images = waiting.popleft()
+                try:
+                    yield images.result()
+                except BrokenImage as broken:
+                    self.data.skip(index, str(broken))
+                    yield grey
+
+    def _decode(self, index: int, encoded: EncodedImages, flip: bool) -> Tensor:
+        """The images (P, 3, R, R) of an example. Raises BrokenImage."""
+        images = self.data.decode(index, encoded)
+        return torch.stack([image_tensor(image, self.resolution, flip) for image in images])
 
     @torch.no_grad()
-    def _encode_captions(self, pipe: Callable[[], Any], numbers: range) -> dict[str, Tensor]:
-        captions = [self.captions[number] for number in numbers]
-        return family_of(pipe()).encode_prompts(pipe(), captions)
+    def _encode_captions(self, pipe: Callable[[], Any], rows: range) -> dict[str, Tensor]:
+        """The text embeddings of a shard's captions."""
+        batches = []
+        for start in range(0, len(rows), BATCH):
+            captions = [self.captions[number] for number in rows[start : start + BATCH]]
+            batches.append(family_of(pipe()).encode_prompts(pipe(), captions))
+        embeddings = {}
+        for name in batches[0]:
+            embeddings[name] = torch.cat([batch[name] for batch in batches])
+        return embeddings
 
     # Reading
 
@@ -233,13 +293,10 @@ def _latents_kind(flip: bool) -> str:
     return FLIPPED_LATENTS if flip else LATENTS
 
 
-def _encode_in_batches(rows: range, encode: Encode) -> dict[str, Tensor]:
-    """The tensors of a shard, on the CPU."""
-    batches = [encode(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
-    tensors = {}
-    for name in batches[0]:
-        tensors[name] = torch.cat([batch[name] for batch in batches]).contiguous().cpu()
-    return tensors
+def _batches(items: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Lists of so many items; the last one may have fewer."""
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def _is_complete(file: Path) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +41,10 @@ def generator_of(seed: int, epoch: int, index: int) -> torch.Generator:
     """
     digest = hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+EncodedImages = Sequence[tuple[str, Any]]
+"""Encoded images, each with the name of its column."""
 
 
 class BrokenImage(ValueError):
@@ -137,22 +141,45 @@ class CaptionedImages:
         return None if blocks is None else blocks[:, self.rows]
 
     def images(self, index: int) -> list[Image.Image]:
-        """The images of an example, decoded.
+        """The images of an example, decoded: of a pair the winner, then the loser.
 
         Raises:
             BrokenImage: where one cannot be decoded.
         """
-        row = self.table.row(int(self.rows[index]))
-        return [self._decode(index, row, "image")]
+        return self.decode(index, self.encoded_images(index))
 
-    def _decode(self, index: int, row: dict[str, Any], column: str) -> Image.Image:
-        try:
-            return decode_image(row[column])
-        except OSError as error:
-            raise BrokenImage(
-                f"{self.path}: {column} of row {self.rows[index]} is not an image "
-                f"that can be decoded: {error}"
-            ) from error
+    def encoded_images(self, index: int) -> EncodedImages:
+        """The images of an example as the table holds them, each with the name of its column.
+
+        One thread at a time may read.
+        """
+        row = self.table.row(int(self.rows[index]))
+        return [(column, row[column]) for column in self.image_columns(index)]
+
+    def image_columns(self, index: int) -> Sequence[str]:
+        """The columns that hold the images of an example, in order."""
+        return ["image"]
+
+    def decode(self, index: int, encoded: EncodedImages) -> list[Image.Image]:
+        """The images of an example. Several threads may decode at once.
+
+        Args:
+            index: number of the example.
+            encoded: of `encoded_images`.
+
+        Raises:
+            BrokenImage: where one cannot be decoded.
+        """
+        images = []
+        for column, content in encoded:
+            try:
+                images.append(decode_image(content))
+            except OSError as error:
+                raise BrokenImage(
+                    f"{self.path}: {column} of row {self.rows[index]} is not an image "
+                    f"that can be decoded: {error}"
+                ) from error
+        return images
 
     def skip(self, index: int, reason: str) -> None:
         """Skip an example from now on.
@@ -217,16 +244,9 @@ class Pairs(CaptionedImages):
             )
         return has_caption & has_winner
 
-    def images(self, index: int) -> list[Image.Image]:
-        """The winner and the loser of an example, decoded.
-
-        Raises:
-            BrokenImage: where one cannot be decoded.
-        """
-        row = self.table.row(int(self.rows[index]))
-        first_column, second_column = self.columns[:2]
-        first = self._decode(index, row, first_column)
-        second = self._decode(index, row, second_column)
+    def image_columns(self, index: int) -> Sequence[str]:
+        """The columns of the winner and of the loser of an example."""
+        first, second = self.columns[:2]
         first_is_winner = self.label[self.rows[index]] == 1
         return [first, second] if first_is_winner else [second, first]
 

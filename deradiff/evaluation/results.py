@@ -11,6 +11,7 @@ from deradiff.evaluation.figures.image_grids import ImageGrid, image_grids
 from deradiff.evaluation.registry import draw_figures, make_tables
 from deradiff.evaluation.report.report import ScorerLine, render
 from deradiff.evaluation.tables.errors import verdict
+from deradiff.evaluation.tables.mixtures import mixtures_verdict
 from deradiff.evaluation.tables.selection import Answer, select
 from deradiff.evaluation.tables.table import ResultTable
 from deradiff.files import write_atomic
@@ -50,8 +51,21 @@ def evaluate(comparison: Comparison) -> Evaluation:
         figures=draw_figures(comparison, tables),
         grids=image_grids(comparison.samples),
         answer=answer,
-        verdicts=[answer.sentence, verdict(tables["summary"].data, comparison.missing)],
+        verdicts=_verdicts(comparison, tables, answer),
     )
+
+
+def _verdicts(
+    comparison: Comparison, tables: Mapping[str, ResultTable], answer: Answer
+) -> list[str]:
+    """The report's first sentences: which lambda, and how close to models from scratch."""
+    sentences = [answer.sentence]
+    of_mixtures = mixtures_verdict(tables["mixtures"].data)
+    if comparison.cells or not of_mixtures:
+        sentences.append(verdict(tables["summary"].data, comparison.missing))
+    if of_mixtures:
+        sentences.append(of_mixtures)
+    return sentences
 
 
 def write(run_dir: Path, evaluation: Evaluation, scorers: Mapping[str, ScorerSpec]) -> Path:

@@ -20,6 +20,9 @@ FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchSDEScheduler")
 
 DPM = "DPMSolverMultistepScheduler"
 
+WUERSTCHEN = "DDPMWuerstchenScheduler"
+"""Stable Cascade's: DDPM at times from 1 to 0, whose noise levels are a formula and no table."""
+
 CLOSED_FORM = (*EULER, *FLOW, DPM, "DDIMScheduler", "DDPMScheduler")
 """Schedulers whose step has a closed form here."""
 
@@ -91,6 +94,8 @@ def prediction_type(scheduler: Any) -> str:
     """
     if type(scheduler).__name__.startswith("FlowMatch"):
         return "flow"
+    if type(scheduler).__name__ == WUERSTCHEN:
+        return "epsilon"
     kind = scheduler.config.prediction_type
     if kind == "original_sample":  # A second name that Euler has.
         return "sample"

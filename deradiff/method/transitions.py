@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from deradiff.method.gaussian import Gaussian
-from deradiff.method.steps import EULER, Step, prediction_type, step_at
+from deradiff.method.steps import EULER, WUERSTCHEN, Step, prediction_type, step_at
 
 
 def transition(
@@ -404,6 +404,11 @@ def _flow_kl_factors(scheduler: Any) -> Tensor:
 
 def _alpha_bars(scheduler: Any) -> Tensor:
     """alpha_bar at each of `scheduler.timesteps` (steps,)."""
+    if type(scheduler).__name__ == WUERSTCHEN:
+        # Its timesteps end with that of the image, from which no step is taken.
+        times = scheduler.timesteps[:-1].double().cpu()
+        signal = torch.ones_like(times)
+        return scheduler.add_noise(signal, torch.zeros_like(times), times).square()
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"{type(scheduler).__name__} has no alphas_cumprod, so that its steps' signal-to-noise "

@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from deradiff.data.cache import Cache, encode_images
-from deradiff.data.pairs import Pairs, image_tensor
+from deradiff.data import cache as cache_module
+from deradiff.data.cache import Cache, encode_images, images_at_once
+from deradiff.data.pairs import BrokenImage, Pairs, image_tensor
 from deradiff.models.families import family_of
 from tests.support.tiny_pipelines import tiny_pipeline
 
@@ -71,9 +72,64 @@ def test_a_cache_holds_mirrored_images_where_they_are_asked_for(tmp_path, pair_f
     pipe = tiny_pipeline("sd15")
     pairs = Pairs(str(pair_file))
     gradient = Image.linear_gradient("L").rotate(90).convert("RGB")
-    pairs.images = lambda index: [gradient, gradient]
+    pairs.decode = lambda index, encoded: [gradient, gradient]
     cache = Cache(tmp_path, "sd15", pairs, resolution=64, flip=True)
     cache.build(lambda: pipe)
     mirrored = torch.stack([image_tensor(image, 64).flip(-1) for image in pairs.images(2)])
     torch.testing.assert_close(cache.latents(2, flip=True), encode_images(pipe, mirrored))
     assert not torch.allclose(cache.latents(2, flip=True), cache.latents(2), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "dtype", "count"),
+    [
+        (1024, torch.float16, 8),  # 13 GB of SDXL's autoencoder
+        (1024, torch.float32, 4),
+        (512, torch.bfloat16, 32),
+        (4096, torch.float32, 1),
+    ],
+)
+def test_the_autoencoder_gets_as_many_images_at_once_as_fit(resolution, dtype, count):
+    assert images_at_once(resolution, dtype) == count
+
+
+def test_no_call_of_the_autoencoder_is_larger_than_memory_allows(tmp_path, pair_file, monkeypatch):
+    pipe = tiny_pipeline("sdxl")
+    pairs = Pairs(str(pair_file))
+    whole = Cache(tmp_path / "whole", "sdxl", pairs, resolution=64)
+    whole.build(lambda: pipe)
+
+    # Three images at once: a pair a batch, and a batch of five in two calls
+    monkeypatch.setattr(cache_module, "BYTES_AT_ONCE", 3 * 64 * 64 * 4)
+    sizes = []
+    encode = pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda x, *a: sizes.append(len(x)) or encode(x, *a))
+    small = Cache(tmp_path / "small", "sdxl", pairs, resolution=64)
+    small.build(lambda: pipe)
+    assert set(sizes) == {2}
+    for index in range(len(pairs)):
+        torch.testing.assert_close(small.latents(index), whole.latents(index))
+    sizes.clear()
+    assert len(encode_images(pipe, torch.zeros(5, 3, 64, 64))) == 5
+    assert sizes == [3, 2]
+
+
+def test_images_are_decoded_ahead_and_stay_in_order(tmp_path, pair_file, monkeypatch):
+    """A broken one in between is skipped, whichever thread meets it."""
+    pipe = tiny_pipeline("sd15")
+    pairs = Pairs(str(pair_file), max_broken=0.9)
+    decode = pairs.decode
+
+    def slow_or_broken(index, encoded):
+        if index == 1:
+            raise BrokenImage("row 1 has a broken image")
+        return decode(index, encoded)
+
+    monkeypatch.setattr(pairs, "decode", slow_or_broken)
+    monkeypatch.setattr(cache_module, "BYTES_AT_ONCE", 2 * 64 * 64 * 4)
+    cache = Cache(tmp_path / "cache", "sd15", pairs, resolution=64)
+    cache.build(lambda: pipe)
+    assert set(pairs.broken) == {1}
+    for index in (0, 2, len(pairs) - 1):
+        images = torch.stack([image_tensor(image, 64) for image in pairs.images(index)])
+        torch.testing.assert_close(cache.latents(index), encode_images(pipe, images))

@@ -72,9 +72,9 @@ def attributes_of(elements, tag):
     return [attributes for name, attributes in elements if name == tag]
 
 
-def texts(svg):
+def texts(drawing):
     """The texts of an SVG."""
-    return ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter(SVG_TEXT)]
+    return ["".join(text.itertext()) for text in ElementTree.fromstring(drawing).iter(SVG_TEXT)]
 
 
 def test_the_report_opens_with_the_lambda_and_the_verdict_both_with_intervals(drawn):
@@ -170,7 +170,9 @@ def sample_rows(folder, beta, prompts=500, size=(768, 512)):
         values = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(values).save(file)
     common = {
+        "run": f"run{beta}",
         "anchor": f"a{beta}",
+        "shares": None,
         "beta": beta,
         "mode": "exact",
         "seed": 0,
@@ -185,7 +187,13 @@ def sample_rows(folder, beta, prompts=500, size=(768, 512)):
     rows = []
     for prompt in range(prompts):
         for lam in (0.0, 0.25, 0.5, 0.75, 1.0):
-            own = {"lam": lam, "prompt_id": f"p{prompt}", "prompt": f"prompt {prompt}"}
+            own = {
+                "lam": lam,
+                "beta_target": beta / lam if lam else None,
+                "is_own": lam in (0, 1),
+                "prompt_id": f"p{prompt}",
+                "prompt": f"prompt {prompt}",
+            }
             rows.append(common | own)
     return rows
 
@@ -193,13 +201,19 @@ def sample_rows(folder, beta, prompts=500, size=(768, 512)):
 def test_the_figures_are_svg_with_text_in_the_pages_ink(drawn):
     assert {file.stem for file in (drawn / "plots").glob("*.svg")} == FIGURES
     svgs = {name: (drawn / "plots" / f"{name}.svg").read_text() for name in FIGURES}
-    for svg in svgs.values():
-        ElementTree.fromstring(svg)
-        assert "currentColor" in svg and "#123456" not in svg and "mathdefault" not in svg
+    for text in svgs.values():
+        ElementTree.fromstring(text)
+        assert "currentColor" in text and "#123456" not in text and "mathdefault" not in text
     for name in FIGURES - {"reversal", "pictures"}:
         assert {"vivid", "crisp"} <= set(texts(svgs[name]))
     title = "shapes-beta2000-seed0, from the anchor back to the reference"
     assert title in texts(svgs["reversal"])
+
+
+def test_images_in_a_figure_have_no_clip_path(drawn):
+    """Its id would follow from coordinates whose last bits differ from run to run."""
+    figure = (drawn / "plots" / "reversal.svg").read_text()
+    assert figure.count("<clipPath") == 1  # of the panel above the images
 
 
 def test_a_figure_that_is_no_longer_made_does_not_stay(tmp_path, counting_scorer):
@@ -230,8 +244,8 @@ def test_prompts_are_others_text(tmp_path, counting_scorer, prompt):
 
     # No file lies where a prompt might want it, and figures and tables are whole
     assert {file.name for file in tmp_path.iterdir()} == {"train", "sample", "eval", "cache"}
-    for svg in (run_dir / "plots").glob("*.svg"):
-        ElementTree.fromstring(svg.read_text())
+    for file in (run_dir / "plots").glob("*.svg"):
+        ElementTree.fromstring(file.read_text())
     for table in (run_dir / "tables").glob("*.md"):
         lines = [line for line in table.read_text().split("\n") if line.startswith("| ")]
         assert len({line.count(" | ") for line in lines}) == 1

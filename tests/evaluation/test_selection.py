@@ -13,20 +13,21 @@ IDS = [f"prompt-{i}" for i in range(200)]
 NOISE = np.random.default_rng(0).normal(0, 1, (200, 1))
 
 
-def peaked(at: float, noise: float = 0.05) -> np.ndarray:
-    """Scores (200, 5) whose mean is highest at lambda = `at`; what prompts differ in is far larger
-    than what lambda does."""
-    return -((LAMBDAS - at) ** 2) + 5 * NOISE + np.random.default_rng(1).normal(0, noise, (200, 5))
+def peaked(best: float, noise: float = 0.05) -> np.ndarray:
+    """Scores (200, 5) whose mean is highest at one lambda.
+
+    What prompts differ in is far larger than what lambda does.
+    """
+    own_noise = np.random.default_rng(1).normal(0, noise, (200, 5))
+    return -((LAMBDAS - best) ** 2) + 5 * NOISE + own_noise
 
 
-def chosen(scores=None, budget=None, **more):
-    return choose(
-        peaked(2.0) if scores is None else scores,
-        np.tile(KL, (200, 1)),
-        budget,
-        choosing_mask(IDS),
-        **more,
-    )
+def chosen(scores=None, budget=None, reference=None):
+    """What is chosen by half of the prompts, of lambdas with the path KL of `KL`."""
+    if scores is None:
+        scores = peaked(2.0)
+    path_kl = np.tile(KL, (200, 1))
+    return choose(scores, path_kl, budget, choosing_mask(IDS), reference)
 
 
 def test_prompts_are_split_by_their_id_alone():
@@ -41,7 +42,8 @@ def test_prompts_are_split_by_their_id_alone():
 
 def test_the_best_is_chosen_and_reported_on_other_prompts():
     scores = peaked(2.0)
-    found, side = chosen(scores, reference=scores[:, 0]), choosing_mask(IDS)
+    found = chosen(scores, reference=scores[:, 0])
+    side = choosing_mask(IDS)
     assert found.index == 3 and found.affordable.all()
     assert found.score.value == pytest.approx(scores[~side, 3].mean())
     assert found.choosing_means[3] == pytest.approx(scores[side, 3].mean())
@@ -85,18 +87,17 @@ def test_what_cannot_be_chosen_is_refused():
 
 
 def hacked(falls: float, prompts: int = 100, others: int = 3, seed: int = 4):
+    """Scores before and after: the first one rises by 0.5, the others by `falls`."""
     rng = np.random.default_rng(seed)
     before = rng.normal(0, 3, (prompts, 1 + others))
-    return before, before + np.r_[0.5, np.full(others, falls)] + rng.normal(0, 0.5, before.shape)
+    change = np.r_[0.5, np.full(others, falls)]
+    return before, before + change + rng.normal(0, 0.5, before.shape)
 
 
 def test_the_alarm_is_raised_where_one_rises_and_another_falls():
     alarm = reward_hacking(*hacked(-0.4))
-    assert (
-        alarm.raised
-        and alarm.fallen == (1, 2, 3)
-        and alarm.rise.value == pytest.approx(0.5, abs=0.2)
-    )
+    assert alarm.raised and alarm.fallen == (1, 2, 3)
+    assert alarm.rise.value == pytest.approx(0.5, abs=0.2)
     assert not reward_hacking(*hacked(0.4)).raised  # all rise
     before, after = hacked(-0.4)
     assert not reward_hacking(after, before).raised  # the optimised one falls
@@ -112,6 +113,5 @@ def test_the_alarm_is_not_raised_by_the_number_of_scorers():
 def test_prompts_that_one_model_lacks_are_left_out():
     before, after = hacked(-0.4)
     after[0, 1] = np.nan
-    assert reward_hacking(before, after).changes[1].value == pytest.approx(
-        (after - before)[1:, 1].mean()
-    )
+    change = reward_hacking(before, after).changes[1].value
+    assert change == pytest.approx((after - before)[1:, 1].mean())

@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -364,6 +365,37 @@ def test_kl_factors_of_a_scheduler_without_a_closed_form():
     factors = kl_factors(scheduler)
     assert factors[:-1].sum().item() == pytest.approx(0.5 * math.log(snr[-1] / snr[0]))
     assert factors[-1] == 0.5
+
+
+def test_kl_factors_of_stable_cascade_are_those_of_the_steps_that_it_takes():
+    """A DDPM step's exact KL is 1/2 (SNR_n / SNR - 1) |D|^2, measured here on the steps."""
+    scheduler = DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(20)
+    factors = kl_factors(scheduler)
+    assert factors.shape == (20,)
+    assert factors[-1] == 0.5  # by convention, as that of all schedulers
+
+    x, output, other = inputs(1)
+    squared_difference = (other - output).square().sum()
+    for i, t in enumerate(scheduler.timesteps[:-2]):
+        time = t.expand(len(x))
+
+        def take_step(prediction, seed, time=time):
+            generator = torch.Generator().manual_seed(seed)
+            return scheduler.step(prediction, time, x, generator).prev_sample
+
+        # The same noise leaves the means' distance, and other noise tells its deviation.
+        apart = take_step(other, 0) - take_step(output, 0)
+        noises = []
+        for seed in (0, 1):
+            generator = torch.Generator().manual_seed(seed)
+            noises.append(torch.randn(x.shape, generator=generator, dtype=x.dtype))
+        spread = (take_step(output, 0) - take_step(output, 1)) / (noises[0] - noises[1])
+        divergence = apart.square().sum() / (2 * spread.median() ** 2)
+
+        # 1/2 ln(SNR_n / SNR), by the divergence of the step.
+        expected = 0.5 * torch.log1p(2 * divergence / squared_difference)
+        assert factors[i].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_kl_factors_need_a_known_prediction_type_and_a_known_ratio():

@@ -115,3 +115,14 @@ def test_each_beta_is_one_override_and_a_run_of_its_own(name):
     assert len({config.run_name() for config in configs}) == len(BETAS)
     ratio = rate(configs[0]) / rate(configs[-1])
     assert ratio == pytest.approx(1.0 if name in ("sd15_full", "sdxl_full") else 20.0)
+
+
+def test_anchors_of_other_rewards_are_runs_of_their_own():
+    names = {}
+    for scorer in ("vivid", "crisp", "{vivid:0.25,crisp:0.75}"):
+        names[scorer] = composed(f"data.scorer={scorer}").run_name()
+    assert list(names.values()) == [
+        "shapes-dpo-lora-beta2000-seed0",
+        "shapes-dpo-lora-beta2000-crisp-seed0",
+        "shapes-dpo-lora-beta2000-crisp0.75-vivid0.25-seed0",
+    ]

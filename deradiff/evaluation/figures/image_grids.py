@@ -1,6 +1,6 @@
-"""Images for people: prompts by lambdas, small enough to stand inside one file.
+"""Images for people: grids of prompts and lambdas, small enough to stand inside one file.
 
-And how a small lambda takes reward hacking back.
+And a figure of how a small lambda takes reward hacking back.
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ STRIP_PROMPTS = 4
 
 @dataclass(frozen=True)
 class GridHead:
-    """What stands above a column: lambda, of several anchors one each, and what it is."""
+    """What stands above a column.
+
+    Attributes:
+        lam: lambda; in a grid of several anchors one for each.
+        meaning: what it is: the reference, the anchor, or the beta that it aims at.
+    """
 
     lam: str
     meaning: str
@@ -62,7 +67,13 @@ class GridHead:
 
 @dataclass(frozen=True)
 class GridLine:
-    """A prompt's images, one for each lambda; None where one was not sampled."""
+    """A prompt's images, one for each lambda; None where one was not sampled.
+
+    Attributes:
+        prompt: the prompt.
+        uris: the images themselves, as `data_uri` makes them.
+        files: their paths.
+    """
 
     prompt: str
     uris: Sequence[str | None]
@@ -104,40 +115,47 @@ def data_uri(file: str) -> str:
 def image_grids(samples: pd.DataFrame) -> list[ImageGrid]:
     """A grid for each anchor, mode and way of sampling, that of the most lambdas first.
 
-    A run of several anchors is one grid.
+    A run of several anchors is one grid. All grids together have at most `GRID_IMAGES` images, so
+    later ones may have few lines or none.
 
     Args:
         samples: of `read_samples`.
     """
+    # The images of each grid: those of an anchor, or of a run of several anchors
     mixed_runs = set(samples.loc[samples["shares"].notna(), "run"])
     is_mixed = samples["run"].isin(mixed_runs)
     source = samples["anchor"].where(~is_mixed, samples["run"])
     by_grid = samples.groupby([source, "mode", *SAMPLING_COLUMNS], sort=False)
     groups = [(key, rows, _columns(rows)) for key, rows in by_grid]
     groups.sort(key=lambda group: -len(group[2]))
-    count = sum(len(columns) for _, _, columns in groups)
-    prompts_a_grid = max(1, min(GRID_PROMPTS, GRID_IMAGES // count))
+
+    # How many prompts a grid may show
+    column_count = sum(len(columns) for _, _, columns in groups)
+    prompts_a_grid = max(1, min(GRID_PROMPTS, GRID_IMAGES // column_count))
+
     grids = []
-    left = GRID_IMAGES
+    images_left = GRID_IMAGES
     for (_, mode, *sampling), rows, columns in groups:
+        # The lines, while there are images left to show
         lines = []
         for images in evenly_spaced_prompts(rows, prompts_a_grid):
-            if left < len(columns):
+            if images_left < len(columns):
                 break
-            left -= len(columns)
+            images_left -= len(columns)
             lines.append(_grid_line(images, columns))
-        described = describe_sampling(dict(zip(SAMPLING_COLUMNS, sampling)))
+
+        # What stands above them
+        description = describe_sampling(dict(zip(SAMPLING_COLUMNS, sampling)))
         names = " and ".join(map(anchor_name, columns[0].anchors))
         lams = [sum(column.lams) for column in columns]
-        grids.append(
-            ImageGrid(
-                title=f"{names}, mode {mode}, {described}",
-                heads=[column.head for column in columns],
-                lines=lines,
-                start=lams.index(1) if 1 in lams else len(lams) - 1,
-                prompts=rows["prompt_id"].nunique(),
-            )
+        grid = ImageGrid(
+            title=f"{names}, mode {mode}, {description}",
+            heads=[column.head for column in columns],
+            lines=lines,
+            start=lams.index(1) if 1 in lams else len(lams) - 1,
+            prompts=rows["prompt_id"].nunique(),
         )
+        grids.append(grid)
     return grids
 
 
@@ -163,9 +181,13 @@ class _Column:
 def _columns(rows: pd.DataFrame) -> list[_Column]:
     """The columns of a grid: by lambda, and by the share of the first anchor."""
     models = rows.drop_duplicates(["anchor", "lam"]).to_dict("records")
+
+    # The anchors of all columns, in the order in which they come
     anchors: dict[str, None] = {}
     for model in models:
         anchors |= dict.fromkeys(_shares(model))
+
+    # A column a model
     columns = []
     for model in models:
         shares = _shares(model)
@@ -189,9 +211,16 @@ def _grid_line(images: pd.DataFrame, columns: Sequence[_Column]) -> GridLine:
 
 
 def evenly_spaced_prompts(rows: pd.DataFrame, count: int) -> list[pd.DataFrame]:
-    """The first seed's images of at most `count` prompts, a frame a prompt.
+    """The first seed's images of at most `count` prompts.
 
-    Spread over all prompts: neighbours in a list are often alike.
+    The prompts are spread over all of them: neighbours in a list are often alike.
+
+    Args:
+        rows: samples of one model at several lambdas.
+        count: of prompts.
+
+    Returns:
+        A table of images for each prompt.
     """
     first_seed = rows[rows["seed"] == rows["seed"].min()]
     by_prompt = [images for _, images in first_seed.groupby("prompt_id", sort=False)]
@@ -210,7 +239,13 @@ def _meaning(model: Mapping[str, Any]) -> str:
 
 
 def grid_svg(grid: ImageGrid) -> str:
-    """One grid as a file of its own. Prompts are others' text: escaped, and cut to a length."""
+    """A grid as an SVG that stands alone.
+
+    Prompts are others' text: they are escaped, and cut to a length.
+
+    Args:
+        grid: the grid.
+    """
     width = PROMPT_WIDTH + len(grid.heads) * (CELL + GAP)
     height = HEAD_HEIGHT + len(grid.lines) * (CELL + GAP)
     parts = [
@@ -219,19 +254,22 @@ def grid_svg(grid: ImageGrid) -> str:
         "font-family=\"system-ui, 'DejaVu Sans', sans-serif\" "
         f'fill="currentColor">{INK_STYLE}'
     ]
+
+    # The heads of the columns
     for column, head in enumerate(grid.heads):
         x = PROMPT_WIDTH + column * (CELL + GAP)
         parts.append(f'<text x="{x}" y="14" font-weight="bold">lam {escape(head.lam)}</text>')
         parts.append(f'<text x="{x}" y="31">{escape(head.meaning)}</text>')
+
+    # A line a prompt
     for row, line in enumerate(grid.lines):
         y = HEAD_HEIGHT + row * (CELL + GAP)
         parts += _prompt_svg(line.prompt, y)
         for column, uri in enumerate(line.uris):
             x = PROMPT_WIDTH + column * (CELL + GAP)
             if uri:
-                parts.append(
-                    f'<image x="{x}" y="{y}" width="{CELL}" height="{CELL}" href="{uri}"/>'
-                )
+                place = f'x="{x}" y="{y}" width="{CELL}" height="{CELL}"'
+                parts.append(f'<image {place} href="{uri}"/>')
     return "".join([*parts, "</svg>"])
 
 
@@ -260,9 +298,14 @@ def first_grid(comparison: Comparison) -> str:
 def reversal(comparison: Comparison) -> Figure | None:
     """The anchor of the smallest beta, pulled back from lam = 1 to the reference.
 
-    Every score's gain, and images below. A gain is the paired difference to the reference in
-    standard deviations over prompts, so that all scores share one axis. None where no anchor was
-    sampled at 0, 1 and between.
+    The figure shows every score's gain, and images below. A gain is the paired difference to the
+    reference in standard deviations over prompts, so that all scores share one axis.
+
+    Args:
+        comparison: what is compared.
+
+    Returns:
+        The figure; None where no anchor was sampled at 0, at 1 and between.
     """
     samples = comparison.samples
     is_shown = samples["realigned"] & samples["lam"].between(0, 1)
@@ -302,7 +345,9 @@ def _draw_reversal(comparison: Comparison, rows: pd.DataFrame, lams: Sequence[fl
                 if lam in files:
                     image = Image.open(files[lam]).convert("RGB")
                     image.thumbnail((CELL, CELL))
-                    place.imshow(np.asarray(image), interpolation="none")
+                    # Unclipped: the id of a clip path follows from coordinates, whose last bits
+                    # differ from run to run, and with them would the bytes of the file
+                    place.imshow(np.asarray(image), interpolation="none", clip_on=False)
         return figure
 
 
@@ -310,6 +355,7 @@ def _draw_gains(
     panel: Axes, comparison: Comparison, rows: pd.DataFrame, lams: Sequence[float]
 ) -> None:
     """Each score's gain over the reference, which is the last of the lambdas."""
+    # The models in the order of the columns
     by_lam: dict[float, SampledModel] = {}
     for row in rows.drop_duplicates("lam").to_dict("records"):
         by_lam[row["lam"]] = SampledModel.of_row(row)
@@ -319,6 +365,7 @@ def _draw_gains(
     def gain(means: NDArray[np.float64]) -> NDArray[np.float64]:
         return means[..., 0] - means[..., 1]
 
+    # A line a scorer, with its band
     columns: Any = range(len(lams))
     for index, scorer in enumerate(comparison.scorers):
         paired = comparison.per_prompt(models, scorer)[0]
@@ -328,7 +375,7 @@ def _draw_gains(
             values = paired[[i, reference]].to_numpy() / scale
             gains.append(paired_bootstrap(values, gain))
         style = line_style(index)
-        panel.plot(columns, [one.value for one in gains], label=scorer, **style)
-        low = [one.low for one in gains]
-        high = [one.high for one in gains]
+        panel.plot(columns, [estimate.value for estimate in gains], label=scorer, **style)
+        low = [estimate.low for estimate in gains]
+        high = [estimate.high for estimate in gains]
         panel.fill_between(columns, low, high, color=style["color"], alpha=0.15, lw=0)

@@ -39,7 +39,11 @@ def line_key(model: SampledModel) -> LineKey:
 def styles_of_lines(means: pd.DataFrame) -> dict[LineKey, dict[str, Any]]:
     """How each line is drawn: a colour and a marker an anchor, a dash a mode, and its name.
 
-    The name tells it from the other lines.
+    Args:
+        means: the data of the table of mean scores.
+
+    Returns:
+        Arguments of matplotlib's plot, by line. The label tells a line from the others.
     """
     models = means.drop_duplicates(LINE_COLUMNS).sort_values(["beta", "anchor", "mode"])
     styles = anchor_styles(models)
@@ -77,16 +81,20 @@ def score_against_lambda(comparison: Comparison, means: ResultTable | None = Non
 
     Args:
         comparison: what is compared.
-        means: its mean scores, where they are known already.
+        means: its mean scores, where they are made already.
+
+    Returns:
+        A panel a scorer.
     """
     data = _points_of_curves((means or mean_scores(comparison)).data)
     lines = styles_of_lines(data)
+
+    # The legend
     handles = [Line2D([], [], **style) for style in lines.values()]
     if comparison.cells:
         label = "aligned from scratch at beta / lam"
-        handles.append(
-            Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=INK, label=label)
-        )
+        hollow: dict[str, Any] = {"linestyle": "", "marker": "o", "markerfacecolor": "none"}
+        handles.append(Line2D([], [], **hollow, color=INK, label=label))
 
     def draw(panel: Axes, scorer: str) -> None:
         own = data[data["scorer"] == scorer]
@@ -96,7 +104,8 @@ def score_against_lambda(comparison: Comparison, means: ResultTable | None = Non
         if own["lam"].max() > LINEAR_UP_TO:
             _stretch_axis(panel, own["lam"].max())
 
-    return panels(list(data["scorer"].unique()), draw, "lam", _score_labels(data), handles)
+    scorers = list(data["scorer"].unique())
+    return panels(scorers, draw, "lam", _score_labels(data), handles)
 
 
 def _draw_line(panel: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:
@@ -133,7 +142,12 @@ def _stretch_axis(panel: Axes, largest: float) -> None:
 def reward_against_kl(comparison: Comparison, means: ResultTable | None = None) -> Figure | None:
     """Mean score over the square root of the path KL, one line's points named by lam.
 
-    None where no path KL is known.
+    Args:
+        comparison: what is compared.
+        means: its mean scores, where they are made already.
+
+    Returns:
+        A panel a scorer; None where no path KL is known.
     """
     data = _points_of_curves((means or mean_scores(comparison)).data)
     data = data[data["path_kl"].notna()]
@@ -157,7 +171,8 @@ def reward_against_kl(comparison: Comparison, means: ResultTable | None = None) 
 
     handles = [Line2D([], [], **style) for style in lines.values()]
     xlabel = "path KL to the reference (nats)"
-    return panels(list(data["scorer"].unique()), draw, xlabel, _score_labels(data), handles)
+    scorers = list(data["scorer"].unique())
+    return panels(scorers, draw, xlabel, _score_labels(data), handles)
 
 
 def _square_root(values: Any) -> Any:
@@ -166,12 +181,12 @@ def _square_root(values: Any) -> Any:
 
 def _name_points(panel: Axes, rows: pd.DataFrame, farthest: float) -> None:
     """Write lam beside the points that lie far enough from one another."""
-    last = -np.inf
+    previous = -np.inf
     for row in rows.to_dict("records"):
         place = row["path_kl"] ** 0.5
-        if place - last < SMALLEST_GAP * farthest:
+        if place - previous < SMALLEST_GAP * farthest:
             continue
-        last = place
+        previous = place
         panel.annotate(
             f"{row['lam']:g}",
             (row["path_kl"], row["mean"]),

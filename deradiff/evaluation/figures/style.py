@@ -129,7 +129,7 @@ def line_style(index: int, colour: int | None = None) -> dict[str, Any]:
 
 
 def anchor_styles(models: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """The style of each anchor: a colour a beta, and a marker of its own.
+    """The style of each anchor: a marker of its own, and a colour a beta where betas differ.
 
     Args:
         models: with the columns anchor and beta.
@@ -138,6 +138,8 @@ def anchor_styles(models: pd.DataFrame) -> dict[str, dict[str, Any]]:
     groups = []
     for anchor, beta in zip(anchors["anchor"], anchors["beta"]):
         groups.append(anchor if pd.isna(beta) else beta)
+    if len(set(groups)) == 1:
+        groups = list(anchors["anchor"])
     colours = list(dict.fromkeys(groups))
     styles = {}
     for index, (anchor, group) in enumerate(zip(anchors["anchor"], groups)):

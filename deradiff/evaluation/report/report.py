@@ -184,7 +184,8 @@ def _figures_of(section: str, figures: Mapping[str, str]) -> list[ReportFigure]:
 def _sentences(section: str, evaluation: Evaluation) -> dict[str, Any]:
     """What a section says where a table is empty, and what could not be compared."""
     if section == CLOSENESS:
-        nothing = evaluation.tables["summary"].is_empty
+        has_cells = not evaluation.tables["summary"].is_empty
+        nothing = not has_cells and not evaluation.comparison.mixtures
         return {
             "sentence": NOTHING_COMPARED if nothing else "",
             "missing": evaluation.comparison.missing,

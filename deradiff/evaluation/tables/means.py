@@ -42,10 +42,9 @@ def mean_scores(comparison: Comparison) -> ResultTable:
     for model, scores in comparison.by_model.items():
         reference = reference_of(model, list(comparison.by_model))
         for scorer in scores.columns:
-            row = _row(comparison, model, reference, scorer)
+            row = _row(comparison, model, reference, scorer, betas[model.anchor])
             if row:
-                row["beta"] = betas[model.anchor]
-                rows.append(_ordered(row, comparison, path_kl[model]))
+                rows.append(row | {"path_kl": path_kl[model]})
 
     # By scorer as the user named them, then by sampling, beta, anchor, mode and lambda
     order = [*SAMPLING_COLUMNS, "beta", "anchor", "mode", "lam"]
@@ -75,7 +74,11 @@ def reference_of(model: SampledModel, models: list[SampledModel]) -> SampledMode
 
 
 def _row(
-    comparison: Comparison, model: SampledModel, reference: SampledModel | None, scorer: str
+    comparison: Comparison,
+    model: SampledModel,
+    reference: SampledModel | None,
+    scorer: str,
+    beta: float | None,
 ) -> Row:
     """One model's mean by one scorer; empty where it has no image of the reference's."""
     compared = [model] if reference is None else [model, reference]
@@ -85,7 +88,9 @@ def _row(
     gain = NO_ESTIMATE if reference is None else gain_of(paired)
     return {
         "scorer": scorer,
+        "scale": comparison.scales[scorer],
         **model._asdict(),
+        "beta": beta,
         "prompts": len(paired),
         "images": images,
         "mean": mean_of(paired),
@@ -117,21 +122,6 @@ def _own(means: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _gain(means: NDArray[np.float64]) -> NDArray[np.float64]:
     return means[..., 0] - means[..., -1]
-
-
-def _ordered(row: Row, comparison: Comparison, path_kl: float) -> Row:
-    """The row's values in the order of the csv's columns."""
-    return {
-        "scorer": row["scorer"],
-        "scale": comparison.scales[row["scorer"]],
-        **{column: row[column] for column in MODEL_COLUMNS},
-        "beta": row["beta"],
-        "prompts": row["prompts"],
-        "images": row["images"],
-        "mean": row["mean"],
-        "gain": row["gain"],
-        "path_kl": path_kl,
-    }
 
 
 def _sorted(rows: list[Row], keys: list[str]) -> list[Row]:

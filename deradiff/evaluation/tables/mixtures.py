@@ -19,6 +19,7 @@ from deradiff.evaluation.tables.table import (
     ResultTable,
     Row,
     interval,
+    number,
 )
 
 NOTE = """A mixture of anchors at lam is p_ref^(1 - lam) (prod p_i^share_i)^lam; an anchor alone
@@ -175,6 +176,31 @@ def _beside_target(comparison: Comparison, cell: Cell | None, scorer: str) -> Ro
         seeds, _ = comparison.per_prompt([other, cell.target, cell.reference], scorer)
         beside["second_seed"] = approximation_error(*seeds.to_numpy().T).share
     return beside
+
+
+def mixtures_verdict(data: pd.DataFrame) -> str:
+    """How close mixtures land to models aligned on the mixed reward, in a sentence; may be empty.
+
+    Args:
+        data: of `mixtures_of_anchors`.
+    """
+    if not len(data) or data["target"].isna().all():
+        return ""
+    parts = []
+    for scorer, rows in data[data["target"].notna()].groupby("scorer", sort=False):
+        clear = rows[rows["clear"]]
+        text = f"by {scorer}, {len(clear)} of {len(rows)} have a clear distance"
+        if len(clear):
+            text += (
+                f" and miss their target by {number(clear['share'].mean())} % of it on average "
+                f"({number(clear['share'].min())} to {number(clear['share'].max())})"
+            )
+        parts.append(text)
+    count = data[data["target"].notna()]["mixture"].nunique()
+    return (
+        f"Mixtures: {count} were compared with models aligned from scratch on the mixed reward: "
+        f"{'; '.join(parts)}."
+    )
 
 
 def _share(row: Row) -> str:
