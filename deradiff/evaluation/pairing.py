@@ -20,6 +20,9 @@ from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 BETA_TOLERANCE = 1e-3
 """Relative. lam is often typed as .3333."""
 
+COMPARABLE = ("base_model", "method", "objective", "beta_convention")
+"""What the cards of two anchors agree in where one may be the other's target."""
+
 Cards = Mapping[str, AnchorCard]
 """The cards of anchors, by the manifest's `anchor`."""
 
@@ -376,11 +379,7 @@ def _comparable(one: AnchorCard | None, other: AnchorCard | None) -> bool:
     """Whether two anchors were aligned from one base in one way, as far as their cards tell."""
     if one is None or other is None:
         return True
-    return (one.base_model, one.method, one.objective) == (
-        other.base_model,
-        other.method,
-        other.objective,
-    )
+    return all(getattr(one, name) == getattr(other, name) for name in COMPARABLE)
 
 
 def _are_close(reward: Mapping[str, float], lam: float, other: Mapping[str, float]) -> bool:

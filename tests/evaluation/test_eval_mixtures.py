@@ -181,3 +181,13 @@ def test_a_manifest_of_before_has_no_mixtures(tmp_path):
     assert samples["shares"].isna().all()
     assert isinstance(samples, pd.DataFrame)
     assert AnchorCard(base_model="x", family="sd15", method="lora", beta=1.0).reward is None
+
+
+def test_betas_of_another_convention_are_not_compared(tmp_path):
+    target = write_anchor_run(tmp_path, "vivid", {"vivid": 1.0}, 2.0)
+    run = write_run(tmp_path / "own", 250.0, lambdas=(0.0, 0.5, 1.0))
+    assert len(pairs_of(run, [target]).cells) == 1
+    card_file = next((tmp_path / "own").glob("train/*/anchor/anchor.json"))
+    card = json.loads(card_file.read_text())
+    card_file.write_text(json.dumps(card | {"beta_convention": "sum"}))
+    assert not pairs_of(run, [target]).cells
