@@ -14,7 +14,7 @@ from configs.checks import section
 from deradiff.anchors.anchor import BETA_CONVENTION, Anchor, check_anchor_family, load_anchor
 from deradiff.anchors.weight_files import PICKLES_ARGUMENT
 from deradiff.method.samplers import SAMPLERS, samplers_for
-from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel, check_autoencoder
+from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
 from deradiff.models.families import FAMILIES
 from deradiff.realignment.registry import MODES
 from sample.config import SAMPLING_DEFAULTS, SHAPES, SampleConfig
@@ -37,6 +37,8 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, list[Anchor]
     base = find_base(config, anchors)
     for anchor in anchors:
         check_anchor_family(anchor, base.family.name)
+    with section("model"):
+        base.check()
     resolved = _with_defaults(config, base, anchors)
     _check_fits(resolved, base, anchors)
     return resolved, base, anchors
@@ -61,9 +63,6 @@ def find_base(config: SampleConfig, anchors: Sequence[Anchor]) -> BaseModel:
     base = BaseModel(model.base, model.revision, model.vae) if model.base else None
     if base is None:
         base = _base_of_cards(anchors, model.vae)
-    if base.vae:
-        with section("model"):
-            check_autoencoder(base.vae)
     return base
 
 

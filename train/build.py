@@ -67,11 +67,14 @@ def check(config: TrainConfig, base: BaseModel | None, run_dir: Path) -> None:
     clip = config.model.clip
     if clip and not (Path(locate(clip)) / "config.json").is_file():
         raise ValueError(f"model.clip={clip} is no model folder: it has no config.json")
-    if config.model.vae:
+    if base is None and config.model.vae:
         with section("model"):
             check_autoencoder(config.model.vae)
+    if config.data.pipeline:
+        BaseModel(config.data.pipeline).check()
     if base is not None:
-        base.check()
+        with section("model"):
+            base.check()
         if config.spec.trains_denoiser and config.finetune.method == "lora":
             _check_targets(config, base)
 

@@ -14,16 +14,15 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from deradiff.models.weight_headers import check_fetched, check_whole, short_reason
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 """How the names of files end that torch.save writes."""
-
-LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that Git LFS leaves in the place of one that was not fetched."""
 
 STATE_NAMES = ("state_dict", "model_state_dict", "model", "module")
 """Under what names training scripts keep the weights in a checkpoint."""
@@ -76,23 +75,9 @@ def check_readable(file: Path, name: str) -> None:
         ValueError: for a pointer of Git LFS, and for a safetensors file that is torn or is
             something else.
     """
-    with open(file, "rb") as opened:
-        is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
-    if is_pointer:
-        raise ValueError(
-            f"{name} is a Git LFS pointer and not the weights ({file.name}): run git lfs pull in "
-            "its folder"
-        )
-    if is_pickle(file.name):
-        return
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{name} is no safetensors file that can be read ({file.name}: {_reason(error)}): it "
-            "is torn or something else, so fetch or copy it again"
-        ) from error
+    check_fetched(file, name)
+    if not is_pickle(file.name):
+        check_whole(file, name)
 
 
 def read_names(file: Path, name: str) -> list[str]:
@@ -148,9 +133,10 @@ def _unpickled(file: Path, name: str) -> Any:
             "of its network as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = short_reason(error)
         raise ValueError(
-            f"{name} is no file of torch.save that can be read ({file.name}: {_reason(error)}): "
-            "it is torn or something else, so fetch or copy it again"
+            f"{name} is no file of torch.save that can be read ({file.name}: {reason}): it is torn "
+            "or something else, so fetch or copy it again"
         ) from error
 
 
@@ -189,8 +175,3 @@ def _without_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def _reason(error: Exception) -> str:
-    """An error's message on one line, cut where it is long."""
-    return " ".join(str(error).split())[:120] or type(error).__name__

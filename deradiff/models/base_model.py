@@ -1,9 +1,12 @@
-"""A base model: where it lies, which family it is of, and its parts, loaded one by one."""
+"""A base model: where it lies, which family it is of, and its parts, loaded one by one.
+
+Weights are read as they are published: in one file or in shards, plain or in a variant (`fp16`).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +14,25 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from deradiff.files import locate
-from deradiff.hub import fetch, is_hub_id
+from deradiff.hub import fetch, is_hub_id, listing
+from deradiff.models.component_files import CONFIG, Component, components_of
 from deradiff.models.families import Family, family_of_index
+from deradiff.models.weight_headers import check_fetched, check_whole, has_scaled_float8
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+"""The libraries whose classes read components, by their names in the index."""
+
+AUTOENCODER = Component("", "diffusers", "AutoencoderKL")
+"""An autoencoder with a folder or repository of its own, which it is the root of."""
+
+NEVER_LOADED = ("safety_checker",)
+"""Components that are left out of every pipeline."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +104,58 @@ class BaseModel:
         """
         return family_of_index(self.index, self.location)
 
-    def check(self) -> None:
-        """Find the index and the autoencoder; no weight is read.
+    @cached_property
+    def file_names(self) -> frozenset[str]:
+        """The paths of the files in the folder or on the hub: those of the root and of components.
+
+        Where the hub does not answer, they are those of its cached copy.
+
+        Raises:
+            ValueError: where neither answers.
+        """
+        folder = Path(self.location)
+        if not folder.is_dir():
+            try:
+                return frozenset(listing(self.location, self.revision)[1])
+            except OSError as error:
+                raise ValueError(
+                    f"the files of {self.location} could not be listed on the hub ({error})"
+                ) from error
+        files = [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
+        return frozenset(path.relative_to(folder).as_posix() for path in files)
+
+    @cached_property
+    def components(self) -> dict[str, Component]:
+        """The components that are loaded from this place, by name."""
+        components = {}
+        for component in components_of(self.index):
+            is_replaced = component.folder == "vae" and self.vae is not None
+            if component.folder not in NEVER_LOADED and not is_replaced:
+                components[component.folder] = component
+        return components
+
+    def check(self, names: Collection[str] | None = None) -> None:
+        """Find the index, and the files of all components; no weight is read.
+
+        Args:
+            names: of the components that are needed; None: all, with the autoencoder that is used.
 
         Raises:
             ValueError: where one of them cannot be found, or for a pipeline of no known family.
         """
-        if self.vae:
+        if self.vae and (names is None or "vae" in names):
             check_autoencoder(self.vae)
         assert self.family
+        for name, component in self.components.items():
+            if names is not None and name not in names:
+                continue
+            _check_component(component, self.file_names, self.source, Path(self.location))
+
+    def _variant(self, name: str) -> str | None:
+        """The variant of a component's weights, such as `fp16`; None: the plain files."""
+        component = self.components.get(name)
+        weights = component.weights(self.file_names) if component else None
+        return weights.variant if weights else None
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A small JSON file of the base model.
@@ -151,7 +209,8 @@ class BaseModel:
     def load_vae(self, dtype: torch.dtype) -> Any:
         """The autoencoder that is used with this base model, in this precision."""
         source, where = self._vae_source
-        return self.autoencoder_type.from_pretrained(source, **where, dtype=dtype)
+        variant = autoencoder_variant(self.vae) if self.vae else self._variant("vae")
+        return self.autoencoder_type.from_pretrained(source, **where, variant=variant, dtype=dtype)
 
     def describe_vae(self, dtype: torch.dtype) -> Any:
         """The autoencoder without weights (meta device): shape, scale and precision of latents."""
@@ -164,6 +223,7 @@ class BaseModel:
             self.location,
             subfolder=self.family.denoiser,
             revision=self.revision,
+            variant=self._variant(self.family.denoiser),
             dtype=dtype,
         )
 
@@ -187,6 +247,10 @@ class BaseModel:
             components["vae"] = self.load_vae(dtype)
         if "safety_checker" in self.index:
             components["safety_checker"] = None
+        for name, component in self.components.items():
+            is_known = component.library in LIBRARIES
+            if name not in components and is_known and self._variant(name) is not None:
+                components[name] = self._load_variant(name, dtype)
         pipeline_type = getattr(diffusers, self.family.pipeline)
         pipe = pipeline_type.from_pretrained(
             self.location, revision=self.revision, dtype=dtype, **components
@@ -194,9 +258,25 @@ class BaseModel:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def _load_variant(self, name: str, dtype: torch.dtype) -> Any:
+        """A network of the pipeline whose weights are there in a variant alone.
+
+        diffusers' pipelines take one variant for all components that have it, and it would come
+        before the plain files of the others.
+        """
+        component = self.components[name]
+        network_type = getattr(LIBRARIES[component.library], component.class_name)
+        return network_type.from_pretrained(
+            self.location,
+            subfolder=name,
+            revision=self.revision,
+            variant=self._variant(name),
+            dtype=dtype,
+        )
+
 
 def check_autoencoder(vae: str) -> None:
-    """Find an autoencoder's config; no weight is read.
+    """Find an autoencoder's config and weights; no weight is read.
 
     Args:
         vae: a folder, a hub id or `asset:<name>`.
@@ -205,16 +285,77 @@ def check_autoencoder(vae: str) -> None:
         ValueError: where there is none.
     """
     folder = Path(locate(vae))
-    if (folder / "config.json").is_file():
-        return
-    if folder.exists() or not is_hub_id(vae):
-        raise ValueError(
-            f"vae={vae} is no autoencoder's folder: it has no config.json; give such a folder "
-            "or a hub id such as org/name"
-        )
+    if not (folder / CONFIG).is_file():
+        if folder.exists() or not is_hub_id(vae):
+            raise ValueError(
+                f"vae={vae} is no autoencoder's folder: it has no config.json; give such a folder "
+                "or a hub id such as org/name"
+            )
+        try:
+            fetch(vae, CONFIG)
+        except OSError as error:
+            raise ValueError(
+                f"the autoencoder {vae} is no local folder and could not be read from the hub "
+                f"({error})"
+            ) from error
+    _check_component(AUTOENCODER, _autoencoder_names(vae), vae, folder)
+
+
+def autoencoder_variant(vae: str) -> str | None:
+    """The variant of an autoencoder's weights, such as `fp16`; None: the plain files.
+
+    Args:
+        vae: a folder, a hub id or `asset:<name>`.
+    """
+    weights = AUTOENCODER.weights(_autoencoder_names(vae))
+    return weights.variant if weights else None
+
+
+def _autoencoder_names(vae: str) -> list[str]:
+    """The files in an autoencoder's folder or repository."""
+    folder = Path(locate(vae))
+    if folder.is_dir():
+        return [path.name for path in folder.iterdir() if path.is_file()]
     try:
-        fetch(vae, "config.json")
+        return listing(vae)[1]
     except OSError as error:
-        raise ValueError(
-            f"the autoencoder {vae} is no local folder and could not be read from the hub ({error})"
-        ) from error
+        raise ValueError(f"the files of {vae} could not be listed on the hub ({error})") from error
+
+
+def _check_component(
+    component: Component, names: Collection[str], source: str, folder: Path
+) -> None:
+    """Raise ValueError where a file of a component is missing, or cannot be used.
+
+    Args:
+        component: the component.
+        names: the paths of all files.
+        source: how an error names the place.
+        folder: the place; only in a local one is more than the names known.
+    """
+    # Is everything there?
+    missing = component.missing(names)
+    if missing is not None:
+        remedy = "fetch or copy the rest of it"
+        if not folder.is_dir():
+            remedy = (
+                f"give another one, or, if its cached copy is incomplete, run hf download {source} "
+                "where there is a network"
+            )
+        raise ValueError(f"{source} is not complete: it has no {missing}; {remedy}")
+
+    # Are the weights of this folder what they should be?
+    weights = component.weights(names) if component.is_network else None
+    if weights is None or not folder.is_dir():
+        return
+    for path in weights.files:
+        name = f"{path} of {source}"
+        check_fetched(folder / path, name)
+        if weights.format != "safetensors":
+            continue
+        check_whole(folder / path, name)
+        if has_scaled_float8(folder / path):
+            raise ValueError(
+                f"{name} is float8 with scales, which a base model's folder cannot hold, because "
+                "diffusers ignores the scales: give the base in float16, bfloat16 or float32"
+            )

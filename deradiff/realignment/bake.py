@@ -160,6 +160,7 @@ def _holds_bake(path: Path, origin: dict[str, Any]) -> bool:
 def _load_denoiser_alone(model: BaseModel) -> Any:
     """The base's pipeline without text encoders and autoencoder, whose weights are not needed."""
     needed = (model.family.denoiser, "scheduler")
+    model.check(needed)
     parts: dict[str, Any] = {}
     for name, value in model.index.items():
         if isinstance(value, list) and name not in needed:
