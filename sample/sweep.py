@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate import PartialState
 from PIL import Image
-from tqdm import tqdm
 
 from configs.tracking import Tracker, tracker
 from deradiff.anchors.anchor import Anchor
@@ -20,6 +19,7 @@ from deradiff.data.prompts import Prompt
 from deradiff.files import anchor_digest, claim, slug
 from deradiff.images import labelled_grid
 from deradiff.models.base_model import BaseModel
+from deradiff.progress import progress_bar
 from deradiff.realignment.dial import BeyondAnchorWarning, NegativeLambdaWarning
 from deradiff.realignment.resampling import GuidedParticlesWarning
 from sample.announce import announcement, cost, lams_text
@@ -168,10 +168,9 @@ def sample_share(sweep: Sweep, share: Sequence[PromptSeed], done: set[str]) -> t
     pipe = load_sampler(config, sweep.base, state.device)
     images = Images(pipe, config, sweep.anchors, done)
     start = time.monotonic()
-    is_silent = not state.is_main_process
     with (
         warnings.catch_warnings(),
-        tqdm(total=count, unit=" images", desc="sample", disable=is_silent) as bar,
+        progress_bar(count, "sample", "image", is_shown=state.is_main_process) as bar,
     ):
         for category in ANNOUNCED:
             warnings.simplefilter("ignore", category)

@@ -46,7 +46,16 @@ ROOMS_BELOW = {
     "training": {"method", "models", "anchors", "data", "worlds", "realignment"},
     "evaluation": {"method", "models", "anchors", "scorers", "realignment", "training"},
 }
-SHARED_FILES = {"files", "hub", "image_tables", "images", "command_line", "__init__", "__main__"}
+SHARED_FILES = {
+    "files",
+    "hub",
+    "image_tables",
+    "images",
+    "progress",
+    "command_line",
+    "__init__",
+    "__main__",
+}
 
 # They unpickle or execute what a file holds, or do not install beside CPU torch.
 NOWHERE = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from configs.checks import section
+from deradiff.data.cache import images_at_once
 from deradiff.data.pairs import Examples, Item, Pairs
 from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
 from deradiff.models.base_model import BaseModel
+from deradiff.models.peak_memory import encoding_bytes
 from deradiff.models.published import GPUS
 from deradiff.models.requirements import dpo_requirements
 from train.build import lora_config
@@ -76,6 +79,7 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
             f"train: disk below {config.runs}/cache: {in_units(encodings)} of latents and text "
             f"embeddings, {in_units(errors)} of reference errors"
         )
+        print(f"train: {_encoding_need(config, base)}")
     if base is not None and config.spec.has_reference:
         print(f"train: {_memory_need(config, base)}")
     check_disk(config, base, rows)
@@ -119,6 +123,18 @@ def _data_need(config: TrainConfig, table: ParquetStream) -> str:
     else:
         copied = f"{size} of disk for its copy"
     return f"data: {size} of parquet, {copied}, or none with data.streaming=true"
+
+
+def _encoding_need(config: TrainConfig, base: BaseModel) -> str:
+    """The memory that one device needs while the cache is built."""
+    resolution = config.model.resolution
+    vae = base.describe_vae(torch.float16)
+    images = images_at_once(resolution, vae.dtype)
+    size = encoding_bytes(base.family, vae, resolution, images)
+    return (
+        f"memory of one device while images are encoded: {in_units(size)} in half precision "
+        f"({images} images of {resolution} pixels at once)"
+    )
 
 
 def _memory_need(config: TrainConfig, base: BaseModel) -> str:

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deradiff.data.pairs import BrokenImage, CaptionedImages, EncodedImages, image_tensor
-from deradiff.data.part_files import PartFiles
+from deradiff.data.part_files import Advance, PartFiles
 from deradiff.files import write_atomic
 from deradiff.models.families import family_of
 
@@ -59,7 +59,7 @@ FLIPPED_LATENTS = "flipped"
 EMBEDDINGS = "texts"
 """The kinds of shards; their files are named `<kind>-<number>.safetensors`."""
 
-Encode = Callable[[range], dict[str, Tensor]]
+Encode = Callable[[range, Advance], dict[str, Tensor]]
 """From numbers of examples, or of captions, to tensors with a row for each."""
 
 
@@ -146,23 +146,22 @@ class Cache:
         pipe = functools.cache(load)
         for flip in [False, True] if self.flip else [False]:
             encode = partial(self._encode_latents, pipe, flip)
-            self._build_shards(_latents_kind(flip), len(self.data), encode, progress)
-        self._build_shards(
-            EMBEDDINGS, len(self.captions), partial(self._encode_captions, pipe), progress
-        )
+            unit = "pair" if self.data.images_per_example == 2 else "image"
+            self._build_shards(_latents_kind(flip), len(self.data), unit, encode, progress)
+        encode = partial(self._encode_captions, pipe)
+        self._build_shards(EMBEDDINGS, len(self.captions), "caption", encode, progress)
         self._skip_broken()
 
-    def _build_shards(self, kind: str, count: int, encode: Encode, progress: bool) -> None:
-        def write(rows: range, file: Path) -> None:
-            tensors = {name: part.contiguous().cpu() for name, part in encode(rows).items()}
+    def _build_shards(
+        self, kind: str, count: int, unit: str, encode: Encode, progress: bool
+    ) -> None:
+        def write(rows: range, file: Path, advance: Advance) -> None:
+            encoded = encode(rows, advance)
+            tensors = {name: part.contiguous().cpu() for name, part in encoded.items()}
             write_atomic(file, save(tensors))
 
         self._shards(kind, count).write_missing(
-            write,
-            f"caching {kind}",
-            unit="shard",
-            progress=progress,
-            is_complete=_is_complete,
+            write, f"caching {kind}", unit=unit, progress=progress, is_complete=_is_complete
         )
 
     def _skip_broken(self) -> None:
@@ -175,7 +174,7 @@ class Cache:
                 self.data.skip(index, reason)
 
     def _encode_latents(
-        self, pipe: Callable[[], Any], flip: bool, rows: range
+        self, pipe: Callable[[], Any], flip: bool, rows: range, advance: Advance
     ) -> dict[str, Tensor]:
         """Latents (N, P, C, H, W) of a shard, and which of its N examples are broken.
 
@@ -188,6 +187,7 @@ class Cache:
             stacked = torch.stack(examples)
             latents = encode_images(pipe(), stacked.flatten(0, 1))
             batches.append(latents.unflatten(0, stacked.shape[:2]).cpu())
+            advance(len(examples))
         is_broken = [index in self.data.broken for index in rows]
         return {"latents": torch.cat(batches), "broken": torch.tensor(is_broken)}
 
@@ -223,12 +223,15 @@ class Cache:
         return torch.stack([image_tensor(image, self.resolution, flip) for image in images])
 
     @torch.no_grad()
-    def _encode_captions(self, pipe: Callable[[], Any], rows: range) -> dict[str, Tensor]:
+    def _encode_captions(
+        self, pipe: Callable[[], Any], rows: range, advance: Advance
+    ) -> dict[str, Tensor]:
         """The text embeddings of a shard's captions."""
         batches = []
         for start in range(0, len(rows), BATCH):
             captions = [self.captions[number] for number in rows[start : start + BATCH]]
             batches.append(family_of(pipe()).encode_prompts(pipe(), captions))
+            advance(len(captions))
         embeddings = {}
         for name in batches[0]:
             embeddings[name] = torch.cat([batch[name] for batch in batches])

@@ -9,10 +9,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from deradiff.data.locks import Locks
+from deradiff.progress import progress_bar
+
+Advance = Callable[[int], Any]
+"""Tells the progress bar how many more rows are done."""
+
+Write = Callable[[range, Path, Advance], None]
+"""Writes the rows of a range into a file."""
 
 
 @dataclass(frozen=True)
@@ -38,35 +44,36 @@ class PartFiles:
 
     def write_missing(
         self,
-        write: Callable[[range, Path], None],
+        write: Write,
         description: str,
         *,
-        unit: str = "part",
+        unit: str = "row",
         progress: bool = True,
         is_complete: Callable[[Path], bool] = Path.is_file,
     ) -> None:
         """Write the parts that are missing; return when all are there, whoever wrote them.
 
         Args:
-            write: writes the rows of a range into a file.
+            write: writes the rows of a range into a file, and tells how many it has done.
             description: for the progress bar.
-            unit: what the progress bar counts.
+            unit: what a row is, for the progress bar.
             progress: show a progress bar, if there is something to write.
             is_complete: whether a part is there.
         """
         missing = [number for number in self.numbers if not is_complete(self.file_of(number))]
-        bar = tqdm(
-            total=len(missing),
-            desc=description,
-            unit=unit,
-            disable=not (progress and missing),
-            leave=False,
-        )
+        count = sum(len(self._rows_of(number)) for number in missing)
+        bar = progress_bar(count, description, unit, is_shown=progress and count > 0, leave=False)
         with Locks(self.lock) as locks, bar:
             for number in locks.share(missing):
                 file = self.file_of(number)
+                rows = self._rows_of(number)
                 # Another process may have written it meanwhile.
-                if not file.is_file():
-                    start = number * self.size
-                    write(range(start, min(start + self.size, self.rows)), file)
-                bar.update()
+                if file.is_file():
+                    bar.update(len(rows))
+                else:
+                    write(rows, file, bar.update)
+
+    def _rows_of(self, number: int) -> range:
+        """The rows of a part."""
+        start = number * self.size
+        return range(start, min(start + self.size, self.rows))

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from deradiff.data.pairs import CaptionedImages, generator_of
-from deradiff.data.part_files import PartFiles
+from deradiff.data.part_files import Advance, PartFiles
 from deradiff.image_tables import encode_png, write_pair_table, write_table
 
 PART = 64
@@ -60,7 +60,7 @@ def write_sampled_images(
     """
     pipe = functools.cache(load)
 
-    def write(pairs: range, file: Path) -> None:
+    def write(pairs: range, file: Path, advance: Advance) -> None:
         # Two images of each pair, with the same prompt and different noise.
         captions = []
         generators = []
@@ -78,9 +78,10 @@ def write_sampled_images(
                 options["negative_prompt"] = [negative_prompt] * len(captions[batch])
             output = pipe()(prompt=captions[batch], generator=generators[batch], **options)
             images += output.images
+            advance(len(images) // 2 - (len(images) - len(output.images)) // 2)
         write_table(file, {"image": _encode_all(images), "caption": captions})
 
-    _parts(folder, count).write_missing(write, "sampling pairs")
+    _parts(folder, count).write_missing(write, "sampling pairs", unit="pair")
 
 
 def consecutive_pairs(images: CaptionedImages) -> np.ndarray:
@@ -148,7 +149,7 @@ def write_scored_pairs(
         raise ValueError(f"the temperature must be 0, for hard labels, or above, not {temperature}")
     score = functools.cache(load)
 
-    def write(numbers: range, file: Path) -> None:
+    def write(numbers: range, file: Path, advance: Advance) -> None:
         # The images of the pairs, and their scores.
         captions = [images.captions[int(pairs[number][0])] for number in numbers]
         first_images = [images.images(int(pairs[number][0]))[0] for number in numbers]
@@ -167,8 +168,9 @@ def write_scored_pairs(
             score_0=first_scores.tolist(),
             score_1=second_scores.tolist(),
         )
+        advance(len(numbers))
 
-    _parts(folder, len(pairs)).write_missing(write, "labelling pairs")
+    _parts(folder, len(pairs)).write_missing(write, "labelling pairs", unit="pair")
 
 
 def bradley_terry(

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deradiff.files import write_atomic
+from deradiff.progress import progress_bar
 from deradiff.scorers import load_spec
 from deradiff.scorers.base import Scorer
 from deradiff.scorers.cache import ScoreCache, ScoreKey, score_key
@@ -53,8 +54,7 @@ def score_images(
     rows = samples.drop(columns="file").assign(key=_keys(samples))
     tables = []
     total = len(samples) * len(scorers)
-    is_silent = None if state.is_main_process else True
-    with tqdm(total=total, unit="image", disable=is_silent) as progress:
+    with progress_bar(total, None, "image", is_shown=state.is_main_process) as progress:
         for label, spec in scorers.items():
             progress.set_description(label)
             scorer = load_spec(spec, device=str(state.device))

@@ -11,8 +11,9 @@ def parts(tmp_path):
     return PartFiles(tmp_path / ".lock", lambda number: tmp_path / f"{number}.txt", 10, 4)
 
 
-def write_rows(rows, file):
+def write_rows(rows, file, advance):
     file.write_text(" ".join(str(row) for row in rows))
+    advance(len(rows))
 
 
 def test_every_row_is_in_one_part_and_the_last_part_may_be_short(parts):
@@ -25,9 +26,9 @@ def test_parts_that_are_there_are_kept(parts):
     parts.file_of(1).write_text("there")
     written = []
 
-    def write(rows, file):
+    def write(rows, file, advance):
         written.append(file.name)
-        write_rows(rows, file)
+        write_rows(rows, file, advance)
 
     parts.write_missing(write, "writing", progress=False)
     assert written == ["0.txt", "2.txt"]
@@ -37,10 +38,16 @@ def test_parts_that_are_there_are_kept(parts):
 def test_a_part_that_another_process_has_written_meanwhile_is_not_written_again(parts):
     written = []
 
-    def write(rows, file):
+    def write(rows, file, advance):
         written.append(file.name)
         for number in parts.numbers:
-            write_rows(rows, parts.file_of(number))
+            write_rows(rows, parts.file_of(number), advance)
 
     parts.write_missing(write, "writing", progress=False)
     assert written == ["0.txt"]
+
+
+def test_the_bar_counts_rows_and_not_parts(parts, capsys):
+    parts.file_of(1).write_text("there")
+    parts.write_missing(write_rows, "writing", unit="caption")
+    assert "6/6" in capsys.readouterr().err

@@ -152,7 +152,7 @@ def test_a_new_row_is_sampled_checked_named_and_shown_as_any_other(sd15, monkeyp
     config = SampleConfig(anchor="x", mode="damped", every=3, sampler="ddim")
     assert "-damped3-" in config.run_name()
     options = {"every": 3, "particles": None, "trust_region": None, "branch": None}
-    assert mode_options(config) == options
+    assert mode_options(config) == options | {"lam_schedule": None}
     record = mode_options(config) | {"mode": config.mode_name}
     assert full_name(record) == "damped 3"
     assert label_of("damped 3") is DAMPED.label

@@ -73,7 +73,9 @@ def test_a_sweep_that_cannot_work_is_refused_before_its_first_value_starts(
     assert done.err.endswith(sentence + "\n")
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_ends_every_child(toy, signal_number):
     def started():
         return list(toy.folder.glob("started-*"))

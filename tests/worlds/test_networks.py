@@ -30,6 +30,7 @@ def test_words_are_one_token_each_and_anything_else_still_has_tokens():
     assert tokenizer.unk_token_id not in tokenizer("Ünïcode 狐狸!")["input_ids"][1:-1]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_the_same_in_every_process(tmp_path):
     for hash_seed in ("1", "2"):
         command = [sys.executable, "-c", WRITE_TOKENIZER, str(tmp_path / hash_seed)]
