@@ -19,12 +19,13 @@ from peft import LoraConfig
 
 from configs.checks import section
 from deradiff.anchors.anchor import AnchorCard
-from deradiff.data.cache import Cache, encodings_key
+from deradiff.data.cache import Cache, NotFiniteError, encodings_key
 from deradiff.data.encoders import encoders_key, encoders_without_weights, source_key
 from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.data.reference_errors import ReferenceErrors, network_digest, reference_key
 from deradiff.files import locate, nearest_folder
 from deradiff.hub import check_push
+from deradiff.models.autoencoders import overflows
 from deradiff.models.base_model import BaseModel, check_autoencoder
 from deradiff.models.families import family_of
 from deradiff.models.family import Family
@@ -184,8 +185,9 @@ def run_encoders_key(config: TrainConfig, base: BaseModel | None) -> str:
         clip = source_key(str(config.model.clip))
         vae = source_key(str(config.model.vae))
         return f"{clip} {vae} {frozen_dtype(config)}"
-    key = encoders_key(base)
-    return f"{key} {frozen_dtype(config)}"
+    dtype = frozen_dtype(config)
+    key = f"{encoders_key(base)} {dtype}"
+    return f"{key}, autoencoder in float32" if overflows(base.describe_vae(dtype)) else key
 
 
 class RunParts:
@@ -227,7 +229,11 @@ class RunParts:
 
     @cached_property
     def cache(self) -> Cache | None:
-        """The cache of the run's data, complete; None: `data.cache=false`. Collective."""
+        """The cache of the run's data, complete; None: `data.cache=false`. Collective.
+
+        Raises:
+            ValueError: where the autoencoder's latents are not finite.
+        """
         if not self.config.data.cache:
             return None
         folder = Path(self.config.runs) / "cache"
@@ -235,7 +241,10 @@ class RunParts:
 
         # New weights are the same, whether there was something to encode or not.
         with torch.random.fork_rng(devices=[]):
-            cache.build(self._encoding_pipeline, self.accelerator.is_main_process)
+            try:
+                cache.build(self._encoding_pipeline, self.accelerator.is_main_process)
+            except NotFiniteError as error:
+                raise ValueError(f"{error} (precision=bf16, model.vae=<autoencoder>)") from error
         self.accelerator.wait_for_everyone()
         return cache
 

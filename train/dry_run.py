@@ -14,6 +14,7 @@ from deradiff.data.pairs import Examples, Item, Pairs
 from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
+from deradiff.models.autoencoders import encoding_precision, overflows
 from deradiff.models.base_model import BaseModel
 from deradiff.models.peak_memory import encoding_bytes
 from deradiff.models.published import GPUS
@@ -128,11 +129,14 @@ def _data_need(config: TrainConfig, table: ParquetStream) -> str:
 def _encoding_need(config: TrainConfig, base: BaseModel) -> str:
     """The memory that one device needs while the cache is built."""
     resolution = config.model.resolution
-    vae = base.describe_vae(torch.float16)
-    images = images_at_once(resolution, vae.dtype)
-    size = encoding_bytes(base.family, vae, resolution, images)
+    half = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    vae = base.describe_vae(half)
+    precision = "float32, because it overflows in fp16" if overflows(vae) else "half precision"
+    with encoding_precision(vae):
+        images = images_at_once(resolution, vae.dtype)
+        size = encoding_bytes(base.family, vae, resolution, images)
     return (
-        f"memory of one device while images are encoded: {in_units(size)} in half precision "
+        f"memory of one device while images are encoded: {in_units(size)} in {precision} "
         f"({images} images of {resolution} pixels at once)"
     )
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from deradiff.data.pairs import BrokenImage, CaptionedImages, EncodedImages, image_tensor
 from deradiff.data.part_files import Advance, PartFiles
 from deradiff.files import write_atomic
+from deradiff.models.autoencoders import encoding_precision
 from deradiff.models.families import family_of
 
 log = logging.getLogger(__name__)
@@ -63,20 +64,27 @@ Encode = Callable[[range, Advance], dict[str, Tensor]]
 """From numbers of examples, or of captions, to tensors with a row for each."""
 
 
+class NotFiniteError(ValueError):
+    """An autoencoder gave NaN or infinite latents."""
+
+
 @torch.no_grad()
 def encode_images(pipe: Any, images: Tensor) -> Tensor:
     """The latents (N, C, H, W) of images, as the pipeline's family encodes them.
 
-    So many images are encoded at once as memory allows.
+    So many images are encoded at once as memory allows. An autoencoder that overflows in float16
+    encodes in float32.
 
     Args:
         pipe: a pipeline with an autoencoder.
         images: (N, 3, R, R) in [-1, 1].
     """
     family = family_of(pipe)
-    count = images_at_once(images.shape[-1], pipe.vae.dtype)
-    latents = [family.encode_images(pipe.vae, part) for part in images.split(count)]
-    return torch.cat(latents)
+    dtype = pipe.vae.dtype
+    with encoding_precision(pipe.vae):
+        count = images_at_once(images.shape[-1], pipe.vae.dtype)
+        latents = [family.encode_images(pipe.vae, part) for part in images.split(count)]
+    return torch.cat(latents).to(dtype)
 
 
 def images_at_once(resolution: int, dtype: torch.dtype) -> int:
@@ -141,6 +149,8 @@ class Cache:
 
         Raises:
             ValueError: where too many images are broken; see `CaptionedImages.skip`.
+            NotFiniteError: where the autoencoder gives latents that are not finite; they are not
+                written.
         """
         # The pipeline is loaded by whichever shard is the first to need it, and once.
         pipe = functools.cache(load)
@@ -180,12 +190,14 @@ class Cache:
 
         The latents of a broken example are those of grey images, and never read.
         """
-        at_once = images_at_once(self.resolution, pipe().vae.dtype)
+        with encoding_precision(pipe().vae):
+            at_once = images_at_once(self.resolution, pipe().vae.dtype)
         size = min(BATCH, max(1, at_once // self.data.images_per_example))
         batches = []
         for examples in _batches(self._decoded_ahead(rows, flip, BATCHES_AHEAD * size), size):
             stacked = torch.stack(examples)
             latents = encode_images(pipe(), stacked.flatten(0, 1))
+            _check_finite(latents, pipe().vae)
             batches.append(latents.unflatten(0, stacked.shape[:2]).cpu())
             advance(len(examples))
         is_broken = [index in self.data.broken for index in rows]
@@ -294,6 +306,24 @@ class Cache:
 
 def _latents_kind(flip: bool) -> str:
     return FLIPPED_LATENTS if flip else LATENTS
+
+
+def _check_finite(latents: Tensor, vae: Any) -> None:
+    """Raises NotFiniteError for latents that no run could learn from."""
+    if bool(torch.isfinite(latents).all()):
+        return
+    precision = str(vae.dtype).removeprefix("torch.")
+    source = vae.config.get("_name_or_path") or type(vae).__name__
+    remedy = "its weights are damaged, so fetch it again or take another one"
+    if vae.dtype == torch.float16:
+        remedy = (
+            "compute in bfloat16, or take an autoencoder that is made for float16, such as "
+            "madebyollin/sdxl-vae-fp16-fix for SDXL"
+        )
+    raise NotFiniteError(
+        f"the autoencoder {source} gives latents in {precision} that are not finite, and they are "
+        f"not cached: {remedy}"
+    )
 
 
 def _batches(items: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:

@@ -13,7 +13,7 @@ from deradiff.anchors.anchor import read_card
 from sample.config import SampleConfig
 from sample.stage import run as sample
 from tests.support.sample_stage import read_manifest, save_anchors
-from tests.support.tiny_pipelines import tiny_pipeline
+from tests.support.tiny_pipelines import save_overflowing, tiny_pipeline
 from tests.support.train_runs import go, small_run
 from train.config import PanelConfig
 
@@ -63,3 +63,10 @@ def test_an_incomplete_base_is_refused_before_data_is_read(stage, tmp_path, monk
         else:
             anchor = str(folder / "sd15-lora/anchor")
             sample(SampleConfig(anchor=anchor, prompts=["a fox"]), tmp_path / "sampled")
+
+
+def test_an_autoencoder_that_overflows_without_saying_so_is_refused(tmp_path):
+    base = save_overflowing("sdxl", tmp_path / "base", force_upcast=False)
+    message = r"not finite, .* \(precision=bf16, model\.vae=<autoencoder>\)"
+    with pytest.raises(ValueError, match=message):
+        go(one_step(base, tmp_path / "runs", precision="fp16"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,6 +68,9 @@ than in the base model: by a factor of 4 at most over 3 steps of DDIM. At a scal
 10^4 to 10^7, and two processors that round differently make different images
 (`tests/test_tiny_pipelines.py`).
 """
+
+OVERFLOWING = 6e4
+"""Largest weight of a layer whose output overflows in float16, whose largest number is 65504."""
 
 QWEN_CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -777,3 +781,22 @@ def _family_of_denoiser(denoiser: Any) -> Any:
         if family.denoiser_class == type(denoiser).__name__:
             return family
     raise ValueError(f"a {type(denoiser).__name__} is of no family")
+
+
+def save_overflowing(family: str, folder: Path, force_upcast: bool = True) -> Path:
+    """A tiny pipeline in float16 whose autoencoder overflows there, as SDXL's original one does.
+
+    Args:
+        family: of the pipeline; its autoencoder is an AutoencoderKL.
+        folder: where.
+        force_upcast: what the autoencoder's config says.
+    """
+    pipe = tiny_pipeline(family)
+    with torch.no_grad():
+        for part in (pipe.vae.encoder, pipe.vae.decoder):
+            part.conv_in.weight *= OVERFLOWING / part.conv_in.weight.abs().max()
+    pipe.to(torch.float16).save_pretrained(folder)
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text()) | {"force_upcast": force_upcast}
+    file.write_text(json.dumps(config))
+    return folder
