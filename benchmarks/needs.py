@@ -84,7 +84,8 @@ def table_row(family: str, method: str) -> list[str]:
 def main() -> None:
     """Print the table."""
     hours = [f"h, {name}" for name in COMPARED_GPUS]
-    head = ["recipe", "EFLOP", *hours, "GB a GPU", "GB to encode", "fits", "cache, GB", "data set, GB"]
+    memory = ["GB a GPU", "GB to encode", "fits"]
+    head = ["recipe", "EFLOP", *hours, *memory, "cache, GB", "data set, GB"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for family in PUBLISHED_RUNS:
         for method in ("full", "lora"):
