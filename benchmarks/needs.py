@@ -5,10 +5,15 @@ For named GPUs; counted, not measured.
 
 from __future__ import annotations
 
+import torch
+from diffusers import AutoencoderKL
 from peft import LoraConfig
 
+from deradiff.data.cache import images_at_once
 from deradiff.models.families import FAMILIES
+from deradiff.models.peak_memory import encoding_bytes
 from deradiff.models.published import (
+    AUTOENCODER,
     COMPARED_GPUS,
     DATA_SETS,
     DENOISERS,
@@ -19,6 +24,7 @@ from deradiff.models.published import (
 from deradiff.models.requirements import UTILISATION, Requirements, cache_bytes, dpo_requirements
 
 RANK = 16
+PIXELS_PER_LATENT = 8
 DATA = DATA_SETS["pickapic_v2"]
 COUNTED_ON = GPUS["A100-80GB"]
 
@@ -41,6 +47,15 @@ def requirements(family: str, method: str) -> Requirements:
     )
 
 
+def encoding_memory(family: str) -> float:
+    """Bytes that one device needs while the cache of a published model is built."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AUTOENCODER).type(torch.float16)
+    resolution = PIXELS_PER_LATENT * DENOISERS[family]["sample_size"]
+    images = images_at_once(resolution, vae.dtype)
+    return encoding_bytes(FAMILIES[family], vae, resolution, images)
+
+
 def table_row(family: str, method: str) -> list[str]:
     """One recipe as text: FLOPs, hours by GPU, memory, GPUs that it fits on, cache, data set."""
     # What the recipe needs.
@@ -51,12 +66,15 @@ def table_row(family: str, method: str) -> list[str]:
     # Hours on each GPU, and the GPUs whose memory is large enough.
     gpus = {name: GPUS[name] for name in COMPARED_GPUS}
     hours = [f"{needed.hours * COUNTED_ON.tflops / gpu.tflops:,.0f}" for gpu in gpus.values()]
-    fitting = [name for name, gpu in gpus.items() if needed.memory < gpu.memory]
+    encoding = encoding_memory(family)
+    memory = max(needed.memory, encoding)
+    fitting = [name for name, gpu in gpus.items() if memory < gpu.memory]
     return [
         f"{family} {method}",
         f"{needed.flops / 1e18:.1f}",
         *hours,
         f"{needed.memory / 1e9:.1f}",
+        f"{encoding / 1e9:.1f}",
         ", ".join(fitting) or "none",
         f"{cache / 1e9:.0f}",
         f"{DATA.bytes / 1e9:.0f}",
@@ -66,7 +84,8 @@ def table_row(family: str, method: str) -> list[str]:
 def main() -> None:
     """Print the table."""
     hours = [f"h, {name}" for name in COMPARED_GPUS]
-    head = ["recipe", "EFLOP", *hours, "GB a GPU", "fits", "cache, GB", "data set, GB"]
+    memory = ["GB a GPU", "GB to encode", "fits"]
+    head = ["recipe", "EFLOP", *hours, *memory, "cache, GB", "data set, GB"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for family in PUBLISHED_RUNS:
         for method in ("full", "lora"):
