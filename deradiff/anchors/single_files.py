@@ -20,9 +20,7 @@ from deradiff.anchors.float8 import plain_weights
 from deradiff.anchors.weight_files import read_metadata, read_tensors
 from deradiff.models.families import family_of_original
 from deradiff.models.family import Family
-
-PREFIX = "model.diffusion_model."
-"""How the names of the denoiser's tensors begin in a checkpoint of the authors' layout."""
+from deradiff.models.single_files import DENOISER_PREFIX as PREFIX
 
 
 def original_family(keys: Iterable[str]) -> Family | None:

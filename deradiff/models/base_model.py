@@ -20,6 +20,7 @@ from deradiff.files import locate
 from deradiff.hub import fetch, is_hub_id, listing
 from deradiff.models.component_files import CONFIG, Component, components_of
 from deradiff.models.families import Family, family_of_index
+from deradiff.models.single_files import autoencoder_refusal, base_refusal, is_single_file
 from deradiff.models.weight_headers import check_fetched, check_whole, has_scaled_float8
 
 INDEX = "model_index.json"
@@ -71,8 +72,10 @@ class BaseModel:
         if Path(self.location).is_dir():
             file = Path(self.location) / INDEX
             if not file.is_file():
-                raise ValueError(f"{self.location} is not a diffusers pipeline: it has no {INDEX}")
+                raise ValueError(_no_index(self.location))
             return file
+        if is_single_file(self.location):
+            raise ValueError(base_refusal(self.location))
         if not is_hub_id(self.location):
             raise ValueError(
                 f"there is no pipeline folder {self.location}; give a folder with a {INDEX} or a "
@@ -275,6 +278,15 @@ class BaseModel:
         )
 
 
+def _no_index(folder: str) -> str:
+    """What to say of a folder that is no pipeline; it may hold one in a single file."""
+    message = f"{folder} is not a diffusers pipeline: it has no {INDEX}"
+    files = [path for path in Path(folder).glob("*.safetensors") if path.is_file()]
+    if len(files) == 1 and not (Path(folder) / CONFIG).is_file():
+        return f"{message}, but {base_refusal(str(files[0]))}"
+    return message
+
+
 def check_autoencoder(vae: str) -> None:
     """Find an autoencoder's config and weights; no weight is read.
 
@@ -286,6 +298,8 @@ def check_autoencoder(vae: str) -> None:
     """
     folder = Path(locate(vae))
     if not (folder / CONFIG).is_file():
+        if is_single_file(vae) and folder.is_file():
+            raise ValueError(autoencoder_refusal(vae, AUTOENCODER.class_name))
         if folder.exists() or not is_hub_id(vae):
             raise ValueError(
                 f"vae={vae} is no autoencoder's folder: it has no config.json; give such a folder "
