@@ -29,6 +29,9 @@ from sample.config import SampleConfig
 from sample.dial_values import dial_value
 from sample.manifest import Lams, Record, image_path
 
+DECODED_AT_ONCE = 4 * 2**20
+"""Bytes of one channel of all images that are decoded at once: 3.2 GB for SDXL's autoencoder."""
+
 
 class PromptSeed(NamedTuple):
     """A prompt and a seed: an image for each lambda."""
@@ -50,10 +53,26 @@ class PromptSeed(NamedTuple):
 def load_sampler(config: SampleConfig, base: BaseModel, device: torch.device) -> Any:
     """The reference pipeline on its device, with the scheduler of `config.sampler`."""
     pipe = base.load_pipeline(getattr(torch, config.dtype or "float32"))
-    if base.family.sliced_decoding:
+    if decodes_one_by_one(config, pipe):
         pipe.vae.enable_slicing()
     pipe.scheduler = make_scheduler(config.sampler or "", pipe.scheduler.config)
     return pipe.to(device)
+
+
+def decodes_one_by_one(config: SampleConfig, pipe: Any) -> bool:
+    """Whether the images of a batch together would take too much memory to decode.
+
+    Args:
+        config: a resolved config.
+        pipe: the pipeline.
+    """
+    assert config.batch_size  # decided before
+    default = getattr(pipe, "default_sample_size", 128) * getattr(pipe, "vae_scale_factor", 8)
+    pixels = (config.height or default) * (config.width or default)
+    # Half precision overflows in such an autoencoder, so that the pipeline decodes in single.
+    is_upcast = getattr(pipe.vae.config, "force_upcast", False)
+    itemsize = 4 if is_upcast else pipe.vae.dtype.itemsize
+    return config.batch_size * config.particles * pixels * itemsize > DECODED_AT_ONCE
 
 
 def timesteps_digest(scheduler: Any) -> str:

@@ -123,7 +123,6 @@ class Family(ABC):
         call_options: further arguments of the pipeline's call.
         negative_prompt: what a guided call with plain prompts must be given; None: nothing.
         encoded_options: what a call with encoded prompts needs beside them.
-        sliced_decoding: decode images one by one, because a batch needs too much memory.
         nested_original: diffusers reads the original layout only with the prefix of a whole
             checkpoint.
         reads_peft_prefix: diffusers' LoRA loader reads names with peft's prefix `base_model.model`.
@@ -156,7 +155,6 @@ class Family(ABC):
     call_options: tuple[tuple[str, Any], ...] = ()
     negative_prompt: str | None = None
     encoded_options: tuple[tuple[str, Any], ...] = ()
-    sliced_decoding: bool = True
 
     # Files
     nested_original: bool = False

@@ -129,7 +129,6 @@ SD15 = UNetFamily(
     sampling=SamplingDefaults(steps=50, guidance_scale=7.5, batch_size=8),
     prompt_tokens=77,
     original_sign="input_blocks.",
-    sliced_decoding=False,
     latents_argument="sample",
     nested_original=True,
     lora_format="kohya",

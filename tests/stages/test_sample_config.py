@@ -6,8 +6,10 @@ Everything is refused before a weight is loaded.
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from diffusers import DDIMScheduler
 from hydra import compose, initialize_config_dir
@@ -19,6 +21,7 @@ from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import AnchorCard, save_anchor
 from sample.config import SAMPLING_DEFAULTS, ModelConfig, SampleConfig
 from sample.resolve import resolve
+from sample.sampling import decodes_one_by_one
 from sample.stage import run
 from tests.support.tiny_pipelines import save_tiny, tiny_denoiser, tiny_lora, tiny_pipeline
 
@@ -427,3 +430,22 @@ def test_whatever_makes_images_differ_makes_another_name(tmp_path, monkeypatch):
     for name in names:
         assert "/" not in name
         assert " " not in name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "force_upcast", "side", "batch", "expected"),
+    [
+        (torch.float16, False, 512, 8, False),  # SD1.5
+        (torch.float16, False, 1024, 4, True),  # SDXL: 6.4 GB together
+        (torch.float16, True, 512, 8, True),  # decoded in single precision
+        (torch.float32, False, 32, 64, False),  # the shapes world
+        (torch.float16, False, None, 4, True),  # the pipeline's own size
+    ],
+)
+def test_images_are_decoded_one_by_one_where_a_batch_takes_gigabytes(
+    dtype, force_upcast, side, batch, expected
+):
+    vae = SimpleNamespace(dtype=dtype, config=SimpleNamespace(force_upcast=force_upcast))
+    pipe = SimpleNamespace(vae=vae, default_sample_size=128, vae_scale_factor=8)
+    config = SampleConfig(anchor="a", batch_size=batch, height=side, width=side)
+    assert decodes_one_by_one(config, pipe) == expected
