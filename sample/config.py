@@ -29,6 +29,7 @@ from deradiff.realignment.registry import (
     unsupported_option,
 )
 
+ROUNDING = 1e-9
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = "shapes"
 
@@ -164,27 +165,43 @@ class SampleConfig:
         """Raises ValueError for lambdas that are none, or are not one for each anchor."""
         if self.lambdas is None:
             self.lambdas = self._default_lambdas()
-        count = len(self.anchors)
-        example = "[0,0.25,0.5,1]" if count == 1 else "[[0.3,0.7],[0.5,0.5]]"
+        is_one = len(self.anchors) == 1
+        example = "[0,0.25,0.5,1]" if is_one else "[[0.3,0.7],[0.5,0.5]]"
         _check_distinct("lambdas", self.lambdas, example)
-        for lams in self.points:
-            if len(lams) != count or (count > 1) != isinstance(self.lambdas[0], list):
+        for lam in self.lambdas:
+            if isinstance(lam, list) == is_one:
+                kind = "numbers" if is_one else f"lists of {len(self.anchors)} numbers"
                 raise ValueError(
-                    f"there are {count} anchors and {len(lams)} lambdas in {list(lams)}: give "
+                    f"lambdas of {len(self.anchors)} anchors are {kind}, and {lam!r} is not: give "
                     f"lambdas={example}"
                 )
-            for lam in lams:
-                if not _is_finite(lam):
-                    raise ValueError(
-                        f"lambdas must be finite numbers, and {lam!r} is not; give "
-                        f"lambdas={example}"
-                    )
-            if self.mode == "sampled" and (min(lams) < 0 or sum(lams) > 1):
-                raise ValueError(
-                    f"mode=sampled takes lambdas as probabilities, from 0 to 1 in sum, not "
-                    f"{sum(lams):g}: give mode=exact"
-                )
+        for lams in self.points:
+            self._check_point(lams, example)
         self.lambdas = [_floats(lam) for lam in self.lambdas]
+
+    def _check_point(self, lams: tuple[float, ...], example: str) -> None:
+        """Raises ValueError for lambdas of the anchors that cannot be sampled together.
+
+        Args:
+            lams: one for each anchor.
+            example: what a message shows.
+        """
+        if len(lams) != len(self.anchors):
+            raise ValueError(
+                f"there are {len(self.anchors)} anchors and {len(lams)} lambdas in {list(lams)}: "
+                f"give lambdas={example}"
+            )
+        for lam in lams:
+            if not _is_finite(lam):
+                raise ValueError(
+                    f"lambdas must be finite numbers, and {lam!r} is not; give lambdas={example}"
+                )
+        # Lambdas that people type add up to 1 but for a rounding.
+        if self.mode == "sampled" and (min(lams) < 0 or sum(lams) > 1 + ROUNDING):
+            raise ValueError(
+                "mode=sampled takes lambdas as probabilities, from 0 to 1 in sum, not "
+                f"{sum(lams):g}: give mode=exact"
+            )
 
     def _default_lambdas(self) -> list[Any]:
         """Of one anchor 0 to 1 in quarters; of two the reference, and from one to the other."""

@@ -34,6 +34,9 @@ from deradiff.realignment.slots import Slot, in_place, is_current, is_quantised,
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 """Its multiples, modulo 1, fill the interval evenly."""
 
+ROUNDING = 1e-9
+"""By so much lambdas that add up to 1 may be off."""
+
 WeightedAnchor = tuple[Adapter | FullAnchor, float]
 """An anchor and its lam."""
 
@@ -480,12 +483,12 @@ def _probabilities(lams: Sequence[Strength]) -> list[float]:
             "use mode='exact'"
         )
     numbers = [float(lam) for lam in lams]
-    if min(numbers) < 0 or sum(numbers) > 1:
+    if min(numbers) < 0 or sum(numbers) > 1 + ROUNDING:
         raise ValueError(
             f"mode='sampled' takes lam as a probability, from 0 to 1 in sum, not {sum(numbers):g}: "
             "use mode='exact'"
         )
-    return [1 - sum(numbers), *numbers]
+    return [max(0.0, 1 - sum(numbers)), *numbers]
 
 
 def _add_full_anchors(sums: dict[str, Tensor], anchors: Sequence[WeightedAnchor]) -> None:

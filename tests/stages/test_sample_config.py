@@ -85,7 +85,8 @@ def no_sampling(monkeypatch):
 BAD_VALUES = [
     ("lambdas", [], "at least one"),
     ("lambdas", [0.5, 0.5], "0.5 twice"),
-    ("lambdas", [[0.3, 0.7]], "there are 1 anchors and 2 lambdas"),
+    ("lambdas", [[0.3, 0.7]], "are numbers, and [0.3, 0.7] is not"),
+    ("lambdas", [0.5, [0.7]], "are numbers, and [0.7] is not"),
     ("lam_schedule", [1], "give lam_schedule=[1,0.2]"),
     ("lam_schedule", [[0, 1], [0.5]], "give lam_schedule=[1,0.2]"),
     ("anchor", [], "at least one"),

@@ -133,10 +133,11 @@ def test_two_anchors_without_lambdas_are_mixed_from_one_to_the_other(config):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lambdas": [0.5]}, r"2 anchors and 1 lambdas in \[0.5\]: give lambdas=\[\[0.3,0.7\]"),
+        ({"lambdas": [0.5]}, r"are lists of 2 numbers, and 0.5 is not: give lambdas=\[\[0.3,0.7\]"),
         ({"lambdas": [[0.5, 0.5, 0]]}, "2 anchors and 3 lambdas"),
         ({"lambdas": [[0.5, "a"]]}, "'a' is not"),
         ({"mode": "reuse"}, "mode=reuse is for one anchor: give mode=exact"),
+        ({"lambdas": [[0.5, 0.5], 1.0]}, "are lists of 2 numbers, and 1.0 is not"),
         ({"mode": "sampled", "lambdas": [[0.6, 0.6]]}, "from 0 to 1 in sum, not 1.2"),
         ({"targets": [500.0]}, "targets, bake and trust_region are for one anchor"),
         ({"trust_region": 1.0}, "targets, bake and trust_region are for one anchor"),
