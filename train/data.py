@@ -106,8 +106,15 @@ def describe_data(data: DataConfig) -> str:
 
 
 def reward_of(data: DataConfig) -> dict[str, float] | None:
-    """The weights of the scorers that label the pairs; None: the pairs came with their labels."""
-    return data.scorer_weights if SOURCES[data.source] else None
+    """The weights of the scorers that label the pairs; None: the pairs came with their labels.
+
+    A label that is drawn at a temperature prefers by the scores over that temperature, and these
+    are what DPO learns.
+    """
+    if not SOURCES[data.source]:
+        return None
+    temperature = data.temperature or 1.0
+    return {name: weight / temperature for name, weight in data.scorer_weights.items()}
 
 
 # Generated data

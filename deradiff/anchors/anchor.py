@@ -93,7 +93,8 @@ class AnchorCard:
         steps: optimiser steps.
         pairs_seen: training pairs, with repetitions.
         dataset: what the pairs are.
-        reward: weights of the scorers that labelled its pairs; None: people did, or unknown.
+        reward: weights of the scorers that labelled its pairs, over the temperature of the labels;
+            None: people did, or unknown.
         seed: of the training.
         git_commit: of the code; None: it was no checkout.
         versions: of the packages, by name.

@@ -19,7 +19,7 @@ from tests.support.train_runs import go
 from train import build
 from train.build import base_model
 from train.config import DataConfig, ModelConfig
-from train.data import cache_need
+from train.data import cache_need, reward_of
 
 ROW = 276  # pixels of an example's row in the sheet of a dry run
 
@@ -144,3 +144,10 @@ def test_mistakes_about_data_are_told():
         DataConfig(path="x", temperature=-1)
     with pytest.raises(ValueError, match=r"data\.prompts is missing"):
         DataConfig(source="sampled_pairs")
+
+
+def test_the_reward_of_drawn_labels_is_over_their_temperature():
+    scored = DataConfig(source="scored_pairs", path="x.parquet", scorer={"a": 1.0, "b": 3.0})
+    assert reward_of(scored) == {"a": 1.0, "b": 3.0}
+    assert reward_of(replace(scored, temperature=0.5)) == {"a": 2.0, "b": 6.0}
+    assert reward_of(DataConfig(source="table", path="x.parquet")) is None
