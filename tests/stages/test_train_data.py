@@ -121,7 +121,8 @@ def test_from_prompts_to_an_anchor(train_config, tmp_path):
     # Another label does not sample again, nor does the sum of several scorers.
     go(replace(train_config, name="hard", data=replace(data, temperature=0.0)))
     anchor = go(replace(train_config, data=replace(data, scorer={"vivid": 1, "colourful": 0.01})))
-    assert read_card(str(anchor)).reward == {"colourful": 0.01, "vivid": 1.0}
+    reward = read_card(str(anchor)).reward
+    assert reward == pytest.approx({"colourful": 0.1, "vivid": 10.0}), "over the temperature"
     assert list((tmp_path / "data").glob("*-pairs-colourful0.01-vivid1-4-*"))
     sampled = [folder for folder in (tmp_path / "data").iterdir() if "pairs" not in folder.name]
     assert len(sampled) == 1
