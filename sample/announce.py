@@ -9,12 +9,10 @@ from pathlib import Path
 import diffusers
 
 from deradiff.anchors.anchor import Anchor
-from deradiff.anchors.mixtures import MixedAnchor, as_one_anchor
-from deradiff.evaluation.manifest import is_one_network
-from deradiff.evaluation.pairing import anchor_name
+from deradiff.anchors.mixtures import MixedAnchor, anchor_name, as_one_anchor
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
 from deradiff.realignment.dial import BEYOND_ANCHOR, NEGATIVE
-from deradiff.realignment.registry import LABELS, MODES
+from deradiff.realignment.registry import LABELS, MODES, is_one_network
 from deradiff.realignment.resampling import GUIDED_PARTICLES
 from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of

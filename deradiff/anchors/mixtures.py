@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 DECIMALS = 12
@@ -83,6 +84,19 @@ def parts_of(name: str) -> list[tuple[str, str]] | None:
             return None
         parts.append((match[1], match[2]))
     return parts if len(parts) > 1 else None
+
+
+def anchor_name(anchor: str) -> str:
+    """An anchor's name for people: of its training run where it lies in one.
+
+    Args:
+        anchor: as the manifest names it; a mixture is named by the names of its anchors.
+    """
+    parts = parts_of(anchor)
+    if parts:
+        return BETWEEN_PARTS.join(f"{share} {anchor_name(part)}" for share, part in parts)
+    path = Path(anchor)
+    return path.parent.name if path.name == "anchor" else anchor
 
 
 def mixed_beta(shares: Mapping[str, float], betas: Mapping[str, float | None]) -> float | None:

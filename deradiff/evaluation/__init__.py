@@ -1,24 +1,33 @@
 """The evidence: which images are compared, how they are scored, and what is shown.
 
 For a notebook, the names below make tables as DataFrames and figures of matplotlib from any sample
-runs. See `deradiff.evaluation.comparison` for how they go together.
+runs. See `deradiff.evaluation.comparison` for how they go together. Each is imported on first use:
+who reads manifests alone, as `python -m sample` does, loads no figures.
 """
 
-from deradiff.evaluation.comparison import Comparison, Options, compare
-from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
-from deradiff.evaluation.figures.image_grids import reversal
-from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
-from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
-from deradiff.evaluation.manifest import read_samples
-from deradiff.evaluation.results import Evaluation, evaluate, write
-from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
-from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
-from deradiff.evaluation.tables.means import mean_scores
-from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
-from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
-from deradiff.evaluation.tables.selection import select
-from deradiff.evaluation.tables.table import ResultTable
-from deradiff.evaluation.tables.wins import win_rates
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deradiff.evaluation.comparison import Comparison, Options, compare
+    from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
+    from deradiff.evaluation.figures.image_grids import reversal
+    from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
+    from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
+    from deradiff.evaluation.manifest import read_samples
+    from deradiff.evaluation.results import Evaluation, evaluate, write
+    from deradiff.evaluation.tables.costs import (
+        costs_of_anchors,
+        published_cost,
+        savings_of_anchors,
+    )
+    from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
+    from deradiff.evaluation.tables.means import mean_scores
+    from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
+    from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
+    from deradiff.evaluation.tables.selection import select
+    from deradiff.evaluation.tables.table import ResultTable
+    from deradiff.evaluation.tables.wins import win_rates
 
 __all__ = [
     "Comparison",
@@ -51,3 +60,47 @@ __all__ = [
     "win_rates",
     "write",
 ]
+
+_MODULES = {
+    "agreement": "deradiff.evaluation.tables.paper",
+    "approximation_errors": "deradiff.evaluation.tables.errors",
+    "bland_altman": "deradiff.evaluation.figures.error_plots",
+    "compare": "deradiff.evaluation.comparison",
+    "Comparison": "deradiff.evaluation.comparison",
+    "costs_of_anchors": "deradiff.evaluation.tables.costs",
+    "ecdf": "deradiff.evaluation.figures.error_plots",
+    "errors_by_mode": "deradiff.evaluation.tables.errors",
+    "errors_by_target": "deradiff.evaluation.tables.paper",
+    "evaluate": "deradiff.evaluation.results",
+    "Evaluation": "deradiff.evaluation.results",
+    "mean_scores": "deradiff.evaluation.tables.means",
+    "mixtures_of_anchors": "deradiff.evaluation.tables.mixtures",
+    "Options": "deradiff.evaluation.comparison",
+    "paper_errors": "deradiff.evaluation.tables.paper",
+    "published_cost": "deradiff.evaluation.tables.costs",
+    "read_samples": "deradiff.evaluation.manifest",
+    "ResultTable": "deradiff.evaluation.tables.table",
+    "reversal": "deradiff.evaluation.figures.image_grids",
+    "reward_against_kl": "deradiff.evaluation.figures.lambda_curves",
+    "savings_of_anchors": "deradiff.evaluation.tables.costs",
+    "scatter": "deradiff.evaluation.figures.error_plots",
+    "score_against_lambda": "deradiff.evaluation.figures.lambda_curves",
+    "select": "deradiff.evaluation.tables.selection",
+    "simplex": "deradiff.evaluation.figures.mixture_lines",
+    "summary": "deradiff.evaluation.tables.errors",
+    "trade_off": "deradiff.evaluation.figures.mixture_lines",
+    "win_rates": "deradiff.evaluation.tables.wins",
+    "write": "deradiff.evaluation.results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public name, imported from the module that defines it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'deradiff.evaluation' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a notebook."""
+    return list(__all__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard, read_card
-from deradiff.realignment.registry import full_name
+from deradiff.realignment.registry import full_name, is_one_network
 
 MANIFEST = "manifest.jsonl"
 
@@ -143,18 +143,6 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
                 f"{where} has {key}={value!r}, which is no {names}; sample that run again"
             )
     return record | {"mode": full_name(record)}
-
-
-def is_one_network(record: Mapping[str, Any]) -> bool:
-    """Whether an image is the reference's or an anchor's own, so that every mode gives the same.
-
-    Args:
-        record: of a manifest, or a row of `read_samples`.
-    """
-    if record["lam"] == 0:
-        return True
-    is_plain = not (record.get("branch") or record.get("lam_schedule") or record.get("shares"))
-    return record["lam"] == 1 and is_plain
 
 
 def read_samples(runs: Sequence[str], references: Sequence[str] = ()) -> pd.DataFrame:

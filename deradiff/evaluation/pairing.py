@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard
-from deradiff.anchors.mixtures import BETWEEN_PARTS, mixed_reward, parts_of
+from deradiff.anchors.mixtures import anchor_name, mixed_reward
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 
 BETA_TOLERANCE = 1e-3
@@ -80,19 +79,6 @@ class SampledModel(NamedTuple):
 
 MODEL_COLUMNS = list(SampledModel._fields)
 """The columns of a table that tell a sampled model."""
-
-
-def anchor_name(anchor: str) -> str:
-    """An anchor's name for people: of its training run where it lies in one.
-
-    Args:
-        anchor: as the manifest names it; a mixture is named by the names of its anchors.
-    """
-    parts = parts_of(anchor)
-    if parts:
-        return BETWEEN_PARTS.join(f"{share} {anchor_name(part)}" for share, part in parts)
-    path = Path(anchor)
-    return path.parent.name if path.name == "anchor" else anchor
 
 
 @dataclass(frozen=True)

@@ -186,5 +186,17 @@ def full_name(record: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def is_one_network(record: Mapping[str, Any]) -> bool:
+    """Whether an image is the reference's or an anchor's own, so that every mode gives the same.
+
+    Args:
+        record: a line of a manifest.
+    """
+    if record["lam"] == 0:
+        return True
+    is_plain = not (record.get("branch") or record.get("lam_schedule") or record.get("shares"))
+    return record["lam"] == 1 and is_plain
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.agreement import error_ecdf, limits_of_agreement
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.style import COLOURS, INK, anchor_styles, dash, panels
-from deradiff.evaluation.pairing import anchor_name
 from deradiff.evaluation.tables.errors import (
     ANCHOR_AS_IS,
     REALIGNED,

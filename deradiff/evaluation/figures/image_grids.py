@@ -21,10 +21,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.style import INK_STYLE, STYLE, line_style
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
-from deradiff.evaluation.pairing import SampledModel, anchor_name
+from deradiff.evaluation.pairing import SampledModel
 from deradiff.evaluation.statistics import paired_bootstrap
 from deradiff.evaluation.tables.table import describe_sampling
 

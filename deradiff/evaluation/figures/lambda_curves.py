@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from deradiff.anchors.mixtures import parts_of
+from deradiff.anchors.mixtures import anchor_name, parts_of
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.style import HOLLOW, INK, anchor_styles, dash, panels
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
-from deradiff.evaluation.pairing import SampledModel, anchor_name
+from deradiff.evaluation.pairing import SampledModel
 from deradiff.evaluation.tables.means import mean_scores
 from deradiff.evaluation.tables.table import ResultTable
 

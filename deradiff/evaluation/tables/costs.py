@@ -6,8 +6,9 @@ from dataclasses import asdict
 from functools import lru_cache
 
 from deradiff.anchors.anchor import AnchorCard
+from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.comparison import Comparison
-from deradiff.evaluation.pairing import Cards, anchor_name
+from deradiff.evaluation.pairing import Cards
 from deradiff.evaluation.tables.table import Column, ResultTable, Row
 from deradiff.models.flops import Savings, savings
 from deradiff.models.published import PublishedCost, published_dpo

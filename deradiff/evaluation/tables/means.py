@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
-from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel, anchor_name
+from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel
 from deradiff.evaluation.statistics import Estimate, paired_bootstrap
 from deradiff.evaluation.tables.table import NO_ESTIMATE, SAMPLED, Column, ResultTable, Row
 

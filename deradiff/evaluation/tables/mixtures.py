@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.comparison import Comparison
-from deradiff.evaluation.pairing import MODEL_COLUMNS, Cell, SampledModel, anchor_name
+from deradiff.evaluation.pairing import MODEL_COLUMNS, Cell, SampledModel
 from deradiff.evaluation.statistics import approximation_error
 from deradiff.evaluation.tables.means import gain_of, mean_of, reference_of
 from deradiff.evaluation.tables.table import (

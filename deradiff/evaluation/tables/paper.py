@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
+from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.agreement import limits_of_agreement
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
-from deradiff.evaluation.pairing import Cards, anchor_name
+from deradiff.evaluation.pairing import Cards
 from deradiff.evaluation.statistics import error_spread
 from deradiff.evaluation.tables.errors import (
     PAPER_RANGE,

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
-from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel, anchor_name
+from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel
 from deradiff.evaluation.selection import Choice, choose, choosing_mask, reward_hacking
 from deradiff.evaluation.statistics import Array, Estimate, paired_bootstrap
 from deradiff.evaluation.tables.table import (

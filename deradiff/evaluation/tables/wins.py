@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.agreement import win_rate
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
-from deradiff.evaluation.pairing import Cell, anchor_name
+from deradiff.evaluation.pairing import Cell
 from deradiff.evaluation.tables.table import NOT_THERE, SAMPLED, Column, ResultTable, Row, interval
 
 NOTE = """In % of the prompts, ties counted half: the realigned model's score (the mean over
