@@ -27,6 +27,10 @@ RECORD = np.dtype(
 )
 
 
+HELD_BACK = 64
+"""Batches whose errors are kept on the device before they are written."""
+
+
 class ReferenceErrors:
     """A store. What it holds is read once, when it is opened.
 
@@ -49,7 +53,7 @@ class ReferenceErrors:
         packed = _pack(records["epoch"], records["index"])
         self._packed, first = np.unique(packed, return_index=True)
         self._errors = np.stack([records["winner"][first], records["loser"][first]])
-        self._pending: tuple[list[EpochIndex], Tensor] | None = None
+        self._pending: list[tuple[list[EpochIndex], Tensor]] = []
 
     def get(self, epoch_indices: list[EpochIndex]) -> Tensor:
         """The errors (2, B) of winner and loser, float32 on the CPU; NaN where they are unknown.
@@ -81,26 +85,30 @@ class ReferenceErrors:
     def add(self, epoch_indices: list[EpochIndex], errors: Tensor) -> None:
         """Keep the errors of pairs.
 
-        They are written at the next call, or by `flush`. The device has computed them by then, so
-        no training step waits for it.
+        They are written with those of the next `HELD_BACK` calls, or by `flush`: reading them waits
+        for the device.
 
         Args:
             epoch_indices: of B pairs.
             errors: (2, B) of winner and loser, on any device.
         """
-        self.flush()
-        self._pending = (epoch_indices, errors.detach())
+        self._pending.append((epoch_indices, errors.detach().float()))
+        if len(self._pending) > HELD_BACK:
+            self.flush()
 
     def flush(self) -> None:
         """Write what `add` holds back, without errors that are not finite."""
-        if self._pending is None:
+        if not self._pending:
             return
-        epoch_indices, errors = self._pending
-        self._pending = None
+        epoch_indices: list[EpochIndex] = []
+        for own_indices, _ in self._pending:
+            epoch_indices += own_indices
+        errors = torch.cat([own_errors for _, own_errors in self._pending], dim=1)
+        self._pending = []
 
         # A record for each pair, with its checksum last.
         epochs, indices = np.array(epoch_indices).T
-        winner, loser = errors.float().cpu().numpy()
+        winner, loser = errors.cpu().numpy()
         records = np.zeros(len(epoch_indices), RECORD)
         records["epoch"] = epochs
         records["index"] = indices

@@ -72,12 +72,18 @@ def loader(
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         persistent_workers=workers > 0,
+        # Copies from pinned memory to a GPU do not hold this process up.
+        pin_memory=accelerator.device.type == "cuda",
     )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device. Tensors inside its other values are not moved."""
+    """The batch with its tensors on a device, also those inside of dictionaries."""
     moved: Batch = {}
     for name, value in batch.items():
-        moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            value = value.to(device, non_blocking=True)
+        elif isinstance(value, dict):
+            value = to_device(value, device)
+        moved[name] = value
     return moved

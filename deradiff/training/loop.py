@@ -106,6 +106,7 @@ def train(
             # A checkpoint; if a signal asked for a stop, this is the moment.
             if progress.step % options.checkpoint_every == 0 or is_last or stop_signal:
                 progress.loss = checkpoint_loss.close(accelerator)
+                objective.prepare_checkpoint()
                 checkpoints.write(progress, trained.save, accelerator)
             if stop_signal and not is_last:
                 raise Preempted(stop_signal, progress.step)

@@ -84,9 +84,19 @@ class Window:
         # Kept until the end of the step, to find the pair behind a loss that is not finite.
         self._losses.append((values["loss"], batch))
 
-    def _sum(self, name: str, values: Tensor) -> None:
-        count = torch.tensor(float(values.numel()), device=values.device)
-        self._sums[name] = self._sums.get(name, 0.0) + torch.stack([values.sum(), count])
+    def _sum(self, name: str, values: Tensor, counts: Tensor | None = None) -> None:
+        """Add values to a metric's sum. All stays on the device: nothing waits for it.
+
+        Args:
+            name: of the metric.
+            values: of any shape.
+            counts: 1 for each value that counts, 0 for the others; None: all count.
+        """
+        if counts is None:
+            counts = torch.ones_like(values)
+        counted = torch.where(counts > 0, values, 0.0)
+        own = torch.stack([counted.sum(), counts.sum()])
+        self._sums[name] = self._sums[name] + own if name in self._sums else own
 
     def _sum_bands(self, name: str, values: Tensor, time: Tensor) -> None:
         """Sum values (B,) by the band of their time (B,) in [0, 1]."""
@@ -94,7 +104,7 @@ class Window:
         for band in range(BANDS):
             start = band * 1000 // BANDS
             stop = (band + 1) * 1000 // BANDS
-            self._sum(f"{name}/t{start}-{stop}", values[bands == band])
+            self._sum(f"{name}/t{start}-{stop}", values, (bands == band).to(values.dtype))
 
     def end_step(self, norm: Tensor | float | None) -> str:
         """End an optimiser step.

@@ -71,6 +71,20 @@ def test_a_record_that_was_cut_or_changed_is_not_read(tmp_path):
         assert stored[:, 1].isnan().all()
 
 
+def test_errors_of_many_batches_are_written_together(tmp_path, monkeypatch):
+    """And all that is held back by `flush`."""
+    monkeypatch.setattr("deradiff.data.reference_errors.HELD_BACK", 2)
+    errors = ReferenceErrors(tmp_path, "key")
+    sizes = []
+    for index in range(4):
+        errors.add([(0, index)], torch.tensor([[1.0], [2.0]]))
+        size = errors.file.stat().st_size if errors.file.is_file() else 0
+        sizes.append(size // RECORD.itemsize)
+    assert sizes == [0, 0, 3, 3]
+    errors.flush()
+    assert ReferenceErrors(tmp_path, "key").covers(np.zeros(4, int), np.arange(4))
+
+
 KEY_PARTS = {
     "reference": "w",
     "encodings": "e",

@@ -15,6 +15,7 @@ class Regression:
     Attributes:
         seen: the indices of all examples that `loss` got, in order.
         stop_at: the number of examples after which `loss` raises KeyboardInterrupt; None: never.
+        prepared: how many examples had been seen before each checkpoint.
     """
 
     def __init__(self, stop_at: int | None = None):
@@ -22,12 +23,16 @@ class Regression:
         self.network = nn.Linear(3, 1)
         self.frozen = []
         self.seen = []
+        self.prepared = []
         self.stop_at = stop_at
 
     def collate(self, items: list[Item]):
         x = torch.stack([torch.randn(3, generator=item.generator) for item in items])
         index = torch.tensor([item.index for item in items])
         return {"x": x, "y": x.sum(1, keepdim=True), "index": index}
+
+    def prepare_checkpoint(self):
+        self.prepared.append(len(self.seen))
 
     def loss(self, network, batch):
         self.seen += batch["index"].tolist()

@@ -81,6 +81,9 @@ class Autoencoder:
         psnr = -10 * (mse.detach() / 4).log10()  # images span 2, from -1 to 1
         return error.abs().mean() + mse, {"psnr": psnr}
 
+    def prepare_checkpoint(self) -> None:
+        """Nothing is held back."""
+
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """Make the latents white, fix the posterior's variance, and write the autoencoder."""

@@ -97,6 +97,9 @@ class Objective(Protocol):
             timesteps.
         """
 
+    def prepare_checkpoint(self) -> None:
+        """Write what is held back. Called before each checkpoint."""
+
     def save(self, folder: Path) -> None:
         """Write what was trained into a folder, in the format that the next stage loads."""
 

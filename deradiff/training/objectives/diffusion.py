@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from deradiff.anchors.anchor import AnchorCard, save_anchor
@@ -123,11 +124,8 @@ class DenoiserObjective:
     @torch.no_grad()
     def encoded(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The latents (P, B, C, H, W) and the conditioning rows of a batch, on its device."""
-        # From the cache: the loop has moved the tensors of a batch, but not those inside a dict.
         if self.cache is not None:
-            device = batch["noise"].device
-            rows = {name: row.to(device) for name, row in batch["conditioning"].items()}
-            return batch["latents"].float(), rows
+            return batch["latents"].float(), batch["conditioning"]
 
         # From the images, whose first two axes become one for the autoencoder.
         images = batch["images"]
@@ -135,6 +133,9 @@ class DenoiserObjective:
         # Autoencoders may put channels last in memory; as from a cache, they come before the sides.
         latents = latents.contiguous().float()
         return latents, self.family.encode_prompts(self.pipe, batch["captions"])
+
+    def prepare_checkpoint(self) -> None:
+        """Nothing is held back."""
 
     def predict(
         self,
@@ -229,6 +230,7 @@ class DPO(DenoiserObjective):
         self.stored_reference = complete
 
         # A LoRA is switched off for the reference; a full fine-tune needs a second network.
+        self._lora_layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
         self.copy: nn.Module | None = None
         if card.method == "full" and not complete:
             self.copy = self._frozen_copy()
@@ -273,11 +275,17 @@ class DPO(DenoiserObjective):
                 yield self.copy
                 return
             assert self.card.method == "lora", "the stored reference errors are not complete"
-            self.network.disable_adapters()
+            # diffusers' own switch walks through all modules, and a GPU would wait for it.
+            self._switch_lora(off=True)
             try:
                 yield self.network
             finally:
-                self.network.enable_adapters()
+                self._switch_lora(off=False)
+
+    def _switch_lora(self, off: bool) -> None:
+        """Switch the LoRA off for an evaluation, or on again."""
+        for layer in self._lora_layers:
+            vars(layer)["_disable_adapters"] = off
 
     def collate(self, items: list[Item]) -> Batch:
         """As `DenoiserObjective.collate`, with the reference's errors where they are stored.
@@ -336,10 +344,13 @@ class DPO(DenoiserObjective):
             self.errors.add(batch["epoch_indices"], errors)
         return torch.where(batch["reference_error"].isnan(), errors, batch["reference_error"])
 
-    def save(self, folder: Path) -> None:
-        """Write the anchor."""
+    def prepare_checkpoint(self) -> None:
+        """Write the reference's errors of the steps so far."""
         if self.errors is not None:
             self.errors.flush()
+
+    def save(self, folder: Path) -> None:
+        """Write the anchor."""
         save_anchor(folder, self.network, self.card)
 
     def step_flops(self, examples: int, checkpointing: bool) -> float:
@@ -372,6 +383,6 @@ def _true_on_every_rank(flag: bool, device: torch.device) -> bool:
     """Whether a flag is true on all ranks; collective where there are several."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return flag
-    agreed = torch.tensor(int(flag), device=device)
+    agreed = torch.full((), int(flag), device=device)
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
     return bool(agreed)
