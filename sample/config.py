@@ -165,6 +165,8 @@ class SampleConfig:
         """Raises ValueError for lambdas that are none, or are not one for each anchor."""
         if self.lambdas is None:
             self.lambdas = self._default_lambdas()
+        if _is_finite(self.lambdas):
+            raise ValueError(f"lambdas is a list: give lambdas=[{self.lambdas:g}]")
         is_one = len(self.anchors) == 1
         example = "[0,0.25,0.5,1]" if is_one else "[[0.3,0.7],[0.5,0.5]]"
         _check_distinct("lambdas", self.lambdas, example)

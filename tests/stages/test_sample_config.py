@@ -96,7 +96,7 @@ BAD_VALUES = [
     ("lambdas", ["a"], "'a' is not"),
     ("lambdas", [float("inf")], "inf is not"),
     ("lambdas", [True], "True is not"),
-    ("lambdas", 0.5, "must be a list"),
+    ("lambdas", 0.5, "is a list: give lambdas=[0.5]"),
     ("seeds", [], "at least one"),
     ("seeds", [1, 1], "1 twice"),
     ("seeds", [-1], "-1 is not"),
