@@ -41,6 +41,7 @@ def make_data(
     """
     data = config.data
     if data.source == "table":
+        accelerator.print(f"train: reading the captions and labels of {data.path}")
         with accelerator.main_process_first():  # it downloads, and the others read the download
             rows = open_data(config, str(data.path), data.split, data.revision, data.streaming)
     else:

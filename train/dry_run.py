@@ -58,6 +58,7 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
         )
 
     # The rows; those with broken images are not counted out.
+    print(f"train: reading the captions and labels of {data.path}", flush=True)
     with section("data"):
         is_parquet = parquet_files(str(data.path), data.split, data.revision) is not None
     rows = open_data(config, str(data.path), data.split, data.revision, is_parquet, max_broken=1.0)
