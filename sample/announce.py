@@ -41,9 +41,14 @@ def announcement(
         beta = _beta(anchor)
         named.append(f"{anchor.source} ({f'beta {_strength(beta, unit)}' if beta else NO_BETA})")
     trust = f", trust region {config.trust_region:g} nats" if config.trust_region else ""
+    how = ""
+    if config.branch != "both":
+        how += f", lambda on the {config.branch} branch"
+    if config.lam_schedule:
+        how += f", lambda times {config.lam_schedule} in time"
     lines = [
         f"sample: {' and '.join(named)} against {base.source}, "
-        f"mode {_mode(config)}{trust}, {config.sampler}, {config.steps} steps, "
+        f"mode {_mode(config)}{trust}{how}, {config.sampler}, {config.steps} steps, "
         f"guidance {config.guidance_scale:g}, {config.dtype} on {device}",
         f"sample: {prompts} prompts x {len(config.seeds)} seeds x {len(config.lambdas)} lambdas",
     ]
@@ -52,7 +57,8 @@ def announcement(
     width = max(6, *map(len, numbers))
     for lams, lam in zip(config.points, numbers):
         model = as_one_anchor(config.anchors, lams)
-        role = "  (the anchor)" if model.is_anchor and len(anchors) == 1 else ""
+        is_own = model.is_anchor and len(anchors) == 1 and not how
+        role = "  (the anchor)" if is_own else ""
         lines.append(f"  lam {lam:<{width}} {_target(model, config, anchors, unit)}{role}")
     return "\n".join(lines)
 
@@ -83,7 +89,8 @@ def _cautions(config: SampleConfig, base: BaseModel) -> list[str]:
     if config.particles > 1 and two_rows:
         unguided = f"guidance_scale={base.family.no_guidance:g} has none"
         lines.append(f"sample: {GUIDED_PARTICLES}; {unguided}")
-    if min(map(min, config.points)) < 0:
+    factors = str(config.lam_schedule)
+    if min(map(min, config.points)) < 0 or "-" in factors:
         lines.append(f"sample: {NEGATIVE}")
     largest = max(map(sum, config.points))
     if largest > 1:

@@ -350,7 +350,7 @@ class SampleConfig:
             if "train" in path.parts[:-1]:
                 parts = path.parts[path.parts.index("train") + 1 :]
             names.append(slug("-".join(parts)))
-        return "+".join(names)
+        return "-and-".join(names)
 
     def _sampler_name(self) -> list[str]:
         """The sampler; nothing where it is not known before the anchor is read.

@@ -155,6 +155,7 @@ def lams_of_targets(config: SampleConfig, anchor: Anchor) -> list[float]:
 def _check_fits(config: SampleConfig, base: BaseModel, anchors: Sequence[Anchor]) -> None:
     """Raises ValueError for options that this family, base or anchor does not have."""
     scheduled(1.0, config.lam_schedule)
+    _check_branch(config, base)
     family = base.family
     sampler = SAMPLERS[str(config.sampler)]
     if sampler.flow != family.flow:
@@ -177,6 +178,19 @@ def _check_fits(config: SampleConfig, base: BaseModel, anchors: Sequence[Anchor]
                 "batched=true evaluates a LoRA and its reference as one batch, and "
                 f"{anchor.source} is a full anchor: remove it"
             )
+
+
+def _check_branch(config: SampleConfig, base: BaseModel) -> None:
+    """Raises ValueError for a lambda on a branch of guidance that the pipeline does not have."""
+    assert config.guidance_scale is not None  # decided before
+    is_guided = config.guidance_scale > base.family.no_guidance
+    has_branches = is_guided and not base.family.guidance_distilled
+    if config.branch == "unconditional" and not has_branches:
+        raise ValueError(
+            f"branch=unconditional needs guidance, and guidance_scale={config.guidance_scale:g} of "
+            f"{base.family.name} evaluates the prompt alone: give a larger guidance_scale, or "
+            "branch=both"
+        )
 
 
 def check_spacing(config: SampleConfig, base: BaseModel) -> None:

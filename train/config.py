@@ -131,7 +131,13 @@ class DataConfig:
                 "data.prompts is missing; give a file of prompts, or a set that python -m sample "
                 "knows"
             )
-        if self.source in ("table", "scored_pairs") and not self.path:
+        reads_path = self.source in ("table", "scored_pairs")
+        if self.path and not reads_path:
+            raise ValueError(
+                f"data.path={self.path} is not read by data.source={self.source}: give data=table "
+                f"data.path={self.path}, or remove it"
+            )
+        if reads_path and not self.path:
             raise ValueError(
                 "data.path is missing; give a parquet file, a folder of captioned images, "
                 "or a hub data set such as org/name"

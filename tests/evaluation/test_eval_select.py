@@ -36,6 +36,7 @@ def study(effects, prompts=60, noise=0.05, beta=1000.0, text="prompt {}"):
                 "seed": 0,
                 "prompt": text.format(prompt),
                 "beta": beta,
+                "beta_target": beta / lam if lam else None,
                 "realigned": True,
                 "path_kl": 10 * lam**2,
             }

@@ -198,3 +198,21 @@ def test_a_negative_lambda_is_sampled_and_said_once(config, tmp_path, capsys):
     assert abs(images[FOX.image(negative)] - images[FOX.image(reference)]).max() > TOLERANCE
     record = next(record for record in read_manifest(tmp_path) if record["lam"] == -0.5)
     assert record["beta_target"] is None
+
+
+def test_what_is_no_anchor_is_not_called_one(config, tmp_path, capsys):
+    one = replace(config, anchor=config.anchors[0], lambdas=[1.0])
+    for options in ({"branch": "conditional"}, {"lam_schedule": [1.0, 0.2]}):
+        run(replace(one, **options), tmp_path / str(len(options)) / next(iter(options)))
+        said = capsys.readouterr().out
+        assert "(the anchor)" not in said
+        assert "beta_target unknown" in said
+    assert "lambda times [1.0, 0.2] in time" in said
+
+
+def test_a_branch_that_the_pipeline_does_not_have_is_refused(config):
+    """Otherwise every lambda would sample the reference, in silence."""
+    one = replace(config, anchor=config.anchors[0], lambdas=[1.0], guidance_scale=1.0)
+    with pytest.raises(ValueError, match="branch=unconditional needs guidance"):
+        resolve(replace(one, branch="unconditional"))
+    resolve(replace(one, branch="conditional"))

@@ -152,3 +152,12 @@ def test_the_reward_of_drawn_labels_is_over_their_temperature():
     assert reward_of(scored) == {"a": 1.0, "b": 3.0}
     assert reward_of(replace(scored, temperature=0.5)) == {"a": 2.0, "b": 6.0}
     assert reward_of(DataConfig(source="table", path="x.parquet")) is None
+
+
+def test_a_path_that_no_source_reads_is_refused():
+    """Otherwise a run on the shapes world would pass for one on the user's pairs."""
+    message = r"not read by .*: give data=table data\.path=mine\.parquet"
+    with pytest.raises(ValueError, match=message):
+        ValueError, match=r"not read by .*: give data=table data\.path=mine\.parquet"
+    ):
+        DataConfig(source="shapes_pairs", path="mine.parquet")

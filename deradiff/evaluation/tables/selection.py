@@ -198,6 +198,9 @@ def _path_kl(samples: pd.DataFrame, models: Sequence[SampledModel], prompts: pd.
 def _rows(candidates: _Candidates, choice: Choice, samples: pd.DataFrame) -> list[Row]:
     """A row a candidate: the affordable ones first, best first."""
     betas = dict(zip(samples["anchor"], samples["beta"]))
+    targets = {}
+    for row in samples.drop_duplicates(MODEL_COLUMNS).to_dict("records"):
+        targets[SampledModel.of_row(row)] = row["beta_target"]
     score = candidates.score
 
     def rank(index: int) -> tuple[bool, float]:
@@ -218,6 +221,7 @@ def _rows(candidates: _Candidates, choice: Choice, samples: pd.DataFrame) -> lis
             "below_chosen": candidates.difference(choice.index, index),
             "alarm": ", ".join(fallen_scores(candidates, index)),
             "beta": betas[model.anchor],
+            "beta_target": targets[model],
             "path_kl": choice.path_kl[index],
             "affordable": bool(choice.affordable[index]),
             "chosen": index == choice.index,
@@ -287,18 +291,17 @@ def _anchor(row: Row) -> str:
 
 
 def _target_beta(row: Row) -> str:
-    if not row["lam"] or pd.isna(row["beta"]):
-        return NOT_THERE
-    return number(row["beta"] / row["lam"])
+    return NOT_THERE if pd.isna(row["beta_target"]) else number(row["beta_target"])
 
 
 def _describe(row: Row) -> str:
     """A candidate in words."""
     if row["lam"] == 0:
         return "lam = 0, the reference"
-    target = ""
-    if not pd.isna(row["beta"]):
-        target = f" (beta_target {row['beta'] / row['lam']:,.6g})"
+    # A lambda that changes in time, or is of one branch of guidance, imitates no beta.
+    target = f" in mode {row['mode']}"
+    if not pd.isna(row["beta_target"]):
+        target = f" (beta_target {row['beta_target']:,.6g})"
     return f"lam = {row['lam']:g}{target} of {anchor_name(row['anchor'])}"
 
 
