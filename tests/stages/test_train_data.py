@@ -156,8 +156,6 @@ def test_the_reward_of_drawn_labels_is_over_their_temperature():
 
 def test_a_path_that_no_source_reads_is_refused():
     """Otherwise a run on the shapes world would pass for one on the user's pairs."""
-    message = r"not read by .*: give data=table data\.path=mine\.parquet"
-    with pytest.raises(ValueError, match=message):
-        ValueError, match=r"not read by .*: give data=table data\.path=mine\.parquet"
-    ):
+    words = r"not read by .*: give data=table data\.path=mine\.parquet"
+    with pytest.raises(ValueError, match=words):
         DataConfig(source="shapes_pairs", path="mine.parquet")
