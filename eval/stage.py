@@ -9,14 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from configs.tracking import Tracker, tracker
+from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation import Comparison, Evaluation, Options, evaluate, read_samples, write
 from deradiff.evaluation.manifest import read_cards
-from deradiff.evaluation.pairing import pair_up
+from deradiff.evaluation.pairing import Pairs, pair_up
 from deradiff.evaluation.results import REPORT
 from deradiff.evaluation.scoring import process_state, score_images, write_scores
 from deradiff.files import claim, slug
-from deradiff.scorers import check_spec
+from deradiff.locks import run_lock
+from deradiff.scorers import ScorerSpec, check_spec
 from eval.config import EvalConfig
 
 DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold")
@@ -51,9 +55,30 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
     cards = read_cards(samples)
     pairs = pair_up(samples, cards)
     is_main = process_state().is_main_process
-    if is_main:
-        claim(run_dir, asdict(config), ignore=DERIVED)
+    with run_lock(run_dir, is_main):
+        if is_main:
+            claim(run_dir, asdict(config), ignore=DERIVED)
+        evaluation = _evaluate(config, run_dir, specs, samples, cards, pairs)
 
+    if evaluation is not None:
+        for sentence in pairs.missing:
+            print(f"eval: missing: {sentence}")
+        for sentence in evaluation.verdicts:
+            print(f"eval: {sentence}")
+        print(f"eval: report at {run_dir / REPORT}")
+    return run_dir / REPORT
+
+
+def _evaluate(
+    config: EvalConfig,
+    run_dir: Path,
+    specs: dict[str, ScorerSpec],
+    samples: pd.DataFrame,
+    cards: dict[str, AnchorCard],
+    pairs: Pairs,
+) -> Evaluation | None:
+    """Score, compare, write and track; processes other than the main one get None."""
+    is_main = process_state().is_main_process
     group = slug(str(samples["base_model"].iloc[0])) if "base_model" in samples else ""
     with tracker(config.tracking, "eval", run_dir, asdict(config), is_main, group) as track:
         for sampled in [*config.samples, *config.references]:
@@ -63,7 +88,7 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
         cache = Path(config.runs) / "cache" / "scores"
         scores = score_images(samples, specs, config.batch_size, cache)
         if scores is None:
-            return run_dir / REPORT
+            return None
         write_scores(scores, run_dir / SCORES)
 
         # Compare
@@ -81,15 +106,9 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
             mixtures=pairs.mixtures,
         )
         evaluation = evaluate(comparison)
-        report = write(run_dir, evaluation, specs)
+        write(run_dir, evaluation, specs)
         track_results(track, run_dir, evaluation)
-
-    for sentence in pairs.missing:
-        print(f"eval: missing: {sentence}")
-    for sentence in evaluation.verdicts:
-        print(f"eval: {sentence}")
-    print(f"eval: report at {report}")
-    return report
+    return evaluation
 
 
 def track_results(track: Tracker, run_dir: Path, evaluation: Evaluation) -> None:

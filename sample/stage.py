@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from deradiff.data.prompts import load_prompts
+from deradiff.locks import run_lock
 from sample.baking import bake_and_compare
 from sample.config import SampleConfig
 from sample.resolve import resolve
@@ -39,9 +40,10 @@ def run(config: SampleConfig, run_dir: Path) -> Path:
     # Sample it
     state = PartialState(cpu=not torch.cuda.is_available())
     sweep = Sweep(config, base, anchors, prompts, run_dir, state)
-    if config.bake:
-        bake_and_compare(sweep)
-    else:
-        sweep.run()
+    with run_lock(run_dir, state.is_main_process):
+        if config.bake:
+            bake_and_compare(sweep)
+        else:
+            sweep.run()
     state.destroy_process_group()
     return run_dir

@@ -51,6 +51,7 @@ SHARED_FILES = {
     "hub",
     "image_tables",
     "images",
+    "locks",
     "progress",
     "command_line",
     "__init__",

@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from configs.tracking import tracker
 from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.files import claim, slug
+from deradiff.locks import run_lock
 from deradiff.models.base_model import BaseModel
 from deradiff.training.dpo import learning_rate
 from deradiff.training.loop import train
@@ -56,7 +57,18 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
         return dry_run(config, base)
     accelerator = _accelerator(config)
     data = make_data(config, base, accelerator)
+    with run_lock(run_dir, accelerator.is_main_process):
+        return _run_alone(config, base, data, run_dir, accelerator)
 
+
+def _run_alone(
+    config: TrainConfig,
+    base: BaseModel | None,
+    data: CaptionedImages,
+    run_dir: Path,
+    accelerator: Accelerator,
+) -> Path:
+    """Train in a run directory that is ours, or say that the run is finished."""
     # The run directory is this config's. Another number of ranks changes the order of the data,
     # which makes it another run.
     if accelerator.is_main_process:
@@ -144,8 +156,9 @@ def _examples_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
+    # Without an accelerator several processes form a group only where they are told so.
     return Accelerator(
-        cpu=config.cpu,
+        cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.optim.accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deradiff.data.locks import Locks
+from deradiff.locks import Locks
 from deradiff.progress import progress_bar
 
 Advance = Callable[[int], Any]
