@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.paths import place
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
@@ -76,12 +77,14 @@ class EvalConfig:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
 
     def _check_runs(self) -> None:
-        """Raises ValueError for no samples, and for a run that is named twice."""
+        """Give every run its one name; raises ValueError for none, and for one named twice."""
         if not self.samples:
             raise ValueError(
                 "no samples to evaluate; type samples=[runs/sample/<a>,runs/sample/<b>]"
             )
-        named = [str(Path(run)) for run in [*self.samples, *self.references]]
+        self.samples = [place(Path(run), self.runs) for run in self.samples]
+        self.references = [place(Path(run), self.runs) for run in self.references]
+        named = [*self.samples, *self.references]
         twice = sorted({run for run in named if named.count(run) > 1})
         if twice:
             raise ValueError(
@@ -113,7 +116,7 @@ class EvalConfig:
         runs = []
         for named in (self.samples, self.references):
             if named:
-                runs.append(sorted(str(Path(run)) for run in named))
+                runs.append(sorted(named))
         scorers = {label: asdict(scorer) for label, scorer in self.scorers.items()}
         text = json.dumps([*runs, scorers], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.checks import choice, positive
+from configs.paths import ANCHOR, CARD, anchor_path
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
@@ -143,15 +144,20 @@ class SampleConfig:
         return [tuple(lam) if isinstance(lam, list) else (lam,) for lam in self.lambdas]
 
     def _check_anchors(self) -> None:
-        """Raises ValueError for anchors that are none, and for what is for one anchor alone."""
-        _check_distinct("anchor", self.anchors, "[a,b]")
+        """Give every anchor its one name.
+
+        Raises ValueError for anchors that are none, and for what is for one anchor alone.
+        """
         for anchor in self.anchors:
             if not isinstance(anchor, str):
                 raise ValueError(
                     f"anchor must be a folder, a file or a hub id, or a list of these, and "
                     f"{anchor!r} is none"
                 )
-        if len(self.anchors) == 1:
+        names = [anchor_path(anchor, self.runs) for anchor in self.anchors]
+        _check_distinct("anchor", names, "[a,b]")
+        self.anchor = names[0] if len(names) == 1 else names
+        if len(names) == 1:
             return
         if self.targets or self.bake or self.trust_region is not None:
             raise ValueError(
@@ -344,7 +350,7 @@ class SampleConfig:
         names = []
         for anchor in self.anchors:
             path = Path(anchor)
-            if path.name == "anchor":
+            if path.name == ANCHOR:
                 path = path.parent
             parts = path.parts[-2:]
             if "train" in path.parts[:-1]:
@@ -363,7 +369,7 @@ class SampleConfig:
         return [sampler + (f"-eta{self.eta:g}" if self.eta else "")]
 
     def _default_sampler(self) -> str | None:
-        card = Path(self.anchors[0]) / "anchor.json"
+        card = Path(self.anchors[0]) / CARD
         family = self.model.name
         if card.is_file():
             family = json.loads(card.read_text()).get("family")
