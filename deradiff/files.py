@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 ASSETS = Path(__file__).parent / "worlds" / "assets"
 UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
+
+DIGEST = "digest"
+"""The key under which a record that we write and read again holds the digest of its other keys."""
+
+CONFIG_DIGEST = "# digest: "
+"""How the first line of a `config.yaml` begins."""
 
 
 def locate(text: str) -> str:
@@ -43,15 +54,109 @@ def slug(text: str, limit: int = 80) -> str:
     return f"{safe or 'x'}-{digest}"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file where a disk is full, or a file cannot be written for another reason.
+
+    Args:
+        path: what the block writes.
+
+    Raises:
+        OSError: in one sentence, for what the system, safetensors or torch raise.
+    """
+    try:
+        yield
+    # torch says "unexpected pos" where a disk is full.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(
+            f"{path} cannot be written ({reason}): make room, or give a folder that can be "
+            "written, and the same command goes on"
+        ) from error
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a reader, or a crash, finds the old content or the new, never a part.
+
+    Raises:
+        OSError: where it cannot be written; the old content stays.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(aside, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, and see it on the disk.
+
+    Where the last writer was killed within a line, or met a full disk, the new line still stands
+    alone.
+
+    Args:
+        path: the file; it is made where it is missing.
+        line: without its end.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    with writing(path), open(path, "ab+") as file:
+        text = line + "\n"
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed writers have left in a folder and those below it.
+
+    Args:
+        folder: in which nobody writes now.
+    """
+    for path in list(folder.rglob(".*part")):
+        if path.is_dir() and path.name.endswith(".part"):
+            shutil.rmtree(path)
+        elif path.name.endswith(".part"):
+            path.unlink(missing_ok=True)
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """A record with a digest of its content, which `unsealed` checks.
+
+    Args:
+        values: what JSON can hold.
+    """
+    return values | {DIGEST: _digest_of_values(values)}
+
+
+def unsealed(values: Any) -> dict[str, Any]:
+    """The content of a record of `sealed`. One without a digest is returned as it is.
+
+    Raises:
+        ValueError: for a record that is not as it was written, and for what is none.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("it is no record of keys and values")
+    content = {key: value for key, value in values.items() if key != DIGEST}
+    if DIGEST in values and values[DIGEST] != _digest_of_values(content):
+        raise ValueError("it is not what was written")
+    return content
+
+
+def _digest_of_values(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def nearest_folder(path: Path) -> Path:
@@ -73,10 +178,11 @@ def claim(run_dir: Path, config: dict[str, Any], ignore: tuple[str, ...] = ()) -
     Raises:
         ValueError: where another config is there; it names the keys that differ.
     """
+    remove_parts(run_dir)
     file = run_dir / "config.yaml"
     if file.is_file():
         # Keys that differ, without those that do not matter.
-        old = _flat(yaml.safe_load(file.read_text()) or {})
+        old = _flat(_read_config(file))
         new = _flat(config)
         changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
         changed = [key for key in changed if not key.startswith(ignore)]
@@ -88,7 +194,30 @@ def claim(run_dir: Path, config: dict[str, Any], ignore: tuple[str, ...] = ()) -
             )
 
     # What does not matter is written too, as this command has it.
-    write_atomic(file, yaml.safe_dump(config, sort_keys=False))
+    text = yaml.safe_dump(config, sort_keys=False)
+    write_atomic(file, f"{CONFIG_DIGEST}{_digest_of_text(text)}\n{text}")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """The settings in a `config.yaml`. Raises ValueError for one that is not as it was written."""
+    try:
+        text = file.read_text()
+        first, _, rest = text.partition("\n")
+        is_sealed = first.startswith(CONFIG_DIGEST)
+        is_whole = not is_sealed or first == CONFIG_DIGEST + _digest_of_text(rest)
+        config = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        is_whole = False
+    if not is_whole or not isinstance(config, dict):
+        raise ValueError(
+            f"{file} is not what was written: if the run there is this command's, remove that "
+            "file, and the same command goes on; otherwise choose another name for this run"
+        )
+    return config
+
+
+def _digest_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -106,17 +235,18 @@ def anchor_digest(anchor: str | Path) -> str | None:
     """16 hexadecimal digits of a local anchor's weights; None for a hub id.
 
     It tells an anchor that was trained anew from its predecessor of the same name. Saving the same
-    anchor again does not change it: a safetensors file's header is digested in sorted order,
-    because its metadata is written in a random one.
+    anchor again does not change it, and neither does the order of a safetensors file's metadata,
+    which is random in files of other programs. A file is read once in a process, as long as its
+    size, its time and its place on the disk stay.
 
     Args:
-        anchor: a folder or a file.
+        anchor: a folder, of which the configs of networks count too, or a file.
     """
-    # The files that hold weights.
+    # The files that hold weights, or say of which network they are.
     path = Path(anchor)
     files = [path] if path.is_file() else []
     if path.is_dir():
-        files = sorted(path.rglob("*.safetensors"))
+        files = sorted([*path.rglob("*.safetensors"), *path.rglob("config.json")])
     if not files:
         return None
 
@@ -130,11 +260,53 @@ def anchor_digest(anchor: str | Path) -> str | None:
 def add_file(digest: Any, file: Path) -> None:
     """Add a file's content to a digest of hashlib.
 
-    A safetensors file's header is added in sorted order, because it is written in a random one.
+    A safetensors file's header is added in sorted order, because other programs write it in a
+    random one.
+    """
+    status = file.stat()
+    for part in _contents(file, status.st_size, status.st_mtime_ns, status.st_ino):
+        digest.update(part)
+
+
+@functools.lru_cache(maxsize=1024)
+def _contents(file: Path, size: int, time: int, inode: int) -> tuple[bytes, ...]:
+    """What stands for a file's content in a digest; the other arguments tell it from a later one.
+
+    Of a damaged safetensors file the whole content counts.
     """
     with open(file, "rb") as opened:
-        if file.suffix == ".safetensors":
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-            digest.update(json.dumps(header, sort_keys=True).encode())
-        digest.update(hashlib.file_digest(opened, "sha256").digest())
+        header = _header(opened, size) if file.suffix == ".safetensors" else b""
+        rest = hashlib.file_digest(opened, "sha256").digest()
+    return (header, rest) if header else (rest,)
+
+
+def _header(opened: Any, size: int) -> bytes:
+    """The header of an open safetensors file, sorted; empty, from the file's start, for no such."""
+    try:
+        length = int.from_bytes(opened.read(8), "little")
+        if length <= size:
+            return json.dumps(json.loads(opened.read(length)), sort_keys=True).encode()
+    except ValueError:
+        pass
+    opened.seek(0)
+    return b""
+
+
+def sort_metadata(file: Path) -> None:
+    """Put the texts in a safetensors file's header into order, in place.
+
+    safetensors writes them in a random one. In order, equal tensors make equal files.
+
+    Args:
+        file: that nobody reads yet.
+    """
+    with open(file, "r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # The header keeps its length, as the tensors keep their places. It may end in spaces.
+        assert len(text) <= length
+        opened.seek(8)
+        opened.write(text.ljust(length))

@@ -121,9 +121,18 @@ def _lives_here(owner: str) -> bool:
     found = re.fullmatch(r"process (\d+) on (.+)", owner)
     if found is None or found[2] != socket.gethostname() or int(found[1]) == os.getpid():
         return False
+    return is_running(int(found[1]))
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this machine runs.
+
+    Args:
+        process: its id.
+    """
     try:
-        os.kill(int(found[1]), 0)
-    except ProcessLookupError:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # it is another user's
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from deradiff.anchors.anchor import load_anchor
 from deradiff.data.prompts import Prompt
 from deradiff.evaluation.statistics import paired_bootstrap
-from deradiff.realignment.bake import NOTE, bake, write_note
+from deradiff.realignment.bake import bake, read_note, write_note
 from sample.manifest import image_path
 from sample.sweep import Sweep
 
@@ -57,8 +56,7 @@ def _note_comparison(sweep: Sweep, folder: Path, baked_dir: Path) -> None:
     compared["settings"] = (
         f"{config.sampler}, {config.steps} steps, guidance {config.guidance_scale:g}"
     )
-    note = json.loads((folder / NOTE).read_text())
-    write_note(folder, note | {"compared": compared})
+    write_note(folder, read_note(folder) | {"compared": compared})
     value, low, high = compared["rms_from_exact"]
     percent = compared["percent_of_distance"][0]
     print(

@@ -39,7 +39,15 @@ from deradiff.anchors.weight_files import (
     read_metadata,
     read_names,
 )
-from deradiff.files import write_atomic
+from deradiff.files import (
+    DIGEST,
+    anchor_digest,
+    sealed,
+    sort_metadata,
+    unsealed,
+    write_atomic,
+    writing,
+)
 from deradiff.models.base_model import INDEX, SCHEDULER_CONFIG
 from deradiff.models.families import (
     FAMILIES,
@@ -101,6 +109,8 @@ class AnchorCard:
         gpu_hours: of the whole training.
         device: that it was trained on.
         flops: of the whole training.
+        weights_digest: of the weights that it lies beside (`deradiff.files.anchor_digest`); None:
+            unknown.
 
     Raises:
         ValueError: for another method, and for a beta that is not above 0.
@@ -124,6 +134,7 @@ class AnchorCard:
     gpu_hours: float = 0.0
     device: str = ""
     flops: float = 0.0
+    weights_digest: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.method not in ("lora", "full"):
@@ -187,6 +198,7 @@ class Anchor:
             ValueError: for files that do not hold all of such a network.
         """
         if self._network is None or self._network.dtype != dtype:
+            self.check_weights()
             if is_weights(self.weights):
                 file = self.file(self.weights)
                 self._network = read_network(file, like, dtype, f"the anchor {self.source}")
@@ -241,8 +253,28 @@ class Anchor:
         Raises:
             ValueError: for a file that is not a LoRA on that denoiser alone.
         """
+        self.check_weights()
         file = self.file(self.weights)
         return read_lora(file, self.peft, pipe, f"the LoRA anchor {self.source}", denoiser)
+
+    def check_weights(self) -> None:
+        """Check the weights against the digest on the card, where both are here.
+
+        They are read as a whole for it, once in a process: 10 GB in about 10 seconds.
+
+        Raises:
+            ValueError: where the weights are not those that the card was written for.
+        """
+        stated = self.card.weights_digest if self.card else None
+        is_folder_of_hub = not is_weights(self.weights) and not Path(self.root).is_dir()
+        if stated is None or is_folder_of_hub:
+            return
+        if anchor_digest(self.file(self.weights)) != stated:
+            raise ValueError(
+                f"the weights of the anchor {self.source} are not those that its card {CARD} was "
+                "written for: fetch or copy the anchor again, or train it again; where you "
+                f"changed them yourself, remove {DIGEST} and weights_digest from the card"
+            )
 
     def part(self, denoiser: str) -> Anchor:
         """The full anchor of another denoiser, from the same place.
@@ -279,13 +311,30 @@ def save_anchor(path: Path, denoiser: nn.Module, card: AnchorCard) -> None:
         card: what `anchor.json` will say.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[card.family]
-    if card.method == "full":
-        denoiser.save_pretrained(path / family.denoiser)  # type: ignore[operator]
-    else:
-        _save_lora(path, denoiser, card)
-    write_atomic(path / CARD, json.dumps(asdict(card), indent=2) + "\n")
+    weights = path / (family.denoiser if card.method == "full" else LORA_FILE)
+    with writing(weights):
+        path.mkdir(parents=True, exist_ok=True)
+        if card.method == "full":
+            denoiser.save_pretrained(weights)  # type: ignore[operator]
+        else:
+            _save_lora(path, denoiser, card)
+    write_card(path, card, weights)
+
+
+def write_card(folder: Path, card: AnchorCard, weights: Path) -> None:
+    """Write the card of an anchor's folder, with digests of the card and of the weights.
+
+    Args:
+        folder: of the anchor.
+        card: what `anchor.json` will say.
+        weights: the file or folder of the weights. The metadata in their headers is sorted, so
+            that equal anchors are equal files.
+    """
+    for file in [weights] if weights.is_file() else weights.rglob("*.safetensors"):
+        sort_metadata(file)
+    values = asdict(replace(card, weights_digest=anchor_digest(weights)))
+    write_atomic(folder / CARD, json.dumps(sealed(values), indent=2) + "\n")
 
 
 def _save_lora(path: Path, denoiser: Any, card: AnchorCard) -> None:
@@ -456,7 +505,13 @@ def _read_card(files: AnchorFiles, source: str) -> AnchorCard | None:
     """The card, without keys that a later version may have added. Raises ValueError."""
     if CARD not in files.names:
         return None
-    values = files.read_json(CARD)
+    try:
+        values = unsealed(files.read_json(CARD))
+    except ValueError as error:
+        raise ValueError(
+            f"the card {source}/{CARD} cannot be used ({error}): fetch or copy it again; where you "
+            f"changed it yourself, remove {DIGEST} from it"
+        ) from error
     known = {card_field.name for card_field in fields(AnchorCard)}
     try:
         return AnchorCard(**{key: value for key, value in values.items() if key in known})

@@ -8,9 +8,10 @@ theta_ref + lam (theta_anchor - theta_ref).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deradiff.anchors.anchor import (
-    CARD,
     LORA_FILE,
     Anchor,
     AnchorCard,
     check_anchor_family,
     load_anchor,
+    write_card,
 )
 from deradiff.anchors.model_card import README
-from deradiff.files import anchor_digest, write_atomic
+from deradiff.files import anchor_digest, sealed, unsealed, write_atomic, writing
+from deradiff.locks import is_running
 from deradiff.method.lambdas import validated
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import FAMILIES, family_of
 from deradiff.models.family import Family
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.full_anchor import FullAnchor
+
+log = logging.getLogger(__name__)
 
 NOTE = "bake.json"
 
@@ -56,7 +60,8 @@ def bake(
     - `bake.json`: what it was made from;
     - `README.md`: how to load it.
 
-    It appears whole or not at all. The same call again leaves it as it is.
+    It appears whole or not at all. The same call again leaves it as it is; where its weights are no
+    longer what was written, they are named in the log and made again.
 
     Args:
         anchor: as `load_anchor` takes it.
@@ -93,7 +98,9 @@ def bake(
 
     # The folder is written aside and renamed when it is complete.
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        if not _is_running(left):
+            shutil.rmtree(left)
     try:
         aside.mkdir(parents=True)
         pipe = _load_denoiser_alone(model)
@@ -102,8 +109,10 @@ def bake(
         else:
             _bake_full(pipe, anchor, lam, aside)
         card = _baked_card(anchor, lam, model)
-        write_atomic(aside / CARD, json.dumps(asdict(card), indent=2) + "\n")
+        write_card(aside, card, aside / _weights_name(anchor, family))
         write_note(aside, origin | {"beta_target": card.beta})
+        if path.exists():
+            shutil.rmtree(path)  # empty, or damaged
         os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -118,7 +127,7 @@ def write_note(path: Path, note: dict[str, Any]) -> None:
         note: what it was made from, and under `compared`, where it was measured, how far the baked
             images are from mode exact.
     """
-    write_atomic(path / NOTE, json.dumps(note, indent=2) + "\n")
+    write_atomic(path / NOTE, json.dumps(sealed(note), indent=2) + "\n")
     write_atomic(path / README, _readme(note))
 
 
@@ -140,21 +149,47 @@ def _base_model(anchor: Anchor, base: str | None, revision: str | None) -> BaseM
     return BaseModel(anchor.card.base_model, anchor.card.base_revision)
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """The content of `bake.json`; empty where there is none, or none that can be read.
+
+    Args:
+        path: the folder of the bake.
+    """
+    try:
+        return unsealed(json.loads((path / NOTE).read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def _holds_bake(path: Path, origin: dict[str, Any]) -> bool:
     """Whether the folder holds this very bake. Raises ValueError where it holds anything else."""
     is_empty_folder = path.is_dir() and not any(path.iterdir())
     if not path.exists() or is_empty_folder:
         return False
-    note = {}
-    if (path / NOTE).is_file():
-        note = json.loads((path / NOTE).read_text())
+    note = read_note(path)
     for key, value in origin.items():
         if note.get(key) != value:
             raise ValueError(
                 f"{path} is there already and holds something else than this bake: give another "
                 "folder, or remove that one"
             )
+    try:
+        load_anchor(path).check_weights()
+    except ValueError as error:
+        log.warning("%s, and is baked again", error)
+        return False
     return True
+
+
+def _is_running(part: Path) -> bool:
+    """Whether the process that writes a folder aside runs, as far as this machine knows."""
+    process = part.name.removesuffix(".part").rpartition(".")[2]
+    return not process.isdecimal() or is_running(int(process))
+
+
+def _weights_name(anchor: Anchor, family: Family) -> str:
+    """The file or folder of a bake's weights."""
+    return LORA_FILE if anchor.method == "lora" else family.denoiser
 
 
 def _load_denoiser_alone(model: BaseModel) -> Any:
@@ -189,7 +224,8 @@ def _bake_lora(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
         scale = lam * layer.scaling[adapter.name]
         scaled = (scale * up.weight.detach().float()).to(up.weight.dtype)
         state |= _named(path, family, down.weight.detach().contiguous(), scaled.contiguous())
-    save_file(state, folder / LORA_FILE, metadata={"format": "pt"})
+    with writing(folder / LORA_FILE):
+        save_file(state, folder / LORA_FILE, metadata={"format": "pt"})
 
 
 def _named(layer: str, family: Family, down: Tensor, up: Tensor) -> dict[str, Tensor]:
@@ -223,7 +259,8 @@ def _bake_full(pipe: Any, anchor: Anchor, lam: float, folder: Path) -> None:
         for name, parameter in denoiser.named_parameters():
             # In the order of mode weights, which rounds alike.
             parameter.copy_((1 - lam) * parameter + lam * theirs[name])
-    denoiser.save_pretrained(folder / family.denoiser)
+    with writing(folder / family.denoiser):
+        denoiser.save_pretrained(folder / family.denoiser)
 
 
 def _baked_card(anchor: Anchor, lam: float, model: BaseModel) -> AnchorCard:

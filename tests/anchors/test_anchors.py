@@ -18,6 +18,7 @@ from deradiff.anchors.anchor import (
     read_card,
     save_anchor,
 )
+from deradiff.anchors.weight_files import read_tensors
 from tests.support.tiny_pipelines import (
     perturbed_denoiser,
     save_tiny,
@@ -32,6 +33,8 @@ UNET = "diffusion_pytorch_model.safetensors"
 
 # The keys of anchor.json, on which others rely.
 CONTRACT = {
+    "digest",
+    "weights_digest",
     "base_model",
     "base_revision",
     "family",
@@ -107,6 +110,7 @@ def test_the_card_keeps_the_contract_and_ignores_what_it_does_not_know(tmp_path)
     values = json.loads((tmp_path / "anchor.json").read_text())
     assert set(values) == CONTRACT
     assert values["beta_convention"] == "mean-half"
+    del values["digest"]
     (tmp_path / "anchor.json").write_text(json.dumps(values | {"a_later_key": 1}))
     assert read_card(tmp_path) == written
 
@@ -114,6 +118,57 @@ def test_the_card_keeps_the_contract_and_ignores_what_it_does_not_know(tmp_path)
     del values["reward"]
     (tmp_path / "anchor.json").write_text(json.dumps(values))
     assert read_card(tmp_path) == written
+
+
+def flip(file, position=-1, bit=0):
+    """Change one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1 << bit
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_that_are_not_what_was_written_are_refused(tmp_path, method):
+    like = tiny_denoiser("sd15")
+    file = tmp_path / ("unet/config.json" if method == "full" else LORA)
+    network = tiny_lora(like) if method == "lora" else like
+    save_anchor(tmp_path, network, card(method))
+    load_anchor(tmp_path).check_weights()
+
+    flip(file, position=-30)
+    anchor = load_anchor(tmp_path)
+    message = f"weights of the anchor {tmp_path} are not those that its card anchor.json was"
+    with pytest.raises(ValueError, match=message):
+        anchor.check_weights()
+    with pytest.raises(ValueError, match=message):
+        if method == "full":
+            anchor.network(like, CPU, torch.float32)
+        else:
+            anchor.lora(tiny_pipeline("sd15"))
+
+    # Cards of earlier versions, and of those who changed something, hold no digest.
+    values = json.loads((tmp_path / "anchor.json").read_text())
+    del values["digest"], values["weights_digest"]
+    (tmp_path / "anchor.json").write_text(json.dumps(values))
+    load_anchor(tmp_path).check_weights()
+
+
+def test_a_card_that_is_not_what_was_written_is_refused(tmp_path):
+    save_anchor(tmp_path, tiny_lora(tiny_denoiser("sd15")), card("lora"))
+    file = tmp_path / "anchor.json"
+    whole = file.read_text()
+    for before, after in (('"beta": 2', '"beta": 3'), ('"seed"', '"sead"')):
+        assert before in whole
+        file.write_text(whole.replace(before, after))
+        with pytest.raises(ValueError, match=r"anchor.json cannot be used \(it is not what was"):
+            read_card(tmp_path)
+
+
+def test_equal_anchors_are_equal_files(tmp_path):
+    for attempt in range(4):
+        save_anchor(tmp_path / str(attempt), tiny_lora(tiny_denoiser("sd15")), card("lora"))
+    assert len({(tmp_path / str(attempt) / LORA).read_bytes() for attempt in range(4)}) == 1
+    read_tensors(tmp_path / "0" / LORA, "the anchor")
 
 
 def test_a_card_names_the_weights_of_a_mixed_reward(tmp_path):

@@ -109,7 +109,7 @@ def test_a_lora_has_the_names_that_other_programs_read(tiny, tmp_path):
         assert name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
-def test_the_folder_is_an_anchor_that_says_where_it_comes_from(tiny, tmp_path):
+def test_the_folder_is_an_anchor_that_says_where_it_comes_from(tiny, tmp_path, caplog):
     folder = bake(tiny / "sd15-lora", LAM, tmp_path / "deep/baked")
     card = load_anchor(folder).card
     assert card.beta == pytest.approx(500)
@@ -129,6 +129,15 @@ def test_the_folder_is_an_anchor_that_says_where_it_comes_from(tiny, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert bake(tiny / "sd15-lora", LAM, folder) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+    # A damaged one is named and made again, and what a killed process left is removed.
+    whole = (folder / LORA).read_bytes()
+    (folder / LORA).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (folder.parent / f".baked.{2**22 + 1}.part").mkdir()
+    bake(tiny / "sd15-lora", LAM, folder)
+    assert "and is baked again" in caplog.text
+    assert (folder / LORA).read_bytes() == whole
+    assert [path.name for path in folder.parent.iterdir()] == ["baked"]
 
 
 def test_what_cannot_be_baked_is_refused_in_one_sentence(tiny, tmp_path):
