@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
+from configs.answers import Command, check_arguments, sentence
 from configs.functions import function_at
-from configs.keys import groups_of, help_text, is_list, suggestion
+from configs.keys import help_text
 from deradiff.training.preemption import REQUEUE, Preempted
 
 CONFIGS = str(Path(__file__).parent)
@@ -81,7 +81,9 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
         os.environ["HYDRA_FULL_ERROR"] = "1"
 
         # The run, and how it ends.
+        command = Command(stage, schema, Path(configs), sys.argv[1:])
         try:
+            check_arguments(command)
             composed.clear()
             compose()
             for cfg in composed:
@@ -90,7 +92,7 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
             print(f"{stage}: {stop}", file=sys.stderr)
             sys.exit(REQUEUE)
         except MISTAKES as error:
-            print(f"{stage}: {_sentence(error, schema, Path(configs))}", file=sys.stderr)
+            print(f"{stage}: {sentence(error, command)}", file=sys.stderr)
             sys.exit(MISTAKE_STATUS)
         except KeyboardInterrupt:
             print(f"{stage}: interrupted; the same command resumes", file=sys.stderr)
@@ -124,71 +126,3 @@ def _run_in_cluster_job(task: Callable[[], None]) -> None:
         # The checkpoint is written. submitit's own handler is in its place again, and puts the job
         # back into the queue.
         os.kill(os.getpid(), stop.signal_number)
-
-
-def _sentence(error: BaseException, schema: type, configs: Path) -> str:
-    """An error as one sentence: what is wrong, where, and what was probably meant."""
-    # Hydra and OmegaConf wrap an error in others, of which the innermost says most.
-    cause = error
-    while cause.__cause__ is not None and isinstance(
-        cause, HydraException | OmegaConfBaseException
-    ):
-        cause = cause.__cause__
-    text = str(cause).strip() or type(cause).__name__
-    first_line = text.splitlines()[0]
-
-    # Mistakes that Hydra words for its own developers, in the user's words.
-    if isinstance(cause, OverrideParseException):
-        return (
-            f"cannot read {cause.override}: write key=value, and quote a value that holds a comma "
-            "or a bracket: \"prompts=['a fox, red']\""
-        )
-    full_key = re.search(r"full_key: (\S+)", text)
-    if full_key:
-        return _sentence_about_key(full_key[1], cause, first_line, schema, configs)
-    if "Ambiguous value" in first_line:
-        return (
-            f"{first_line}: for a sweep put --multirun before the overrides, "
-            "for a list write key=[1,2]"
-        )
-
-    # An unknown choice of a group: which ones there are.
-    options = _options(text, configs)
-    if options:
-        return f"{first_line.removesuffix('.')}; there are {', '.join(options)}"
-    return first_line
-
-
-def _options(text: str, configs: Path) -> list[str]:
-    """The choices of the group that an error is about, or none where it is about no group."""
-    listed = re.search(
-        r"Available options in '.*?':\s+(.*?)\n\s*Config search path", text, re.DOTALL
-    )
-    if listed:
-        return listed[1].split()
-    # A choice among several of one group, scorers=[...]: Hydra does not say what there is.
-    group = re.search(r"Could not load '(.+?)/", text)
-    if group:
-        return groups_of(configs).get(group[1], [])
-    return []
-
-
-def _sentence_about_key(
-    key: str, cause: BaseException, first_line: str, schema: type, configs: Path
-) -> str:
-    """A mistake in one key, by the key's full name."""
-    if isinstance(cause, MissingMandatoryValue):
-        return f"{key} is missing: give {key}=..."
-    if is_list(key, schema):
-        return f"{key} is a list: give {key}=[{_typed_value(key)}]"
-    meant = suggestion(key, schema, configs) if first_line.startswith("Key ") else ""
-    return f"{first_line} ({key}){meant}"
-
-
-def _typed_value(key: str) -> str:
-    """The value that the user typed for a key."""
-    for argument in sys.argv[1:]:
-        name, _, value = argument.partition("=")
-        if name.lstrip("+") == key:
-            return value
-    return "..."

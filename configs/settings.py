@@ -7,13 +7,15 @@ from dataclasses import field, is_dataclass
 from typing import Any
 
 
-def setting(default: Any, help: str) -> Any:
+def setting(default: Any, help: str, is_list: bool = False) -> Any:
     """A dataclass field with a help text, which `--help` prints.
 
     Args:
         default: the value where none is given; a list, dict or dataclass is copied for each config.
         help: what the setting does, in a few words.
+        is_list: whether it takes a list and nothing else, where its type does not say so.
     """
+    metadata = {"help": help, "is_list": is_list}
     if isinstance(default, list | dict) or is_dataclass(default):
-        return field(default_factory=lambda: deepcopy(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

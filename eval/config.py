@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from configs.paths import place
 from configs.settings import setting
@@ -51,6 +52,13 @@ class SelectConfig:
 class EvalConfig:
     """One run of the eval stage."""
 
+    USUAL: ClassVar[tuple[str, ...]] = (
+        "samples",
+        "references",
+        "select.score",
+        "select.path_kl",
+        "name",
+    )
     samples: list[str] = setting([], "run directories of the sample stage")
     references: list[str] = setting(
         [], "more of them, that serve as targets (lam = 1) and as the reference (lam = 0) alone"

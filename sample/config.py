@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from configs.checks import choice, positive
 from configs.paths import ANCHOR, CARD, anchor_path
@@ -58,6 +58,19 @@ class ModelConfig:
 class SampleConfig:
     """One run of the sample stage."""
 
+    USUAL: ClassVar[tuple[str, ...]] = (
+        "anchor",
+        "lambdas",
+        "prompts",
+        "prompts_limit",
+        "seeds",
+        "mode",
+        "targets",
+        "steps",
+        "guidance_scale",
+        "sampler",
+        "name",
+    )
     anchor: Any = setting(
         "???", "what python -m train left, a folder, a file, or a hub id; [a,b] mixes several"
     )
@@ -65,6 +78,7 @@ class SampleConfig:
         None,
         "0 is the reference, 1 the anchor as strong as it was trained; null: 0 to 1 in quarters; "
         "of several anchors [[0.3,0.7],[0.5,0.5]]; null: from one to the other",
+        is_list=True,
     )
     lam_schedule: list[Any] = setting(
         [],

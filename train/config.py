@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from configs.checks import choice, not_negative, positive
 from configs.settings import setting
@@ -275,6 +275,18 @@ class HubConfig:
 class TrainConfig:
     """One run of the train stage."""
 
+    USUAL: ClassVar[tuple[str, ...]] = (
+        "dpo.beta",
+        "steps",
+        "data.path",
+        "model.base",
+        "optim.lr",
+        "optim.batch_size",
+        "optim.accumulation",
+        "seed",
+        "objective",
+        "name",
+    )
     objective: str = setting("dpo", " | ".join(OBJECTIVES))
     model: ModelConfig = field(default_factory=ModelConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

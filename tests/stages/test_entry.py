@@ -18,20 +18,20 @@ def test_a_good_command_runs_in_the_folder_that_the_config_names(toy):
 NOT_A_FLOAT = "Value '{}' of type 'str' could not be converted to Float ({})"
 
 MISTAKES = {
-    ("data=x", "dpo.bta=3"): "Key 'bta' not in 'DPO' (dpo.bta); did you mean dpo.beta?",
-    ("data=x", "lambda=3"): "Key 'lambda' not in 'Toy' (lambda); did you mean lambdas?",
-    ("data=x", "beta=3"): "Key 'beta' not in 'Toy' (beta); did you mean dpo.beta?",
-    ("data=x", "lambdas=0.5"): "lambdas is a list: give lambdas=[0.5]",
-    ("data=x", "+extra=3"): "Key 'extra' not in 'Toy' (extra)",
+    ("data=x", "dpo.bta=3"): "there is no setting dpo.bta; did you mean dpo.beta=3?",
+    ("data=x", "+extra=3"): "there is no setting extra; python -m toy --help lists all",
+    ("data=x", "lambdas=0.5"): "lambdas is a list: give 'lambdas=[0.5]'",
+    ("data=x", "lambdas=0,0.5"): "lambdas is a list: type 'lambdas=[0,0.5]'",
     ("data=x", "dpo.beta=many"): NOT_A_FLOAT.format("many", "dpo.beta"),
     ("data=x", "lambdas=[a]"): NOT_A_FLOAT.format("a", "lambdas[0]"),
     ("data=x", "dpo.beta=-1"): "dpo.beta must be above 0, not -1.0",
     ("dpo.beta=3",): "data is missing: give data=...",
-    ("data=x", "model=big"): "Could not find 'model/big'; there are small",
-    ("data=x", "model=[small,big]"): "Could not load 'model/big'; there are small",
-    ("data=x", "dpo.beta=1,2"): "put --multirun before the overrides",
-    ("data=[x",): "cannot read data=[x",
+    ("data=x", "model=smal"): "there is no model=smal; type model=small, or another of small",
+    ("data=x", "model=[small,big]"): "there is no model=big; there are small",
+    ("data=x", "dpo.beta=1,2"): "type python -m toy --multirun dpo.beta=1,2 for a run of each",
+    ("data=x", "lambdas=[0,,1]"): "cannot read lambdas=[0,,1]",
     ("data=none",): "there is no data",
+    ("--data", "x"): "settings are written without dashes: type data=x",
 }
 
 

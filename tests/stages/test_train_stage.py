@@ -182,7 +182,7 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
     ("dpo.bta=1", "dpo.bta"),
     ("dpo.beta=strong", "dpo.beta"),
     ("dpo.beta=0", "dpo.beta must be above 0, not 0.0"),
-    ("dpo.lr=1", "Key 'lr' not in 'DPOConfig' (dpo.lr); did you mean optim.lr?"),
+    ("dpo.lr=1", "there is no setting dpo.lr; did you mean optim.lr=1?"),
     (
         "objective=pretrain",
         "objective=pretrain learns from captioned images, "
