@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.answers import Command, check_arguments, sentence
 from configs.functions import function_at
 from configs.keys import help_text
+from configs.tracking import ABANDONED
 from deradiff.training.preemption import REQUEUE, Preempted
 
 CONFIGS = str(Path(__file__).parent)
@@ -39,7 +41,8 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
 
     It composes `<configs>/<stage>.yaml` over the schema and calls `run` with plain dataclasses.
     What a user can mend ends the process with a sentence and status 2; a signal that asks for a
-    stop, once the work is safe, with status 75; anything else with a traceback. Under submitit,
+    stop, once the work is safe, with status 75; Ctrl-C with status 130; anything else with a
+    traceback. Under submitit,
     Hydra calls the task itself, in the cluster's job.
 
     Args:
@@ -82,23 +85,45 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
 
         # The run, and how it ends.
         command = Command(stage, schema, Path(configs), sys.argv[1:])
-        try:
+
+        def work() -> None:
             check_arguments(command)
             composed.clear()
             compose()
             for cfg in composed:
                 call(cfg)
-        except Preempted as stop:
-            print(f"{stage}: {stop}", file=sys.stderr)
-            sys.exit(REQUEUE)
-        except MISTAKES as error:
-            print(f"{stage}: {sentence(error, command)}", file=sys.stderr)
-            sys.exit(MISTAKE_STATUS)
-        except KeyboardInterrupt:
-            print(f"{stage}: interrupted; the same command resumes", file=sys.stderr)
-            sys.exit(INTERRUPTED_STATUS)
+
+        status = _status_of(work, command)
+        if status == INTERRUPTED_STATUS or ABANDONED:
+            _end_at_once(status)
+        if status:
+            sys.exit(status)
 
     return main
+
+
+def _status_of(work: Callable[[], None], command: Command) -> int:
+    """Do a command's work; say on stderr why it ended early, and return the exit status."""
+    stage = command.stage
+    try:
+        work()
+    except Preempted as stop:
+        print(f"{stage}: {stop}", file=sys.stderr)
+        return INTERRUPTED_STATUS if stop.signal_number == signal.SIGINT else REQUEUE
+    except MISTAKES as error:
+        print(f"{stage}: {sentence(error, command)}", file=sys.stderr)
+        return MISTAKE_STATUS
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted; the same command resumes", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    return 0
+
+
+def _end_at_once(status: int) -> None:
+    """End the process without what is left to do at its exit, such as waiting for a tracker."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _print_help(text: str) -> None:

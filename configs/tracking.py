@@ -19,6 +19,9 @@ TRACKERS = {
 }
 """From a kind to the function that starts it; its module is imported when a run starts."""
 
+ABANDONED: list[str] = []
+"""Trackers that did not end in time. What they have left to do at the process's exit is skipped."""
+
 KINDS = (*TRACKERS, "none")
 MODES = ("online", "offline")
 
@@ -165,15 +168,31 @@ def tracker(
         yield Tracker()
         return
     # The stack ends the tracker with the context, also where the stage fails.
-    with ExitStack() as stack:
-        try:
-            start: Start = function_at(TRACKERS[tracking.kind])
-            started = start(tracking, stage, run_dir, config, group, stack)
-        except Exception as error:
-            print(
-                f"{stage}: the tracker {tracking.kind} did not start ({error}); "
-                "going on without it",
-                file=sys.stderr,
-            )
-            started = Tracker()
+    stack = ExitStack()
+    try:
+        start: Start = function_at(TRACKERS[tracking.kind])
+        started = start(tracking, stage, run_dir, config, group, stack)
+    except Exception as error:
+        print(
+            f"{stage}: the tracker {tracking.kind} did not start ({error}); going on without it",
+            file=sys.stderr,
+        )
+        started = Tracker()
+    try:
         yield GuardedTracker(started, stage)
+    except BaseException as error:
+        _end(stack, stage, error)
+        raise
+    _end(stack, stage)
+
+
+def _end(stack: ExitStack, stage: str, error: BaseException | None = None) -> None:
+    """End a tracker. What goes wrong there is reported, and is no failure of the run."""
+    try:
+        stack.__exit__(type(error) if error else None, error, None)
+    except Exception as failure:  # whatever a tracker raises
+        print(
+            f"{stage}: the tracker failed at its end ({failure}); the run's own files hold "
+            "everything that it was given",
+            file=sys.stderr,
+        )

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import wandb
 
-from configs.tracking import Tracker, TrackingConfig
+from configs.tracking import ABANDONED, Tracker, TrackingConfig
 
 LARGEST_ARTIFACT = 1_000_000_000
 """Bytes. A full SDXL has ten times as many."""
+
+FINISH_SECONDS = 300.0
+"""Time that W&B has, when a stage ends, to upload what is left."""
 
 LONGEST_NAME = 128
 """Characters that W&B takes for a group or an id."""
@@ -105,4 +110,38 @@ def start(
         resume="allow",
         settings=wandb.Settings(silent=True),
     )
-    return WandbTracker(stack.enter_context(run))
+    stack.push(partial(_finish, stage, run))
+    return WandbTracker(run)
+
+
+def _finish(stage: str, run: Any, kind: type[BaseException] | None, *_: object) -> None:
+    """End a run; leave it alone where it does not end. A `with run:` would print a traceback.
+
+    Args:
+        stage: the stage's name.
+        run: of W&B.
+        kind: of the error that ends the stage; None: there is none.
+
+    Raises:
+        Exception: whatever W&B raises.
+    """
+    failures: list[Exception] = []
+
+    def finish() -> None:
+        try:
+            run.finish(exit_code=1 if kind else 0)
+        except Exception as failure:
+            failures.append(failure)
+
+    thread = Thread(target=finish, daemon=True)
+    thread.start()
+    thread.join(FINISH_SECONDS)
+    if thread.is_alive():
+        ABANDONED.append(str(run.id))
+        print(
+            f"{stage}: W&B has not finished within {FINISH_SECONDS:g} seconds; wandb sync "
+            f"{run.dir} uploads what is missing",
+            file=sys.stderr,
+        )
+    if failures:
+        raise failures[0]

@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 ASSETS = Path(__file__).parent / "worlds" / "assets"
 UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
 
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "No space left")
+"""What torch.save says of a disk that is full."""
+
 DIGEST = "digest"
 """The key under which a record that we write and read again holds the digest of its other keys."""
 
@@ -66,8 +69,10 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    # torch says "unexpected pos" where a disk is full.
     except (OSError, SafetensorError, RuntimeError) as error:
+        is_of_torch = isinstance(error, RuntimeError)
+        if is_of_torch and not any(sign in str(error) for sign in TORCH_CANNOT_WRITE):
+            raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise OSError(
             f"{path} cannot be written ({reason}): make room, or give a folder that can be "

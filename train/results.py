@@ -22,8 +22,10 @@ from torch import nn
 from configs.tracking import Tracker
 from deradiff.anchors.anchor import BETA_CONVENTION, AnchorCard, load_anchor, save_anchor
 from deradiff.anchors.model_card import GRID, write_model_card
-from deradiff.files import write_atomic
+from deradiff.files import sealed, unsealed, write_atomic
 from deradiff.hub import push
+from deradiff.image_tables import encode_png
+from deradiff.images import is_whole_png
 from deradiff.models.base_model import BaseModel
 from deradiff.training.checkpoints import Progress
 from deradiff.training.objectives.base import AnchorObjective, Objective
@@ -32,6 +34,7 @@ from train.build import frozen_dtype
 from train.config import TrainConfig
 from train.data import describe_data, reward_of
 
+BEGUN = "begun.json"
 FINISHED = "finished.json"
 PROMPTS = 4  # of a panel, from the captions of the data, where the config gives none
 LIBRARIES = (torch, diffusers, transformers, peft, accelerate)
@@ -103,29 +106,61 @@ def training_summary(
     return summary
 
 
+def flops_of_step(
+    objective: AnchorObjective, config: TrainConfig, pairs_per_step: int, run_dir: Path
+) -> float:
+    """FLOPs of one optimiser step, as the run has begun.
+
+    They are written down by its first command. A later one finds reference errors in the store that
+    the first has computed, and would count too little.
+    """
+    file = run_dir / BEGUN
+    try:
+        return float(unsealed(json.loads(file.read_text()))["flops_of_step"])
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"train: {file} is written again: {error}", file=sys.stderr, flush=True)
+    flops = objective.step_flops(pairs_per_step, config.model.gradient_checkpointing)
+    write_atomic(file, json.dumps(sealed({"flops_of_step": flops})))
+    return flops
+
+
 def add_cost(
     objective: AnchorObjective,
     config: TrainConfig,
-    pairs_per_step: int,
+    step_flops: float,
     progress: Progress,
     devices: int,
 ) -> None:
     """Write the cost of a finished run into the card of its objective."""
-    checkpointing = config.model.gradient_checkpointing
     objective.card = replace(
         objective.card,
         gpu_hours=progress.seconds / 3600 * devices,
-        flops=config.steps * objective.step_flops(pairs_per_step, checkpointing),
+        flops=config.steps * step_flops,
     )
 
 
-def finished(run_dir: Path) -> Path | None:
-    """The folder of the trained model if the run is finished; else None."""
-    file = run_dir / FINISHED
-    if not file.is_file():
+def finished(config: TrainConfig, run_dir: Path) -> Path | None:
+    """The folder of the trained model if the run is finished and the model whole; else None.
+
+    An anchor that is not what was written is named on stderr: it is made again, from the last
+    checkpoint.
+    """
+    folder = run_dir / config.spec.folder
+    try:
+        is_marked = unsealed(json.loads((run_dir / FINISHED).read_text()))["folder"] == folder.name
+    except (FileNotFoundError, ValueError, KeyError):
+        is_marked = False
+    if not is_marked or not folder.is_dir():
         return None
-    folder = run_dir / json.loads(file.read_text())["folder"]
-    return folder if folder.is_dir() else None
+    if config.spec.makes_anchor:
+        try:
+            load_anchor(folder).check_weights()
+        except ValueError as error:
+            print(f"train: {error}; it is made again", file=sys.stderr, flush=True)
+            return None
+    return folder
 
 
 def finish(
@@ -149,16 +184,16 @@ def finish(
 
     # What makes an anchor's folder a repository.
     if config.spec.makes_anchor:
-        panels = sorted((run_dir / "panel").glob("step-*.png"))
+        panels = sorted(filter(is_whole_png, (run_dir / "panel").glob("step-*.png")))
         if panels:
-            shutil.copyfile(panels[-1], folder / GRID)
+            write_atomic(folder / GRID, panels[-1].read_bytes())
         card = cast(AnchorObjective, objective).card
         write_model_card(folder, card, summary, config.hub.push_to)
         name = f"anchor-{name}"
 
     # Only now is the run finished: until then the same command does all of this again.
     track.artifact(name, "model", folder)
-    write_atomic(run_dir / FINISHED, json.dumps({"folder": folder.name}))
+    write_atomic(run_dir / FINISHED, json.dumps(sealed({"folder": folder.name})))
     return folder
 
 
@@ -206,9 +241,9 @@ class Panels:
             self.prompts = distinct[:PROMPTS]
 
     def __call__(self, network: nn.Module, step: int) -> None:
-        """Draw the panel of a step, unless it is there."""
+        """Draw the panel of a step, unless it is there and whole."""
         file = self.folder / f"step-{step:06d}.png"
-        if self.card is None or file.is_file():
+        if self.card is None or is_whole_png(file):
             return
         try:
             self._draw(network, self.card, file)
@@ -220,22 +255,24 @@ class Panels:
         # The anchor as it would be saved, in a pipeline of its own.
         assert self.base is not None
         panel = self.config.panel
-        anchor = self.folder / "anchor"
-        save_anchor(anchor, network, replace(card))
-        pipe = self.base.load_pipeline(frozen_dtype(self.config)).to(self.device)
+        anchor = self.folder / ".anchor.part"
+        try:
+            save_anchor(anchor, network, replace(card))
+            pipe = self.base.load_pipeline(frozen_dtype(self.config)).to(self.device)
 
-        # The sheet.
-        sheet = sample_panel(
-            pipe,
-            load_anchor(anchor),
-            self.prompts,
-            panel.lambdas,
-            resolution=self.config.model.resolution,
-            steps=panel.steps,
-            guidance_scale=panel.guidance_scale,
-        )
-        sheet.save(file)
-        shutil.rmtree(anchor)
+            # The sheet.
+            sheet = sample_panel(
+                pipe,
+                load_anchor(anchor),
+                self.prompts,
+                panel.lambdas,
+                resolution=self.config.model.resolution,
+                steps=panel.steps,
+                guidance_scale=panel.guidance_scale,
+            )
+            write_atomic(file, encode_png(sheet))
+        finally:
+            shutil.rmtree(anchor, ignore_errors=True)
 
         # Training needs the memory.
         del pipe

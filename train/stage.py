@@ -76,7 +76,7 @@ def _run_alone(
         claim(run_dir, asdict(config) | {"pairs_per_step": per_step}, COSMETIC)
 
     # A finished run is only uploaded, where that has not happened yet.
-    folder = results.finished(run_dir)
+    folder = results.finished(config, run_dir)
     if folder is not None:
         accelerator.print(
             f"train: {run_dir} is finished: see {folder}; another name=... or seed=... starts "
@@ -130,6 +130,8 @@ def _train(
         panels = results.Panels(
             config, base, run_dir, card, data.captions, track, accelerator.device
         )
+        if anchor is not None and is_main:
+            step_flops = results.flops_of_step(anchor, config, per_step, run_dir)
         progress = train(objective, examples, options, run_dir, accelerator, track.log, panels)
         if not is_main:
             return run_dir
@@ -137,7 +139,7 @@ def _train(
         # The main process saves the results; an anchor's card then knows what they have cost.
         if anchor is not None:
             devices = accelerator.num_processes
-            results.add_cost(anchor, config, per_step, progress, devices)
+            results.add_cost(anchor, config, step_flops, progress, devices)
             if config.panel.every:
                 panels(anchor.network, config.steps)
         summary = results.training_summary(config, per_step, options.learning_rate)

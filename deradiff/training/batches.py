@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from deradiff.data.pairs import Examples
 from deradiff.training.objectives.base import Batch, Objective
 from deradiff.training.options import TrainingOptions
+from deradiff.training.preemption import SIGNALS
 
 
 class MicroBatches(Dataset):
@@ -72,9 +74,16 @@ def loader(
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
         # Copies from pinned memory to a GPU do not hold this process up.
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a cluster's signals go to all processes of a run; its loop decides when to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -8,16 +8,17 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from deradiff.files import write_atomic
+from deradiff.files import sealed, unsealed, write_atomic, writing
 
 PROGRESS = "progress.json"  # written last: a folder without it is no checkpoint
+FILES = "files"  # its key of the checksums
 BLOCK = 1 << 24  # bytes read at once
 
 
@@ -55,8 +56,12 @@ class Checkpoints:
 
     def whole(self) -> list[Path]:
         """All complete checkpoints, the newest last."""
-        folders = [path for path in self.folder.glob("step-*") if (path / PROGRESS).is_file()]
-        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+        folders = {}
+        for path in self.folder.glob("step-*"):
+            number = path.name.removeprefix("step-")
+            if number.isdecimal() and (path / PROGRESS).is_file():
+                folders[path] = int(number)
+        return sorted(folders, key=lambda path: folders[path])
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -72,24 +77,36 @@ class Checkpoints:
             progress: how far the run is.
             save: writes the state into a folder; every rank calls it with the same one.
             accelerator: of the run.
+
+        Raises:
+            OSError: where it cannot be written; older ones stay.
         """
         # Each rank writes its part into a folder aside.
         part = self.folder / ".part"
         if accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            with writing(part):
+                part.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        save(part)
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return
+        try:
+            with writing(part):
+                save(part)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                self._complete(part, progress)
+        except OSError:
+            # What did not fit makes room again.
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
-        # The main process makes it a checkpoint: checksums, then the new name.
+    def _complete(self, part: Path, progress: Progress) -> None:
+        """Make a written folder a checkpoint: checksums, then the new name."""
         checksums = {}
         for file in sorted(part.rglob("*")):
             if file.is_file():
                 checksums[file.relative_to(part).as_posix()] = _checksum(file)
-        write_atomic(part / PROGRESS, json.dumps(asdict(progress) | {"files": checksums}))
+        values = sealed(asdict(progress) | {FILES: checksums})
+        write_atomic(part / PROGRESS, json.dumps(values))
         _sync(part)
         final = self.folder / f"step-{progress.step:06d}"
         shutil.rmtree(final, ignore_errors=True)  # a torn one of this step, which was skipped
@@ -104,7 +121,7 @@ class Checkpoints:
         # The best: the lowest loss, and of equal losses the older one.
         losses = {}
         for folder in whole:
-            loss = _progress(folder).loss
+            loss = _loss(folder)
             if loss is not None:
                 losses[folder] = loss
         best = sorted(losses, key=lambda folder: (losses[folder], folder.name))
@@ -138,18 +155,37 @@ class Checkpoints:
 
 
 def _progress(folder: Path) -> Progress:
+    """How far a checkpoint is. Raises ValueError where its `progress.json` has changed."""
     values = _read(folder)
-    known = {key: values[key] for key in ("step", "seconds", "loss") if key in values}
-    return Progress(**known)
+    del values[FILES]
+    return Progress(**values)
+
+
+def _loss(folder: Path) -> float | None:
+    """The loss of a checkpoint; None where it is unknown, or cannot be read."""
+    try:
+        return _progress(folder).loss
+    except ValueError:
+        return None
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / PROGRESS).read_text())
+    """The content of `progress.json`. Raises ValueError where it is not what was written."""
+    try:
+        values = unsealed(json.loads((folder / PROGRESS).read_text()))
+    except ValueError as error:
+        raise ValueError(f"{PROGRESS}: {error}") from error
+    # Those of earlier versions have no digest, and no key that we do not know.
+    known = {field.name for field in fields(Progress)} | {FILES}
+    is_ours = set(values) <= known and FILES in values
+    if not is_ours or values.get("step") != int(folder.name.removeprefix("step-")):
+        raise ValueError(f"{PROGRESS} is not what was written")
+    return values
 
 
 def _check(folder: Path) -> None:
     """Raise ValueError where a file of the checkpoint is missing or has changed."""
-    for name, checksum in _read(folder).get("files", {}).items():
+    for name, checksum in _read(folder)[FILES].items():
         file = folder / name
         if not file.is_file() or _checksum(file) != checksum:
             raise ValueError(f"{name} is not what was written")

@@ -52,7 +52,8 @@ def train(
         run_dir: the folder of `metrics.jsonl` and `checkpoints/`.
         accelerator: made with `options.accumulation` as its gradient accumulation.
         log: called by the main process with the metrics of every logged step.
-        show: called by the main process with the network, every `options.show_every` steps.
+        show: called by the main process with the network, every `options.show_every` steps; after
+            an interruption also once more for the step that it resumes at.
 
     Returns:
         How far the run is: all its steps, and the time that they took.
@@ -78,6 +79,8 @@ def train(
     start = time.perf_counter() - progress.seconds
 
     with Listening() as signals:
+        # What a kill has left out, behind the checkpoint.
+        _show(trained, show, progress.step, options, accelerator)
         while progress.step < options.steps:
             # One optimiser step.
             rate = learning_rate_at(progress.step, options)
@@ -112,8 +115,7 @@ def train(
                 raise Preempted(stop_signal, progress.step)
 
             # Something to look at, such as a panel.
-            if options.show_every and progress.step % options.show_every == 0:
-                _show(trained, show, progress.step, accelerator)
+            _show(trained, show, progress.step, options, accelerator)
 
     # The result: the average, if there is one, as a plain network.
     report.close()
@@ -161,9 +163,15 @@ def _show(
     trained: TrainedNetwork,
     show: Callable[[torch.nn.Module, int], None],
     step: int,
+    options: TrainingOptions,
     accelerator: Accelerator,
 ) -> None:
-    """Call `show` on the main process while the others wait; training's random numbers stay."""
+    """Call `show` on the main process, at a step that has something to show.
+
+    The others wait, and training's random numbers stay.
+    """
+    if not options.show_every or not step or step % options.show_every:
+        return
     network = trained.snapshot()
     if accelerator.is_main_process:
         with torch.random.fork_rng():

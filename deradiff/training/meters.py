@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deradiff.files import write_atomic
+from deradiff.files import append_line, write_atomic
 from deradiff.models.published import peak_tflops
 from deradiff.training.objectives.base import Batch
 from deradiff.training.options import TrainingOptions
@@ -178,23 +178,23 @@ class MetricsFile:
     Args:
         path: of the file.
         step: the step that the run resumes at. Later lines, of a run that was killed, are removed,
-            and so is a torn last line.
+            and so are torn ones.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        # Lines up to the step stay. A line that a kill has cut is the last one.
-        kept = []
-        lines = path.read_text().splitlines() if path.is_file() else []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                break
-        write_atomic(path, "".join(kept))
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        kept = [line + b"\n" for line in lines if _is_up_to(line, step)]
+        write_atomic(path, b"".join(kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a line."""
-        with open(self.path, "a") as handle:
-            handle.write(json.dumps(row) + "\n")
+        append_line(self.path, json.dumps(row))
+
+
+def _is_up_to(line: bytes, step: int) -> bool:
+    """Whether a line is a whole one, of a step up to this."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (
+    signal.SIGINT,  # Ctrl-C
     signal.SIGTERM,  # kill, and Slurm's scancel
     signal.SIGUSR1,  # Slurm's --signal=USR1
     signal.SIGUSR2,  # submitit
 )
+AGAIN = b"stopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
+STDERR = 2  # its file descriptor
 REQUEUE = 75  # the exit status EX_TEMPFAIL of sysexits.h: "try again later"
 
 
@@ -31,7 +35,7 @@ class Preempted(Exception):
 
 
 class Listening:
-    """A block in which the signals of SIGNALS are only noted.
+    """A block in which the signals of SIGNALS are only noted; a second Ctrl-C interrupts at once.
 
     After the block, whatever handled them before handles them again.
 
@@ -50,6 +54,12 @@ class Listening:
         return self
 
     def _note(self, signal_number: int, frame: FrameType | None) -> None:
+        is_ctrl_c = signal_number == signal.SIGINT
+        if is_ctrl_c and self.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if is_ctrl_c:
+            # A handler may interrupt a print, which cannot begin another.
+            os.write(STDERR, AGAIN)
         self.signal_number = signal_number
 
     def __exit__(

@@ -2,7 +2,9 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import deradiff
-from configs.tracking import GuardedTracker, Tracker, TrackingConfig
+from configs.tracking import GuardedTracker, Tracker, TrackingConfig, tracker
 from deradiff import hub
-from deradiff.anchors.anchor import AnchorCard
+from deradiff.anchors.anchor import AnchorCard, load_anchor
 from deradiff.anchors.model_card import write_model_card
+from deradiff.images import is_whole_png
 from tests.support.train_runs import go
-from train.config import FinetuneConfig, HubConfig, PanelConfig
+from train import results
+from train.config import DPOConfig, FinetuneConfig, HubConfig, PanelConfig
 
 LORA = "pytorch_lora_weights.safetensors"
 LINE = 14  # pixels of a line of text in a panel
@@ -216,6 +220,114 @@ def test_a_tracker_that_does_not_start_does_not_stop_the_run(train_config, monke
     assert go(replace(train_config, steps=1, tracking=TrackingConfig(kind="wandb"))).is_dir()
     message = "the tracker wandb did not start (no such project); going on without it"
     assert message in capsys.readouterr().err
+
+
+def test_a_tracker_that_fails_or_hangs_at_its_end_does_not_end_or_hold_a_run(
+    train_config, monkeypatch, capsys
+):
+    class Run:
+        id = dir = "x"
+        offline = True
+        hangs = False
+
+        def __init__(self, **_):
+            self.codes = []
+
+        def log(self, *_, **__):
+            pass
+
+        log_artifact = log
+
+        def finish(self, exit_code):
+            if self.hangs:
+                time.sleep(60)
+            raise RuntimeError("the network is gone")
+
+    wandb = SimpleNamespace(
+        login=lambda **_: False,
+        init=Run,
+        Settings=lambda **_: None,
+        Artifact=lambda *_, **__: SimpleNamespace(add_dir=lambda _: None),
+    )
+    monkeypatch.setattr("configs.wandb_tracker.wandb", wandb)
+    monkeypatch.setattr("configs.wandb_tracker.FINISH_SECONDS", 0.1)
+    monkeypatch.setattr("configs.tracking.ABANDONED", [])
+    tracked = replace(train_config, steps=1, tracking=TrackingConfig(kind="wandb"))
+    assert go(tracked).is_dir()
+    assert "train: the tracker failed at its end (the network is gone)" in capsys.readouterr().err
+
+    monkeypatch.setattr(Run, "hangs", True)
+    with pytest.raises(ValueError, match="no good"), tracker_of(tracked):
+        raise ValueError("no good")
+    err = capsys.readouterr().err
+    assert err.startswith("train: W&B has not finished within 0.1 seconds; wandb sync x uploads")
+    assert "Traceback" not in err
+
+
+def tracker_of(config):
+    return tracker(config.tracking, "train", Path(config.runs), {})
+
+
+def test_a_panel_that_a_kill_or_a_bit_has_spoilt_is_drawn_again(train_config, monkeypatch):
+    panel = PanelConfig(every=2, prompts=["a red circle"], lambdas=[0.0, 1.0], steps=1)
+    config = replace(train_config, panel=panel)
+    folder = go(config)
+    last = folder.parent / "panel/step-000003.png"
+    whole = last.read_bytes()
+    assert is_whole_png(last)
+
+    (folder.parent / "finished.json").unlink()
+    for spoilt in (whole[:-20], whole[:100] + b"?" + whole[101:], b"", whole + b"0"):
+        last.write_bytes(spoilt)
+        assert not is_whole_png(last)
+    go(config)
+    assert last.read_bytes() == whole
+    assert (folder / "grid.png").read_bytes() == whole
+    left = sorted(file.name for file in last.parent.iterdir())
+    assert left == ["step-000002.png", "step-000003.png"]
+
+
+def test_a_finished_anchor_that_is_not_what_was_written_is_made_again(train_config, capsys):
+    folder = go(train_config)
+    for name, place in ((LORA, -30), ("anchor.json", 30)):
+        file = folder / name
+        whole = file.read_bytes()
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1
+        file.write_bytes(spoilt)
+        go(train_config)
+        assert "it is made again" in capsys.readouterr().err
+        if name == LORA:
+            assert file.read_bytes() == whole
+        assert load_anchor(folder).check_weights() is None
+
+    # A mark that cannot be read, or names another folder, marks nothing.
+    for mark in ("{torn", '{"folder": "../secrets"}', '{"folder": "checkpoints"}', "[]"):
+        (folder.parent / "finished.json").write_text(mark)
+        assert results.finished(train_config, folder.parent) is None
+
+
+def test_the_card_says_the_same_cost_wherever_a_run_was_interrupted(train_config, monkeypatch):
+    config = replace(train_config, steps=4)
+    whole = json.loads((go(replace(config, name="whole")) / "anchor.json").read_text())
+
+    # Interrupted after its last step, when the store holds all of the reference's errors.
+    other = replace(config, name="stopped", runs=f"{config.runs}/other")
+    monkeypatch.setattr(results, "add_cost", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go(other)
+    monkeypatch.undo()
+    stopped = json.loads((go(other) / "anchor.json").read_text())
+    assert stopped["flops"] == whole["flops"]
+
+    # A run with another beta is spared the reference.
+    folder = go(replace(other, name="spared", dpo=DPOConfig(9.0)))
+    spared = json.loads((folder / "anchor.json").read_text())
+    assert spared["flops"] < whole["flops"]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_tensorboard_gets_the_numbers_of_metrics_jsonl(train_config):

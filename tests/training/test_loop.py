@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 
@@ -124,7 +125,7 @@ def test_accuracy_is_averaged_by_band_of_time_and_terms_are_means_over_pairs(tmp
     assert "mfu" not in row
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_checkpoints_and_stops_between_two_steps(tmp_path, signal_number):
     class Signalled(Regression):
         def loss(self, network, batch):
@@ -143,6 +144,65 @@ def test_a_signal_checkpoints_and_stops_between_two_steps(tmp_path, signal_numbe
     train_here(resumed, tmp_path / "stopped")
     train_here(whole, tmp_path / "whole")
     assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path, capfd):
+    class Signalled(Regression):
+        def loss(self, network, batch):
+            if len(self.seen) in (24, 26):
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().loss(network, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_here(Signalled(), tmp_path, batch_size=2, accumulation=2)
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    assert Checkpoints(tmp_path, 2).newest().name == "step-000005"
+
+
+def test_workers_that_load_data_leave_signals_to_the_loop(tmp_path):
+    class Signalled(Regression):
+        def loss(self, network, batch):
+            if len(self.seen) == 24:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGINT)
+                    os.kill(child.pid, signal.SIGTERM)
+            return super().loss(network, batch)
+
+    objective = Signalled()
+    train_here(objective, tmp_path, workers=1)
+    assert len(objective.seen) == 48
+
+
+def test_a_torn_line_of_the_metrics_costs_no_other(tmp_path):
+    train_here(Regression(), tmp_path, steps=10)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    lines[1] = lines[1][:9] + b"\xff"
+    lines.insert(3, b"[7]")
+    lines.insert(3, b"{}")
+    file.write_bytes(b"\n".join(lines) + b'{"step')
+    train_here(Regression(), tmp_path)
+    assert [row["step"] for row in logged(tmp_path)] == [2, 6, 8, 10, 12]
+
+
+def test_what_a_kill_behind_a_checkpoint_left_out_is_shown_when_the_run_goes_on(tmp_path):
+    shown = []
+
+    def show(network, step):
+        shown.append((step, weights_of(network)))
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    wanted = options(show_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(Regression(), examples(), wanted, tmp_path, Accelerator(cpu=True), show=show)
+    train(Regression(), examples(), wanted, tmp_path, Accelerator(cpu=True), show=show)
+    assert [step for step, _ in shown] == [5, 10, 10]
+    assert torch.equal(shown[1][1], shown[2][1])
+
+
+def weights_of(network):
+    return torch.cat([p.detach().flatten().clone() for p in network.parameters()])
 
 
 def test_a_call_of_show_does_not_disturb_what_is_trained(tmp_path):
