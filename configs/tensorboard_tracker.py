@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from configs.tracking import Tracker, TrackingConfig
+from deradiff.image_files import read_image
 
 
 class TensorBoardTracker(Tracker):
@@ -34,7 +34,7 @@ class TensorBoardTracker(Tracker):
         """One image file; svg files are not shown."""
         if path.suffix == ".svg":
             return
-        pixels = np.asarray(Image.open(path).convert("RGB"))
+        pixels = np.asarray(read_image(path))
         self.writer.add_image(name, pixels, self.step, dataformats="HWC")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from deradiff.files import write_atomic
+from deradiff.image_files import UnreadableImage, decode_image, read_image
+
+DATA_ADDRESS = re.compile(r"data:image/[a-z.+-]{1,20};base64,")
+"""What stands before an image in base64 that comes from a web page."""
 
 
 def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
@@ -60,25 +66,50 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(cell: Any) -> Image.Image:
+def image_of_cell(cell: Any) -> Image.Image:
     """The RGB image of a cell.
 
     Args:
-        cell: encoded bytes, or the record that `datasets` makes of an image.
+        cell: an encoded image as bytes, as a list of bytes or as text in base64; the record
+            `{"bytes": ..., "path": ...}` that `datasets` makes of an image; or a `Path`, which no
+            table holds, of a file that may be read.
 
     Raises:
-        OSError: for what is not an image.
+        UnreadableImage: for anything else. A path that stands in a table is never read: it would
+            be one of this machine, and the table's author would choose it.
     """
-    # The encoded bytes.
+    if isinstance(cell, Path):
+        return read_image(cell)
     if isinstance(cell, dict):
-        has_bytes = cell.get("bytes") is not None
-        cell = cell["bytes"] if has_bytes else Path(cell["path"]).read_bytes()
-    if cell is None:
-        raise OSError("the cell is empty")
+        if cell.get("bytes") is None and cell.get("path") is not None:
+            raise UnreadableImage(_refused_path(str(cell["path"])))
+        cell = cell.get("bytes")
+    return decode_image(_encoded(cell))
 
-    # The image.
-    try:
-        return Image.open(io.BytesIO(cell)).convert("RGB")
-    # PIL raises these for some torn PNGs, and for an image of too many pixels.
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from error
+
+def _encoded(cell: Any) -> bytes:
+    """The bytes of a cell. Raises UnreadableImage."""
+    if cell is None:
+        raise UnreadableImage("the cell is empty")
+    if isinstance(cell, bytes):
+        return cell
+    if isinstance(cell, str):
+        try:
+            return base64.b64decode(DATA_ADDRESS.sub("", cell), validate=True)
+        except ValueError:
+            raise UnreadableImage(_refused_path(cell)) from None
+    if isinstance(cell, list):
+        try:
+            return bytes(cell)
+        except (TypeError, ValueError):
+            raise UnreadableImage(
+                f"the cell is a list of {len(cell)}: give a table with one image in each cell"
+            ) from None
+    raise UnreadableImage(f"the cell is a {type(cell).__name__}: give the bytes of an image file")
+
+
+def _refused_path(path: str) -> str:
+    return (
+        f"the cell names {path[:100]!r} and holds no image, and no file that a table names is "
+        "read: write the bytes of the images into the table, or give their folder"
+    )

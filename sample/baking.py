@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from deradiff.anchors.anchor import load_anchor
 from deradiff.data.prompts import Prompt
 from deradiff.evaluation.statistics import paired_bootstrap
+from deradiff.image_files import read_image
 from deradiff.realignment.bake import bake, read_note, write_note
 from sample.manifest import image_path
 from sample.sweep import Sweep
@@ -118,5 +118,5 @@ def _distances(
 def _rms(one: Path, other: Path) -> float:
     pixels = []
     for file in (one, other):
-        pixels.append(np.asarray(Image.open(file).convert("RGB"), dtype=np.float64))
+        pixels.append(np.asarray(read_image(file), dtype=np.float64))
     return float(np.sqrt(np.square(pixels[0] - pixels[1]).mean()))

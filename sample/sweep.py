@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from PIL import Image
 
 from configs.tracking import Tracker, tracker
 from deradiff.anchors.anchor import Anchor
 from deradiff.data.prompts import Prompt
 from deradiff.files import anchor_digest, claim, slug
+from deradiff.image_files import read_image
 from deradiff.images import labelled_grid
 from deradiff.models.base_model import BaseModel
 from deradiff.progress import progress_bar
@@ -194,7 +194,7 @@ def show(config: SampleConfig, prompts: Sequence[Prompt], run_dir: Path, track: 
     spacing = math.ceil(len(rows) / GRID_ROWS)
     opened = []
     for text, files in rows[::spacing]:
-        opened.append((text, [Image.open(file) for file in files]))
+        opened.append((text, [read_image(file) for file in files]))
     heads = [_head(lams) for lams in config.points]
     labelled_grid(opened, heads, GRID_TILE).save(run_dir / GRID)
 

@@ -49,6 +49,7 @@ ROOMS_BELOW = {
 SHARED_FILES = {
     "files",
     "hub",
+    "image_files",
     "image_tables",
     "images",
     "locks",
@@ -63,6 +64,11 @@ NOWHERE = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 NOWHERE |= {"torchvision", "open_clip", "hpsv2"}
 NEVER_CALLED = {"eval", "exec", "__import__"}
 NEVER_CALLED |= {"read_pickle", "to_pickle", "unsafe_load", "full_load"}
+
+OPENS_IMAGES = ROOT / "deradiff" / "image_files.py"
+"""The one file that decodes images: what it refuses, nothing else may open."""
+
+IMAGE_READERS = {"imread", "load_image"}
 
 # Imports inside functions: packages that not everyone has, or that a command loads only if asked.
 OPTIONAL = {
@@ -145,6 +151,17 @@ def unsafe_calls(source):
             yield f"line {node.lineno}: {whole} would run or unpickle what a file holds"
 
 
+def opened_images(source):
+    """Calls that decode an image by another way than `deradiff.image_files`, with their lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            whole = ast.unparse(node.func)
+            if whole.endswith("Image.open") or called_name(node) in IMAGE_READERS:
+                yield f"line {node.lineno}: {whole}"
+        if isinstance(node, ast.ImportFrom) and node.module == "PIL.Image":
+            yield f"line {node.lineno}: an import from PIL.Image"
+
+
 def dense_expressions(source):
     """Expressions that hold more than one idea, with their lines."""
     for node in ast.walk(ast.parse(source)):
@@ -191,6 +208,8 @@ def test_file_keeps_to_the_house(file):
     source = file.read_text()
     assert not wrong_imports(file.relative_to(ROOT).parts[0], source)
     assert not list(unsafe_calls(source))
+    is_test = file.is_relative_to(ROOT / "tests")
+    assert is_test or file == OPENS_IMAGES or not list(opened_images(source))
     assert "# fmt: " not in source or file == Path(__file__)
     assert not list(dense_expressions(source))
     assert file in MAY_HIDE_IMPORTS or not list(hidden_imports(source))
@@ -239,6 +258,19 @@ def test_a_wrong_import_is_seen(package, source):
 )
 def test_an_unsafe_call_is_seen(source):
     assert list(unsafe_calls(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "Image.open(file)",
+        "PIL.Image.open(file)",
+        "from PIL.Image import open",
+        "plt.imread(file)",
+    ],
+)
+def test_an_image_that_is_opened_elsewhere_is_seen(source):
+    assert list(opened_images(source))
 
 
 @pytest.mark.parametrize(

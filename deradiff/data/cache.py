@@ -52,8 +52,8 @@ them are not faster (docs/training.md).
 BATCHES_AHEAD = 2
 """Batches of images that are decoded while the autoencoder works."""
 
-LAYOUT = 3
-"""Version of the files' layout."""
+LAYOUT = 4
+"""Version of the files' layout, and of how images are decoded."""
 
 LATENTS = "latents"
 FLIPPED_LATENTS = "flipped"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,9 +18,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from deradiff.data.tables import CHOICE_COLUMNS, IMAGE_COLUMNS, PAIR_COLUMNS, open_table
-from deradiff.image_tables import decode_image
+from deradiff.image_files import UnreadableImage
+from deradiff.image_tables import image_of_cell
 
 log = logging.getLogger(__name__)
+
+
+SHOWN_VALUES = 5
+"""How many values of a column an error names."""
+
+MEANINGS = {
+    "label_0": "give 1 where the first image is preferred, 0 where the second is, 0.5 for a tie",
+    "has_label": "give true or false, or 1 or 0",
+}
+"""What the values of a column mean, for messages."""
 
 
 class EpochIndex(NamedTuple):
@@ -97,7 +109,9 @@ class CaptionedImages:
         # The table, and which of its rows can be used.
         self.table = open_table(path, split, revision, streaming)
         self.columns = self._columns()
-        captions = self.table.column("caption")
+        if len(self.table) == 0:
+            raise ValueError(f"{path} has no row")
+        captions = self._captions()
         has_caption = np.array([caption is not None for caption in captions], dtype=bool)
         self.missing_captions = int((~has_caption).sum())
         self.rows = np.flatnonzero(self.usable_rows(has_caption))[:limit]
@@ -122,6 +136,28 @@ class CaptionedImages:
             f"{self.path} lacks the column {', '.join(missing)}{alternatives}; "
             f"it has {', '.join(present)}"
         )
+
+    def _captions(self) -> list[str | None]:
+        """The captions of all rows. Raises ValueError for what is no text."""
+        captions = self._column("caption")
+        for row, caption in enumerate(captions):
+            if not isinstance(caption, str | None):
+                raise ValueError(
+                    f"{self.path}: caption of row {row} is a {type(caption).__name__} "
+                    f"({reprlib.repr(caption)}): give a table whose captions are texts, one in "
+                    "each row"
+                )
+        return captions
+
+    def _column(self, name: str) -> list[Any]:
+        """A column of small values of all rows. Raises ValueError where it is torn."""
+        try:
+            return self.table.column(name)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.path}: {name} holds text that is no UTF-8 ({error.reason}): write the "
+                "table again"
+            ) from error
 
     def usable_rows(self, has_caption: np.ndarray) -> np.ndarray:
         """Which rows of the table can be used, as a mask: those with a caption.
@@ -173,8 +209,8 @@ class CaptionedImages:
         images = []
         for column, content in encoded:
             try:
-                images.append(decode_image(content))
-            except OSError as error:
+                images.append(image_of_cell(content))
+            except UnreadableImage as error:
                 raise BrokenImage(
                     f"{self.path}: {column} of row {self.rows[index]} is not an image "
                     f"that can be decoded: {error}"
@@ -229,10 +265,13 @@ class Pairs(CaptionedImages):
             return has_caption
 
         # In Pick-a-Pic's columns, the label decides. Where there is none, label_0 means nothing.
-        self.label = np.array(self.table.column("label_0"), dtype=float)
+        labels = self._column("label_0")
         if "has_label" in self.table.columns:
-            has_label = np.array(self.table.column("has_label"), dtype=bool)
-            self.label[~has_label] = np.nan
+            has_label = self._column("has_label")
+            self._check_values("has_label", has_label, (True, False))
+            labels = [label if has == 1 else None for label, has in zip(labels, has_label)]
+        self._check_values("label_0", labels, (1, 0, 0.5))
+        self.label = np.array(labels, dtype=float)
 
         # A row that has a caption but no winner is a tie, or has no label.
         has_winner = (self.label == 0) | (self.label == 1)
@@ -243,6 +282,18 @@ class Pairs(CaptionedImages):
                 f"{self.path} has no pair with a winner: every label_0 is a tie or missing"
             )
         return has_caption & has_winner
+
+    def _check_values(self, name: str, values: list[Any], known: tuple[float, ...]) -> None:
+        """Raise ValueError for other values than the known ones; null and NaN say nothing."""
+        for row, value in enumerate(values):
+            is_number = isinstance(value, int | float)
+            if value is None or (is_number and (value in known or value != value)):
+                continue
+            found = ", ".join(sorted({reprlib.repr(value) for value in values})[:SHOWN_VALUES])
+            raise ValueError(
+                f"{self.path}: {name} of row {row} is {reprlib.repr(value)}, and the column has "
+                f"the values {found}: {MEANINGS[name]}"
+            )
 
     def image_columns(self, index: int) -> Sequence[str]:
         """The columns of the winner and of the loser of an example."""

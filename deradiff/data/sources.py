@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import datasets
@@ -32,7 +33,8 @@ def parquet_files(path: str, split: str, revision: str | None = None) -> list[st
     if local.is_dir():
         if next(local.glob("**/*.parquet"), None) is None:
             return None
-        builder = datasets.load_dataset_builder("parquet", data_dir=str(local))
+        # The name of a folder is no pattern, whatever brackets and stars it has.
+        builder = datasets.load_dataset_builder("parquet", data_dir=glob.escape(str(local)))
         return _files_of_split(builder, path, split)
 
     # On the hub.
@@ -46,13 +48,25 @@ def parquet_files(path: str, split: str, revision: str | None = None) -> list[st
 
 
 def _hub_builder(path: str, revision: str | None) -> datasets.DatasetBuilder:
+    """What reads a data set of the hub. Raises ValueError."""
     try:
-        return datasets.load_dataset_builder(path, revision=revision)
+        builder = datasets.load_dataset_builder(path, revision=revision)
     except (HfHubHTTPError, datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"path={path} could not be read from the hub ({type(error).__name__}): give a "
             "mirror's id, or download the data set as parquet and give its folder"
         ) from error
+
+    # A data set says itself where its files are, and could name files of this machine.
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            address = file.rpartition("::")[2]
+            if "://" not in address or address.startswith(("file:", "local:")):
+                raise ValueError(
+                    f"path={path} names a file of this machine ({file}), which is not read: give "
+                    "another data set"
+                )
+    return builder
 
 
 def _files_of_split(builder: datasets.DatasetBuilder, path: str, split: str) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +35,7 @@ GROUPS_IN_MEMORY = 2
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file.
+    """One parquet file, as its footer describes it.
 
     Attributes:
         address: a path, or an fsspec address.
@@ -41,7 +43,6 @@ class Shard:
         size: bytes.
         groups: number of rows of each row group.
         columns: names of all columns.
-        small: the small columns of all rows.
     """
 
     address: str
@@ -49,25 +50,68 @@ class Shard:
     size: int
     groups: tuple[int, ...]
     columns: tuple[str, ...]
-    small: pa.Table
 
 
-def _read_shard(address: str) -> Shard:
-    """Read a file's footer and its small columns."""
+@contextmanager
+def _opened(address: str) -> Iterator[pq.ParquetFile]:
+    """A parquet file, opened. Raises ValueError for what is none, or is torn."""
+    system, path = fsspec.core.url_to_fs(address)
+    try:
+        with system.open(path) as file:
+            yield pq.ParquetFile(file)
+    # arrow's errors are of the first two classes; a torn text is no UTF-8.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{address} is no parquet file that can be read ({reason}): it is torn or something "
+            "else, so fetch or copy it again"
+        ) from error
+
+
+def _read_footer(address: str) -> Shard:
     # What tells this file from a later one at the same address.
     system, path = fsspec.core.url_to_fs(address)
     info = system.info(path)
     version = info.get("blob_id") or info.get("mtime") or info.get("created")
 
-    # The footer names the columns and the row groups; the small columns are read whole.
-    with system.open(path) as file:
-        parquet = pq.ParquetFile(file)
+    # The footer names the columns and the row groups.
+    with _opened(address) as parquet:
         columns = tuple(parquet.schema_arrow.names)
         metadata = parquet.metadata
         groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        small_columns = [name for name in SMALL_COLUMNS if name in columns]
-        small = parquet.read(small_columns, use_threads=False)
-    return Shard(address, str(version), info["size"], groups, columns, small)
+    return Shard(address, str(version), info["size"], groups, columns)
+
+
+def _read_small_columns(shard: Shard) -> pa.Table:
+    """The small columns of all rows of a file."""
+    names = [name for name in SMALL_COLUMNS if name in shard.columns]
+    with _opened(shard.address) as parquet:
+        return parquet.read(names, use_threads=False)
+
+
+def read_shards(addresses: list[str]) -> list[Shard]:
+    """The files of a table by their footers, without those that have no rows.
+
+    Args:
+        addresses: paths, or fsspec addresses.
+
+    Returns:
+        The files with rows; where none has any, the first.
+
+    Raises:
+        ValueError: for a file that is no parquet, or has other columns than the first.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        shards = list(pool.map(_read_footer, addresses))
+    with_rows = [shard for shard in shards if sum(shard.groups)]
+    for shard in with_rows:
+        if set(shard.columns) != set(with_rows[0].columns):
+            raise ValueError(
+                f"{shard.address} has the columns {', '.join(shard.columns)}, and "
+                f"{with_rows[0].address} has {', '.join(with_rows[0].columns)}: give shards of one "
+                "table"
+            )
+    return with_rows or shards[:1]
 
 
 class ParquetStream:
@@ -84,14 +128,14 @@ class ParquetStream:
         size: bytes of all files.
 
     Raises:
-        ValueError: where a file has other columns than the first.
+        ValueError: for a file that is no parquet, or has other columns than the first.
     """
 
     def __init__(self, addresses: list[str]) -> None:
         # Footers and small columns of all files.
+        self.shards = read_shards(addresses)
         with ThreadPoolExecutor(THREADS) as pool:
-            self.shards = list(pool.map(_read_shard, addresses))
-        self._check_columns()
+            self._small = list(pool.map(_read_small_columns, self.shards))
         self.columns = list(self.shards[0].columns)
         self.size = sum(shard.size for shard in self.shards)
         lines = [f"{shard.address} {shard.version} {shard.size}\n" for shard in self.shards]
@@ -109,23 +153,14 @@ class ParquetStream:
         self.blocks = np.stack([shards_of_rows, groups_of_rows])
         self._groups_in_memory: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
 
-    def _check_columns(self) -> None:
-        first = self.shards[0]
-        for shard in self.shards:
-            if set(shard.columns) != set(first.columns):
-                raise ValueError(
-                    f"{shard.address} has the columns {', '.join(shard.columns)}, "
-                    f"the first shard {', '.join(first.columns)}"
-                )
-
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
     def column(self, name: str) -> list[Any]:
         """One of `SMALL_COLUMNS`, of all rows."""
         values = []
-        for shard in self.shards:
-            values += shard.small[name].to_pylist()
+        for small in self._small:
+            values += small[name].to_pylist()
         return values
 
     def row(self, index: int) -> dict[str, Any]:
@@ -152,8 +187,6 @@ class ParquetStream:
         # Its rows, with the columns that training reads.
         wanted = {*LARGE_COLUMNS, *SMALL_COLUMNS}
         columns = [name for name in shard.columns if name in wanted]
-        system, path = fsspec.core.url_to_fs(shard.address)
-        with system.open(path) as file:
-            parquet = pq.ParquetFile(file)
+        with _opened(shard.address) as parquet:
             table = parquet.read_row_group(group - groups_before, columns, use_threads=False)
-        return table.to_pylist()
+            return table.to_pylist()

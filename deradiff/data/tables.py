@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 
 from deradiff.data.sources import parquet_files
-from deradiff.data.stream import ParquetStream
+from deradiff.data.stream import LARGE_COLUMNS, SMALL_COLUMNS, ParquetStream, read_shards
 
 PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
 """Of Pick-a-Pic: two images, and which of them is preferred."""
@@ -42,7 +45,7 @@ class RowSource(Protocol):
         """A column of small values (captions, labels) of all rows."""
 
     def row(self, index: int) -> dict[str, Any]:
-        """One row; its images are encoded bytes."""
+        """One row; its images are as `deradiff.image_tables.image_of_cell` takes them."""
 
 
 def open_table(
@@ -80,6 +83,9 @@ class ArrowTable:
         split: of the data set.
         revision: of the data set.
         files: parquet files to read.
+
+    Raises:
+        ValueError: for what is no such table.
     """
 
     blocks = None
@@ -89,26 +95,58 @@ class ArrowTable:
     ) -> None:
         # Downloaded and copied where that is not done yet.
         datasets.disable_progress_bars()
-        if files is not None:
-            table = datasets.load_dataset("parquet", data_files=files, split="train")
-        else:
-            table = datasets.load_dataset(path, split=split, revision=revision)
+        try:
+            table = _load(path, split, revision, files)
+        except (DatasetGenerationError, FileNotFoundError, ValueError) as error:
+            cause = error.__cause__ or error
+            reason = " ".join(str(cause).split())[:300]
+            raise ValueError(f"path={path} is no table that can be read: {reason}") from error
 
-        # Images stay bytes here: decoded one at a time, a broken one can be named.
-        for name, feature in table.features.items():
-            if isinstance(feature, datasets.Image):
-                table = table.cast_column(name, datasets.Image(decode=False))
+        # Cells stay as they are: decoded here one at a time, a broken one can be named.
         self.table = table
         self.columns = list(table.column_names)
         self.fingerprint = str(table._fingerprint)
+        names = [name for name in self.columns if name in {*SMALL_COLUMNS, *LARGE_COLUMNS}]
+        self._rows = table.select_columns(names).with_format("arrow")
+
+        # A folder's images are its files. Elsewhere a path is not read; see `image_of_cell`.
+        self._folders: tuple[Path, ...] = ()
+        if files is None and Path(path).is_dir():
+            self._folders = (Path(path).resolve(),)
+        elif files is None:
+            config = datasets.config
+            caches = (config.DOWNLOADED_DATASETS_PATH, config.HF_HUB_CACHE)
+            self._folders = tuple(Path(cache).resolve() for cache in caches)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def column(self, name: str) -> list[Any]:
         """A column of all rows, in memory."""
-        return list(self.table[name])
+        return self.table.data.column(name).to_pylist()
 
     def row(self, index: int) -> dict[str, Any]:
-        """One row; its images are encoded bytes."""
-        return self.table[index]
+        """One row; its images are encoded bytes, or files of the folder that was opened."""
+        (row,) = self._rows[index : index + 1].to_pylist()
+        return {name: self._file_or(cell) for name, cell in row.items()}
+
+    def _file_or(self, cell: Any) -> Any:
+        """The file that a cell of a folder of images stands for; any other cell as it is."""
+        if not isinstance(cell, dict) or cell.get("bytes") is not None or not cell.get("path"):
+            return cell
+        file = Path(cell["path"])
+        is_inside = any(file.resolve().is_relative_to(folder) for folder in self._folders)
+        return file if is_inside else cell
+
+
+def _load(path: str, split: str, revision: str | None, files: list[str] | None) -> datasets.Dataset:
+    """The table of a data set, by `datasets`. Names of files are no patterns, though it takes them
+    for such."""
+    if files is None and Path(path).is_dir():
+        folder = glob.escape(path)
+        return datasets.load_dataset("imagefolder", data_dir=folder, split=split)
+    if files is None:
+        return datasets.load_dataset(path, split=split, revision=revision)
+    if Path(files[0]).is_file():
+        files = [glob.escape(shard.address) for shard in read_shards(files)]
+    return datasets.load_dataset("parquet", data_files=files, split="train")

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from PIL import Image
 from tqdm import tqdm
 
 from deradiff.files import write_atomic
+from deradiff.image_files import read_image
 from deradiff.progress import progress_bar
 from deradiff.scorers import load_spec
 from deradiff.scorers.base import Scorer
@@ -138,7 +138,7 @@ class _ScoringRun:
             self.progress.update(len(batch))
 
     def _scores(self, batch: pd.DataFrame) -> list[float]:
-        images = [Image.open(file).convert("RGB") for file in batch["file"]]
+        images = [read_image(file) for file in batch["file"]]
         prompts = list(batch["prompt"])
         scores = self.scorer(images, prompts).double().cpu().numpy()
         for file, score in zip(batch["file"], scores):

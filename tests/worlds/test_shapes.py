@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from deradiff.data.tables import open_table
-from deradiff.image_tables import decode_image
+from deradiff.image_tables import image_of_cell
 from deradiff.worlds import shapes
 
 
@@ -74,8 +74,8 @@ def test_labels_are_bradley_terry_draws(tmp_path, weights):
     shapes.write_pairs(path, 1500, seed=0, reward=weights)
     rows = open_table(str(path))
     captions = rows.column("caption")
-    first = [decode_image(cell) for cell in rows.column("jpg_0")]
-    second = [decode_image(cell) for cell in rows.column("jpg_1")]
+    first = [image_of_cell(cell) for cell in rows.column("jpg_0")]
+    second = [image_of_cell(cell) for cell in rows.column("jpg_1")]
     difference = torch.zeros(1500)
     for name, weight in weights.items():
         reward = getattr(shapes, name)

@@ -28,6 +28,7 @@ from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import SampledModel
 from deradiff.evaluation.statistics import paired_bootstrap
 from deradiff.evaluation.tables.table import describe_sampling
+from deradiff.image_files import read_image
 
 GRID_IMAGES = 240
 """Images of all grids together: the report stays under a few megabytes."""
@@ -102,7 +103,7 @@ class ImageGrid:
 
 def data_uri(file: str) -> str:
     """An image file as a JPEG inside a URI, brought to 128 to 256 pixels."""
-    image = Image.open(file).convert("RGB")
+    image = read_image(file)
     longest = max(image.size)
     side = min(max(longest, SMALLEST), LARGEST)
     width = max(1, round(image.width * side / longest))
@@ -344,7 +345,7 @@ def _draw_reversal(comparison: Comparison, rows: pd.DataFrame, lams: Sequence[fl
                 place = figure.add_subplot(grid[line, column])
                 place.axis("off")
                 if lam in files:
-                    image = Image.open(files[lam]).convert("RGB")
+                    image = read_image(files[lam])
                     image.thumbnail((CELL, CELL))
                     # Unclipped: the id of a clip path follows from coordinates, whose last bits
                     # differ from run to run, and with them would the bytes of the file
