@@ -47,7 +47,8 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
 
     Args:
         stage: its name: of the command, the config file and the folder of its runs.
-        schema: the config's dataclass.
+        schema: the config's dataclass, with `run_name()`, and with `check_paths()`, which refuses
+            local paths where nothing is.
         run: where the stage's function is, `module:name`. It takes the config and the run
             directory, and is imported after the config is valid.
         configs: the folder of the config files.
@@ -60,6 +61,7 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
         # Merged into the schema once more, because Hydra lets +key=... add what no field would read
         typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg))
         config: Any = OmegaConf.to_object(typed)
+        config.check_paths()
         run_dir = Path(config.runs) / stage / config.run_name()
         function_at(run)(config, run_dir)
 

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from configs.paths import place
+from configs.paths import CHECKPOINT, check_path, check_samples, place
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
 from deradiff.scorers.spec import ScorerSpec
+
+TOKENIZER = "a tokenizer's folder, or a hub id such as org/name"
 
 
 @dataclass
@@ -116,6 +118,25 @@ class EvalConfig:
                 f"select.score={self.select.score} is not among the scorers "
                 f"{', '.join(self.scorers)}; name one of them"
             )
+
+    def check_paths(self) -> None:
+        """Refuse local paths where nothing is.
+
+        Raises:
+            ValueError: with what to type.
+        """
+        for run in self.samples:
+            check_samples("samples", run, self.runs)
+        for run in self.references:
+            check_samples("references", run, self.runs)
+        for label, scorer in self.scorers.items():
+            key = f"scorers.{label}"
+            check_path(f"{key}.file", scorer.file, "a Python file of yours", depth=0)
+            check_path(f"{key}.model_config", scorer.model_config, "an open_clip config", depth=0)
+            check_path(f"{key}.tokenizer", scorer.tokenizer, TOKENIZER, self.runs)
+            for name in ("head", "checkpoint"):
+                path = getattr(scorer, name)
+                check_path(f"{key}.{name}", path, CHECKPOINT, self.runs, depth=99)
 
     def run_name(self) -> str:
         """The first sample's name, how many more there are, and a digest of all that is named."""

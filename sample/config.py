@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from configs.checks import choice, positive
-from configs.paths import ANCHOR, CARD, anchor_path
+from configs.paths import (
+    ANCHOR,
+    AUTOENCODER,
+    CARD,
+    PIPELINE,
+    anchor_path,
+    check_anchor,
+    check_path,
+    check_prompts,
+)
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
@@ -323,6 +332,19 @@ class SampleConfig:
                 "bake writes the weights of one lambda, and compares them with mode=exact: give "
                 "bake=<folder> lambdas=[0.5]"
             )
+
+    def check_paths(self) -> None:
+        """Refuse local paths where nothing is.
+
+        Raises:
+            ValueError: with what to type.
+        """
+        for anchor in self.anchors:
+            check_anchor(anchor, self.runs)
+        check_path("model.base", self.model.base, PIPELINE, self.runs)
+        check_path("model.vae", self.model.vae, AUTOENCODER, self.runs)
+        if isinstance(self.prompts, str):
+            check_prompts("prompts", self.prompts)
 
     @property
     def mode_name(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from configs.checks import choice, not_negative, positive
+from configs.paths import AUTOENCODER, CHECKPOINT, PIPELINE, check_path, check_prompts
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.training.objectives.registry import OBJECTIVES, ObjectiveSpec
@@ -21,6 +22,7 @@ SOURCES = {  # data.source: whether it gives pairs; None: the columns of the tab
 }
 SHAPES_REWARDS = ("vivid", "crisp")
 DEFAULT_SCORER = "vivid"
+DATA = "a parquet file, a folder of captioned images, or a data set of the hub such as org/name"
 
 
 @dataclass
@@ -363,6 +365,24 @@ class TrainConfig:
             raise ValueError(
                 f"objective={self.objective} needs model.clip=<CLIP folder> to start from"
             )
+
+    def check_paths(self) -> None:
+        """Refuse local paths where nothing is.
+
+        Raises:
+            ValueError: with what to type.
+        """
+        model = self.model
+        data = self.data
+        check_path("model.base", model.base, PIPELINE, self.runs)
+        check_path("model.vae", model.vae, AUTOENCODER, self.runs)
+        check_path("model.clip", model.clip, "a CLIP folder", depth=0)
+        check_path("data.pipeline", data.pipeline, PIPELINE, self.runs)
+        is_file = str(data.path).endswith((".parquet", ".csv", ".jsonl"))
+        check_path("data.path", data.path, DATA, self.runs, depth=0 if is_file else 2)
+        check_path("data.scorer_checkpoint", data.scorer_checkpoint, CHECKPOINT, self.runs, 99)
+        if data.prompts:
+            check_prompts("data.prompts", data.prompts)
 
     @property
     def spec(self) -> ObjectiveSpec:

@@ -12,12 +12,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from deradiff.data.prompt_sets import PROMPT_SETS, load_prompt_set
+from deradiff.data.prompt_sets import load_prompt_set
+from deradiff.data.published_prompts import PROMPT_SETS, SHAPES
 from deradiff.files import UNSAFE
 from deradiff.worlds.shapes import held_out_captions
-
-SHAPES = "shapes"
-"""The captions that no model of the shapes world was trained on."""
 
 COLUMNS = ("prompt", "caption")
 

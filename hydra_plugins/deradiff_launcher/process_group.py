@@ -51,7 +51,7 @@ class ProcessGroupLauncher(Launcher):
     """Starts `python -m <stage> <overrides of one value>` for each value of a sweep.
 
     A value that fails does not stop the others, and is named at the end. The stage's config has
-    `runs` and `run_name()`, which give the run directory; `launch.log` is there.
+    `check_paths()`; its `runs` and `run_name()` give the run directory, where `launch.log` is.
 
     Args:
         workers: see `ProcessGroupConf`.
@@ -146,6 +146,7 @@ class ProcessGroupLauncher(Launcher):
         with open_dict(config):
             del config["hydra"]
         stage_config: Any = OmegaConf.to_object(config)
+        stage_config.check_paths()
         return Path(stage_config.runs) / self.stage / stage_config.run_name()
 
     def _flags(self) -> list[str]:

@@ -58,3 +58,9 @@ def test_a_bug_keeps_its_traceback(toy):
     assert "Traceback" in done.err
     assert done.err.endswith("RuntimeError: a bug of ours\n")
     assert "hydra" not in done.err, "the traceback is of our own code"
+
+
+def test_paths_are_looked_at_before_the_stage_is_imported(toy):
+    done = toy("data=nowhere")
+    assert done.returncode == 2
+    assert done.err == "toy: data=nowhere is not there\n"

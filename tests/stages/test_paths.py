@@ -1,13 +1,19 @@
-"""Paths that users type: every place has one name, however it is written."""
+"""Paths that users type: every place has one name, and a place that is not there is answered."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from eval.config import EvalConfig, ScorerConfig
+from sample.config import ModelConfig as SampleModel
 from sample.config import SampleConfig
+from train.config import DataConfig, TrainConfig
+from train.config import ModelConfig as TrainModel
 
+HEAVY = ("torch", "diffusers", "transformers", "pandas", "numpy", "pyarrow")
 ANCHOR = "runs/train/a-seed0/anchor"
 
 
@@ -79,3 +85,108 @@ def test_a_run_of_samples_has_one_name(home):
         assert other.run_name() == config.run_name()
         with pytest.raises(ValueError, match=r"name runs/sample/a more than once"):
             EvalConfig(samples=["runs/sample/a"], references=[written], scorers=scorers)
+
+
+# What is answered at once where nothing is
+
+
+@pytest.fixture
+def runs(home):
+    """A run of each stage, and what else the keys name."""
+    for folder, file, text in (
+        ("sample/a", "manifest.jsonl", json.dumps({"anchor": ANCHOR}) + "\n"),
+        ("sample/b", "manifest.jsonl", "torn"),
+        ("eval/a", "scores.parquet", ""),
+        ("train/half-seed0", "config.yaml", ""),
+        ("train/c-seed1/anchor", "anchor.json", "{}"),
+    ):
+        path = home / "runs" / folder / file
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    (home / "pairs.parquet").write_text("")
+    (home / "words.txt").write_text("a fox")
+    return home / "runs"
+
+
+def refusal(config):
+    with pytest.raises(ValueError) as error:
+        config.check_paths()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+ANCHORS = {
+    "runs/tain/a-seed0/anchor": f"is not there; do you mean anchor={ANCHOR}?",
+    "runs/train/zzz": "is not there; in runs/train there are a-seed0, c-seed1, half-seed0",
+    "gone": "is not there: give a folder or LoRA file that exists, or a hub id",
+    "runs/sample/a": f"is a folder of samples: give the anchor that they are of, anchor={ANCHOR}",
+    "runs/eval/a": f"is an evaluation: give anchor={ANCHOR}",
+    "runs/train/half-seed0": "holds no anchor yet: run its python -m train command to its end",
+    "runs/train/half-seed0/anchor": "holds no anchor yet: run its python -m train command",
+    "runs/train": "holds several runs: give one, as in anchor=runs/train/a-seed0",
+}
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_an_anchor_that_is_none_is_answered_with_one_that_is(runs, anchor):
+    assert ANCHORS[anchor] in refusal(SampleConfig(anchor=anchor))
+
+
+SAMPLES = {
+    "runs/sampel/a": "is not there; do you mean runs/sample/a?",
+    "runs/sample/zzz": "is not there; in runs/sample there are a, b",
+    "gone": "is not there: give a folder that python -m sample wrote",
+    ANCHOR: "is an anchor: give its samples, 'samples=[runs/sample/a]'",
+    "runs/train/c-seed1": "sample it first, python -m sample anchor=runs/train/c-seed1/anchor",
+    "runs/eval/a": "is an evaluation",
+    "runs/sample": "give 'samples=[runs/sample/a,runs/sample/b]'",
+    "runs/sample/a/manifest.jsonl": "give 'samples=[runs/sample/a]'",
+}
+
+
+@pytest.mark.parametrize("run", SAMPLES)
+def test_samples_that_are_none_are_answered_with_some_that_are(runs, run):
+    scorers = {"vivid": ScorerConfig()}
+    assert SAMPLES[run] in refusal(EvalConfig(samples=[run], scorers=scorers))
+
+
+def test_every_other_path_of_a_command_is_looked_for(runs):
+    sampled = {
+        "do you mean prompts=words.txt?": {"prompts": "word.txt"},
+        "do you mean prompts=drawbench?": {"prompts": "drawbnch"},
+        "one of shapes, pickapic": {"prompts": "a fox"},
+        "model.base=./gone is not there": {"model": SampleModel(base="./gone")},
+        "model.vae=runs/vae is not there": {"model": SampleModel(vae="runs/vae")},
+    }
+    for words, options in sampled.items():
+        assert words in refusal(SampleConfig(anchor=ANCHOR, **options))
+    data = DataConfig(path="pair.parquet")
+    assert "do you mean data.path=pairs.parquet?" in refusal(train_config(data=data))
+    data = DataConfig(path="here/pairs.parquet")
+    assert "data.path=here/pairs.parquet is not there: give" in refusal(train_config(data=data))
+    scorers = {"mine": ScorerConfig(file="my.py")}
+    config = EvalConfig(samples=["runs/sample/a"], scorers=scorers)
+    assert "scorers.mine.file=my.py is not there" in refusal(config)
+
+
+def train_config(**options):
+    model = TrainModel(name="m", base="asset:shapes/base")
+    return TrainConfig(model=model, **options)
+
+
+def test_what_is_there_or_may_be_on_the_hub_is_left_to_the_stage(runs):
+    for anchor in (ANCHOR, "org/name", "org/name/folder/file.safetensors"):
+        SampleConfig(anchor=anchor, prompts="shapes").check_paths()
+    SampleConfig(anchor=ANCHOR, prompts="words.txt").check_paths()
+    SampleConfig(anchor=ANCHOR, prompts=["a fox"], model=SampleModel(base="org/b")).check_paths()
+    train_config(data=DataConfig(path="org/name")).check_paths()
+    train_config(data=DataConfig(path="pairs.parquet")).check_paths()
+    scorers = {"hpsv2": ScorerConfig(checkpoint="org/name/file.pt")}
+    EvalConfig(samples=["runs/sample/b"], scorers=scorers).check_paths()
+
+
+@pytest.mark.parametrize("stage", ["train", "sample", "eval"])
+def test_paths_are_looked_at_before_anything_heavy_loads(stage):
+    program = f"import sys, {stage}.config; print({{*{HEAVY}}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr

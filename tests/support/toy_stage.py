@@ -34,6 +34,10 @@ class Toy:
     runs: str = "runs"
     name: str | None = None
 
+    def check_paths(self):
+        if self.data == "nowhere":
+            raise ValueError("data=nowhere is not there")
+
     def run_name(self):
         return self.name or f"beta{self.dpo.beta:g}"
 
