@@ -16,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from configs.keys import (
     LIKENESS,
     groups_of,
+    instead_of,
     is_list,
     may_be_list,
     meaning_of,
@@ -49,7 +50,13 @@ class Command:
 
     def key_like(self, name: str) -> str:
         """The key or group that a name means; empty where none is like it."""
+        if self.answer_to(name):
+            return ""
         return suggestion(name, self.schema, self.groups)
+
+    def answer_to(self, name: str) -> str:
+        """What to type instead of a setting that one may look for; empty for any other."""
+        return instead_of(self.schema).get(name.rpartition(".")[2], "")
 
     def assignment(self, key: str, value: str) -> str:
         """`key=value` as a shell takes it, in brackets where the key takes a list."""
@@ -224,6 +231,9 @@ def _whole_key(start: str, arguments: Sequence[str]) -> str:
 
 def _unknown(command: Command, name: str) -> str:
     """What to say of a key that is not there."""
+    answer = command.answer_to(name)
+    if answer:
+        return f"there is no setting {name}: {answer}"
     meant = command.key_like(name)
     if not meant:
         return f"there is no setting {name}; python -m {command.stage} --help lists all"

@@ -127,6 +127,11 @@ def usual_keys(schema: type) -> tuple[str, ...]:
     return getattr(schema, "USUAL", ())
 
 
+def instead_of(schema: type) -> dict[str, str]:
+    """Settings that one may look for by the last part of a key, and what to type instead."""
+    return getattr(schema, "INSTEAD_OF", {})
+
+
 def _help_line(name: str, meaning: str, default: str) -> str:
     """A key or a group with its meaning, then its default."""
     indent = " " * KEY_WIDTH

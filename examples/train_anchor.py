@@ -47,6 +47,7 @@ def train_anchor(
     # A small beta allows the model to move further, and gets a larger rate.
     options = TrainingOptions(
         steps=steps,
+        pairs_per_step=8,
         batch_size=8,
         learning_rate=learning_rate(1e-4, "inverse_beta", beta),
         log_every=5,

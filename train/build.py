@@ -304,7 +304,7 @@ class RunParts:
 
         # Does it hold every example of the run?
         examples = Examples(self.data, config.seed, in_blocks=self.cache is None)
-        pairs = config.steps * config.examples_per_device * self.accelerator.num_processes
+        pairs = config.steps * config.optim.pairs_per_step
         covered = float(errors.covers(*examples.span(0, pairs)))
 
         # All ranks have to agree.

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from configs.checks import choice, not_negative, positive
+from configs.checks import choice, not_negative, positive, section
 from configs.paths import AUTOENCODER, CHECKPOINT, PIPELINE, check_path, check_prompts
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.training.objectives.registry import OBJECTIVES, ObjectiveSpec
 from deradiff.training.options import DECAYS, LEARNING_RATE_RULES, OPTIMIZERS
+from deradiff.training.shares import Shares
 
 SOURCES = {  # data.source: whether it gives pairs; None: the columns of the table decide
     "table": None,
@@ -232,19 +233,31 @@ class OptimConfig:
     ema: float = setting(
         0.0, "decay of a moving average of the weights, saved in their place; 0: none"
     )
+    pairs_per_step: int = setting(
+        2048, "pairs of one optimiser step on all GPUs; accumulation follows from it"
+    )
     batch_size: int = setting(1, "pairs of one forward pass on one GPU")
-    accumulation: int = setting(128, "forward passes of one optimiser step")
 
     def __post_init__(self) -> None:
         choice("optim.name", self.name, OPTIMIZERS)
         choice("optim.rule", self.rule, LEARNING_RATE_RULES)
         choice("optim.decay", self.decay, DECAYS)
-        for key in ("lr", "batch_size", "accumulation"):
+        for key in ("lr", "pairs_per_step", "batch_size"):
             positive(f"optim.{key}", getattr(self, key))
         for key in ("warmup", "weight_decay", "clip"):
             not_negative(f"optim.{key}", getattr(self, key))
         if not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema must lie in [0, 1), not {self.ema}")
+        self.shares(ranks=1)
+
+    def shares(self, ranks: int) -> Shares:
+        """How the ranks share the pairs of a step.
+
+        Raises:
+            ValueError: where they cannot.
+        """
+        with section("optim"):
+            return Shares(self.pairs_per_step, self.batch_size, ranks)
 
 
 @dataclass
@@ -283,12 +296,16 @@ class TrainConfig:
         "data.path",
         "model.base",
         "optim.lr",
+        "optim.pairs_per_step",
         "optim.batch_size",
-        "optim.accumulation",
         "seed",
         "objective",
         "name",
     )
+    INSTEAD_OF: ClassVar[dict[str, str]] = {
+        "accumulation": "give optim.pairs_per_step, from which accumulation follows",
+        "gradient_accumulation_steps": "give optim.pairs_per_step, from which accumulation follows",
+    }
     objective: str = setting("dpo", " | ".join(OBJECTIVES))
     model: ModelConfig = field(default_factory=ModelConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -398,11 +415,6 @@ class TrainConfig:
     def beta(self) -> float | None:
         """The objective's beta; None where it has none."""
         return self.settings.beta if self.spec.uses_beta else None
-
-    @property
-    def examples_per_device(self) -> int:
-        """Examples of one optimiser step on one device."""
-        return self.optim.batch_size * self.optim.accumulation
 
     @property
     def stores_reference_errors(self) -> bool:

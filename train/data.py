@@ -274,10 +274,10 @@ def cache_need(config: TrainConfig, base: BaseModel, rows: CaptionedImages) -> t
     half = cache_bytes(base.denoiser_config, side, side, images, captions, tokens)
     encodings = half * frozen_dtype(config).itemsize / 2
 
-    # A record of errors for every pair that one rank is trained on.
+    # A record of errors for every pair that the run is trained on.
     errors = 0.0
     if config.stores_reference_errors:
-        errors = float(config.steps * config.examples_per_device * RECORD.itemsize)
+        errors = float(config.steps * config.optim.pairs_per_step * RECORD.itemsize)
     return encodings, errors
 
 

@@ -153,7 +153,7 @@ def _memory_need(config: TrainConfig, base: BaseModel) -> str:
         side,
         side,
         config.steps,
-        config.examples_per_device,
+        optim.pairs_per_step,
         GPUS[GPU].tflops,
         method=config.finetune.method,
         optimizer="adamw8bit" if optim.name.startswith("adamw8bit") else optim.name,
@@ -174,5 +174,5 @@ def _memory_need(config: TrainConfig, base: BaseModel) -> str:
     return (
         f"memory of one device in half precision: {in_units(needs.memory)} ({listed}); "
         f"{needs.flops / 1e18:.3g} EFLOPs, "
-        f"{needs.hours:.3g} A100-hours at 40 % of its peak, on one device"
+        f"{needs.hours:.3g} A100-hours at 40 % of its peak, over all devices"
     )

@@ -40,13 +40,12 @@ PROMPTS = 4  # of a panel, from the captions of the data, where the config gives
 LIBRARIES = (torch, diffusers, transformers, peft, accelerate)
 
 
-def make_card(config: TrainConfig, base: BaseModel, pairs_per_step: int, device: str) -> AnchorCard:
+def make_card(config: TrainConfig, base: BaseModel, device: str) -> AnchorCard:
     """The anchor's card, without the cost of the run, which is not known yet.
 
     Args:
         config: of the run.
         base: its base model.
-        pairs_per_step: examples of one optimiser step on all devices.
         device: number and name of the devices.
     """
     # What was installed, so that a result can be explained later.
@@ -63,7 +62,7 @@ def make_card(config: TrainConfig, base: BaseModel, pairs_per_step: int, device:
         beta_convention=BETA_CONVENTION,
         objective=config.objective,
         steps=config.steps,
-        pairs_seen=config.steps * pairs_per_step,
+        pairs_seen=config.steps * config.optim.pairs_per_step,
         dataset=describe_data(config.data),
         reward=reward_of(config.data),
         seed=config.seed,
@@ -87,14 +86,12 @@ def git_commit() -> str | None:
     return commit if commit and Path(top) == root else None
 
 
-def training_summary(
-    config: TrainConfig, pairs_per_step: int, learning_rate: float
-) -> dict[str, object]:
+def training_summary(config: TrainConfig, learning_rate: float) -> dict[str, object]:
     """What the README of an anchor says of its training, besides the card."""
     optim = config.optim
     rate = f"{learning_rate:.4g} ({optim.rule}), {optim.decay} after {optim.warmup} steps"
     summary: dict[str, object] = {
-        "pairs per step": pairs_per_step,
+        "pairs per step": optim.pairs_per_step,
         "learning rate": rate,
         "optimiser": f"{optim.name}, weight decay {optim.weight_decay:g}, clip {optim.clip:g}",
         "precision": config.precision,
@@ -106,9 +103,7 @@ def training_summary(
     return summary
 
 
-def flops_of_step(
-    objective: AnchorObjective, config: TrainConfig, pairs_per_step: int, run_dir: Path
-) -> float:
+def flops_of_step(objective: AnchorObjective, config: TrainConfig, run_dir: Path) -> float:
     """FLOPs of one optimiser step, as the run has begun.
 
     They are written down by its first command. A later one finds reference errors in the store that
@@ -121,22 +116,19 @@ def flops_of_step(
         pass
     except (ValueError, KeyError, TypeError) as error:
         print(f"train: {file} is written again: {error}", file=sys.stderr, flush=True)
-    flops = objective.step_flops(pairs_per_step, config.model.gradient_checkpointing)
+    pairs = config.optim.pairs_per_step
+    flops = objective.step_flops(pairs, config.model.gradient_checkpointing)
     write_atomic(file, json.dumps(sealed({"flops_of_step": flops})))
     return flops
 
 
 def add_cost(
-    objective: AnchorObjective,
-    config: TrainConfig,
-    step_flops: float,
-    progress: Progress,
-    devices: int,
+    objective: AnchorObjective, config: TrainConfig, step_flops: float, progress: Progress
 ) -> None:
     """Write the cost of a finished run into the card of its objective."""
     objective.card = replace(
         objective.card,
-        gpu_hours=progress.seconds / 3600 * devices,
+        gpu_hours=progress.device_seconds / 3600,
         flops=config.steps * step_flops,
     )
 

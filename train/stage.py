@@ -56,6 +56,7 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     if config.data.dry_run:
         return dry_run(config, base)
     accelerator = _accelerator(config)
+    config.optim.shares(accelerator.num_processes)
     data = make_data(config, base, accelerator)
     with run_lock(run_dir, accelerator.is_main_process):
         return _run_alone(config, base, data, run_dir, accelerator)
@@ -69,11 +70,9 @@ def _run_alone(
     accelerator: Accelerator,
 ) -> Path:
     """Train in a run directory that is ours, or say that the run is finished."""
-    # The run directory is this config's. Another number of ranks changes the order of the data,
-    # which makes it another run.
+    # The run directory is this config's, on any number of ranks.
     if accelerator.is_main_process:
-        per_step = _examples_per_step(config, accelerator)
-        claim(run_dir, asdict(config) | {"pairs_per_step": per_step}, COSMETIC)
+        claim(run_dir, asdict(config), _changeable(config))
 
     # A finished run is only uploaded, where that has not happened yet.
     folder = results.finished(config, run_dir)
@@ -101,17 +100,18 @@ def _train(
     accelerator: Accelerator,
 ) -> Path:
     """Train the objective of a run, and leave its results; returns their folder."""
-    per_step = _examples_per_step(config, accelerator)
-    options = _options(config, per_step)
+    per_step = config.optim.pairs_per_step
+    shares = config.optim.shares(accelerator.num_processes)
+    options = _options(config)
 
     # The objective, with its networks.
     card = None
     if config.spec.makes_anchor and base is not None:
-        card = results.make_card(config, base, per_step, _device_name(accelerator))
+        card = results.make_card(config, base, _device_name(accelerator))
     objective = build.make_objective(build.RunParts(config, base, data, accelerator, card))
     anchor = cast(AnchorObjective, objective) if card is not None else None
     accelerator.print(
-        f"train: {run_dir}: {config.steps} steps of {per_step} examples, "
+        f"train: {run_dir}: {config.steps} steps of {per_step} examples ({shares}), "
         f"learning rate {options.learning_rate:.4g}"
     )
     if anchor is not None:
@@ -131,18 +131,17 @@ def _train(
             config, base, run_dir, card, data.captions, track, accelerator.device
         )
         if anchor is not None and is_main:
-            step_flops = results.flops_of_step(anchor, config, per_step, run_dir)
+            step_flops = results.flops_of_step(anchor, config, run_dir)
         progress = train(objective, examples, options, run_dir, accelerator, track.log, panels)
         if not is_main:
             return run_dir
 
         # The main process saves the results; an anchor's card then knows what they have cost.
         if anchor is not None:
-            devices = accelerator.num_processes
-            results.add_cost(anchor, config, step_flops, progress, devices)
+            results.add_cost(anchor, config, step_flops, progress)
             if config.panel.every:
                 panels(anchor.network, config.steps)
-        summary = results.training_summary(config, per_step, options.learning_rate)
+        summary = results.training_summary(config, options.learning_rate)
         folder = results.finish(objective, config, run_dir, track, summary)
         print(
             f"train: {folder} ({progress.step} steps, {progress.seconds:.0f} s of training)",
@@ -152,9 +151,9 @@ def _train(
     return folder
 
 
-def _examples_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
-    """Examples of one optimiser step on all devices."""
-    return config.examples_per_device * accelerator.num_processes
+def _changeable(config: TrainConfig) -> tuple[str, ...]:
+    """The keys that a resumed run may change."""
+    return COSMETIC if config.spec.compares_batch else (*COSMETIC, "optim.batch_size")
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -162,16 +161,15 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=config.precision,
-        gradient_accumulation_steps=config.optim.accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
-def _options(config: TrainConfig, per_step: int) -> TrainingOptions:
+def _options(config: TrainConfig) -> TrainingOptions:
     """The options of the loop; the learning rate is scaled by beta where there is one."""
     # The rate of a step, from the rate of a pair where the config gives that.
     optim = config.optim
-    pairs = per_step if optim.per_pair else 1
+    pairs = optim.pairs_per_step if optim.per_pair else 1
     if config.beta is None:
         rate = optim.lr * pairs
     else:
@@ -179,8 +177,8 @@ def _options(config: TrainConfig, per_step: int) -> TrainingOptions:
 
     return TrainingOptions(
         steps=config.steps,
+        pairs_per_step=optim.pairs_per_step,
         batch_size=optim.batch_size,
-        accumulation=optim.accumulation,
         learning_rate=rate,
         warmup=optim.warmup,
         decay=optim.decay,

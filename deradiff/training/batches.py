@@ -14,6 +14,7 @@ from deradiff.data.pairs import Examples
 from deradiff.training.objectives.base import Batch, Objective
 from deradiff.training.options import TrainingOptions
 from deradiff.training.preemption import SIGNALS
+from deradiff.training.shares import Shares
 
 
 class MicroBatches(Dataset):
@@ -22,35 +23,32 @@ class MicroBatches(Dataset):
     Args:
         objective: collates examples.
         examples: gives them in the order of the run.
-        options: `steps`, `accumulation` and `batch_size` are read.
-        first_step: the step that micro-batch 0 belongs to.
-        accelerator: tells the rank of this process and the number of processes.
+        shares: which of them are this process's.
+        steps: the first step, to which micro-batch 0 belongs, and the end of the run.
+        rank: of this process.
     """
 
     def __init__(
         self,
         objective: Objective,
         examples: Examples,
-        options: TrainingOptions,
-        first_step: int,
-        accelerator: Accelerator,
+        shares: Shares,
+        steps: range,
+        rank: int,
     ) -> None:
         self.objective = objective
         self.examples = examples
-        self.options = options
-        self.first_step = first_step
-        self.rank = accelerator.process_index
-        self.processes = accelerator.num_processes
+        self.shares = shares
+        self.steps = steps
+        self.rank = rank
 
     def __len__(self) -> int:
-        return (self.options.steps - self.first_step) * self.options.accumulation
+        return len(self.steps) * self.shares.accumulation
 
     def __getitem__(self, number: int) -> Batch:
-        # Ranks take turns: micro-batch 0 of all ranks, then micro-batch 1 of all ranks, ...
-        size = self.options.batch_size
-        micro_step = self.first_step * self.options.accumulation + number
-        start = (micro_step * self.processes + self.rank) * size
-        epoch_indices = self.examples.epoch_indices(start, start + size)
+        step, turn = divmod(number, self.shares.accumulation)
+        start = self.shares.start(self.steps[step], turn, self.rank)
+        epoch_indices = self.examples.epoch_indices(start, start + self.shares.batch_size)
         # `Examples.batch` collates, because it must be able to replace a broken image.
         return self.examples.batch(self.objective.collate, epoch_indices)
 
@@ -59,11 +57,13 @@ def loader(
     objective: Objective,
     examples: Examples,
     options: TrainingOptions,
+    shares: Shares,
     first_step: int,
     accelerator: Accelerator,
 ) -> DataLoader:
     """A loader of the micro-batches of this process from a step on; see `MicroBatches`."""
-    batches = MicroBatches(objective, examples, options, first_step, accelerator)
+    steps = range(first_step, options.steps)
+    batches = MicroBatches(objective, examples, shares, steps, accelerator.process_index)
     # Workers inherit the objective by fork: accelerate's wrapped networks cannot be sent to a
     # process that starts afresh.
     can_fork = "fork" in multiprocessing.get_all_start_methods()

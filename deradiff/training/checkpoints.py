@@ -30,11 +30,18 @@ class Progress:
         step: optimiser steps done.
         seconds: wall-clock time of training, interruptions not counted.
         loss: its mean since the checkpoint before; None: unknown.
+        device_seconds: the same time, summed over the ranks that there were.
     """
 
     step: int = 0
     seconds: float = 0.0
     loss: float | None = None
+    device_seconds: float = 0.0
+
+    def count_time(self, seconds: float, ranks: int) -> None:
+        """Add wall-clock time in which so many ranks trained."""
+        self.seconds += seconds
+        self.device_seconds += seconds * ranks
 
 
 class Checkpoints:

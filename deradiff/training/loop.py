@@ -19,6 +19,7 @@ from deradiff.training.optimizers import learning_rate_at, set_learning_rate
 from deradiff.training.options import TrainingOptions
 from deradiff.training.preemption import Listening, Preempted
 from deradiff.training.sharding import TrainedNetwork
+from deradiff.training.shares import Shares
 
 IN_PROGRESS_BAR = ("loss", "implicit_accuracy", "accuracy", "psnr")
 
@@ -50,7 +51,7 @@ def train(
         examples: the training data, in the order of the run.
         options: how it is trained.
         run_dir: the folder of `metrics.jsonl` and `checkpoints/`.
-        accelerator: made with `options.accumulation` as its gradient accumulation.
+        accelerator: its gradient accumulation is set to what follows from the options.
         log: called by the main process with the metrics of every logged step.
         show: called by the main process with the network, every `options.show_every` steps; after
             an interruption also once more for the step that it resumes at.
@@ -63,6 +64,10 @@ def train(
             good weights.
         Preempted: after the checkpoint that a signal asked for.
     """
+    # Which pairs of a step are this rank's.
+    shares = Shares(options.pairs_per_step, options.batch_size, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = shares.accumulation
+
     # Networks to the device, and the state of the newest checkpoint into them.
     for module in objective.frozen:
         module.to(accelerator.device).eval()
@@ -70,13 +75,13 @@ def train(
     trained = TrainedNetwork(objective, options, accelerator)
     checkpoints = Checkpoints(run_dir, options.keep_last, options.keep_best)
     progress = checkpoints.resume(trained.load)
-    batches = iter(loader(objective, examples, options, progress.step, accelerator))
+    batches = iter(loader(objective, examples, options, shares, progress.step, accelerator))
 
     # What the run reports. The time of a run goes on where it was interrupted.
     report = _Report(run_dir, options, progress, accelerator, log)
     window = Window(options, accelerator)
     checkpoint_loss = _MeanLoss()
-    start = time.perf_counter() - progress.seconds
+    lap = time.perf_counter()
 
     with Listening() as signals:
         # What a kill has left out, behind the checkpoint.
@@ -85,10 +90,13 @@ def train(
             # One optimiser step.
             rate = learning_rate_at(progress.step, options)
             set_learning_rate(trained.optimizer, rate)
-            for _ in range(options.accumulation):
-                loss, terms, batch = _micro_step(objective, trained, next(batches), options)
-                window.add(loss, terms, batch)
-                checkpoint_loss.add(loss)
+            for turn in range(shares.accumulation):
+                weight = shares.weight(turn, accelerator.process_index)
+                batch = next(batches)
+                loss, terms, batch = _micro_step(objective, trained, batch, weight, options)
+                if weight:
+                    window.add(loss, terms, batch)
+                    checkpoint_loss.add(loss)
 
             # All ranks agree whether a number is bad, and whether a signal asked for a stop.
             problem = window.end_step(trained.norm)
@@ -96,7 +104,9 @@ def train(
             if failed:
                 raise FloatingPointError(_failure(progress.step, problem, checkpoints.newest()))
             progress.step += 1
-            progress.seconds = time.perf_counter() - start
+            now = time.perf_counter()
+            progress.count_time(now - lap, shares.ranks)
+            lap = now
             is_last = progress.step == options.steps
             report.advance()
             trained.update_average(progress.step)
@@ -125,7 +135,11 @@ def train(
 
 
 def _micro_step(
-    objective: Objective, trained: TrainedNetwork, batch: Batch, options: TrainingOptions
+    objective: Objective,
+    trained: TrainedNetwork,
+    batch: Batch,
+    weight: float,
+    options: TrainingOptions,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Batch]:
     """Forward and backward of one micro-batch; the last one of a step changes the weights.
 
@@ -138,7 +152,7 @@ def _micro_step(
         # Under autocast the frozen networks round as the trained one does.
         with accelerator.autocast():
             loss, terms = objective.loss(trained.network, batch)
-        accelerator.backward(loss)
+        accelerator.backward(weight * loss)
         trained.step(options.max_norm)
     return loss, terms, batch
 
@@ -228,7 +242,8 @@ class _MeanLoss:
         self.count += 1
 
     def close(self, accelerator: Accelerator) -> float:
-        mean = float(accelerator.reduce(self.sum / self.count, "mean"))
+        own = torch.stack([self.sum, torch.full_like(self.sum, self.count)])
+        total, count = accelerator.reduce(own, "sum").tolist()
         self.sum = torch.zeros_like(self.sum)
         self.count = 0
-        return mean
+        return total / count

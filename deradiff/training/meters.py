@@ -158,9 +158,8 @@ class Window:
         now = time.perf_counter()
         steps_per_second = self._steps / (now - self._start)
         devices = self.accelerator.num_processes
-        per_step = self.options.batch_size * self.options.accumulation * devices
         means |= more
-        means["pairs_per_second"] = steps_per_second * per_step
+        means["pairs_per_second"] = steps_per_second * self.options.pairs_per_step
         means["memory_gb"] = peak_memory(self.accelerator.device)
         if self.peak and self.options.flops_per_step:
             means["mfu"] = steps_per_second * self.options.flops_per_step / (self.peak * devices)

@@ -22,9 +22,11 @@ class TrainingOptions:
 
     Attributes:
         steps: optimiser steps in all.
-        batch_size: examples of one forward pass on one device.
+        pairs_per_step: pairs of one optimiser step on all ranks; examples, where there are no
+            pairs.
+        batch_size: pairs of one forward pass on one rank. How often a rank accumulates gradients
+            follows (`deradiff.training.shares.Shares`).
         learning_rate: the rate of a step after warm-up, as the optimiser gets it.
-        accumulation: forward passes of one optimiser step.
         warmup: steps of linear warm-up.
         decay: a name of DECAYS, after the warm-up; `cosine` ends at zero.
         optimizer: a name of OPTIMIZERS.
@@ -41,9 +43,9 @@ class TrainingOptions:
     """
 
     steps: int
+    pairs_per_step: int
     batch_size: int
     learning_rate: float
-    accumulation: int = 1
     warmup: int = 0
     decay: str = "constant"
     optimizer: str = "adamw"

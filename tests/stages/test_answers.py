@@ -27,6 +27,7 @@ ANSWERS = {
     "train --beta=500": "without dashes: type dpo.beta=500",
     "train -m dpo.beta=1,2 --lr 1e-4": "without dashes: type optim.lr=1e-4",
     "train --max-train-steps 9": "without dashes: type steps=9",
+    "train --gradient_accumulation_steps 4": "give optim.pairs_per_step, from which accumulation",
     "train --foo": "there is no setting foo; python -m train --help lists all",
     "sample anchor=x --lambdas 0.5": "type 'lambdas=[0.5]'",
     "sample anchor=x --lam -1": "type 'lambdas=[-1]'",

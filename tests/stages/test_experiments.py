@@ -14,7 +14,7 @@ from train.config import TrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BETAS = (500, 1000, 2000, 5000, 8000, 10000)
-GPUS = 16  # of the published recipes
+PUBLISHED_GPUS = 16
 
 
 def choices(group):
@@ -30,9 +30,9 @@ def composed(*overrides, stage="train", schema=TrainConfig):
 
 
 def rate(config):
-    """The learning rate of a step on the GPUs of the published recipes."""
+    """The learning rate of a step."""
     optim = config.optim
-    pairs = optim.batch_size * optim.accumulation * GPUS if optim.per_pair else 1
+    pairs = optim.pairs_per_step if optim.per_pair else 1
     return learning_rate(optim.lr, optim.rule, config.dpo.beta, pairs)
 
 
@@ -89,7 +89,8 @@ def test_the_launchers_recipe(model, optimizer, warmup, resolution):
     assert (optim.name, optim.warmup, optim.decay) == (optimizer, warmup, "constant")
     assert (optim.weight_decay, optim.clip) == (1e-2, 1.0)
     assert config.steps == 2000
-    assert GPUS * optim.batch_size * optim.accumulation == 2048
+    assert optim.pairs_per_step == 2048
+    assert optim.shares(PUBLISHED_GPUS).accumulation == 128
     assert config.model.resolution == resolution
     assert config.dpo.beta == 5000
     assert config.data.caption_dropout == 0.2

@@ -28,7 +28,7 @@ def trained(base, runs, method):
             config,
             model=replace(config.model, gradient_checkpointing=True),
             finetune=replace(config.finetune, method=method),
-            optim=replace(config.optim, lr=0.05, accumulation=1, warmup=0),
+            optim=replace(config.optim, lr=0.05, pairs_per_step=2, warmup=0),
             panel=panel,
             precision="bf16",
             steps=1,

@@ -1,6 +1,7 @@
 """`python -m train` as a user types it: what it leaves, what resumes it, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -231,6 +232,11 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
         "hub.push_to=me/it",
         "hub.push_to=me/it needs an account: type hf auth login, or set HF_TOKEN",
     ),
+    ("optim.accumulation=4", "give optim.pairs_per_step, from which accumulation follows"),
+    (
+        "optim.batch_size=32",
+        "optim.batch_size=32 does not divide pairs_per_step=16: give batch_size=16, or",
+    ),
     ("tracking.mode=off", "tracking.mode must be online or offline"),
     ("steps=0", "steps must be above 0"),
 ]
@@ -350,19 +356,33 @@ def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-def test_two_ranks_of_the_command_end_as_one(base_folder, tmp_path):
-    typed = ["steps=6", "log_every=1"]
+@pytest.mark.parametrize("data", [[], ["data.streaming=true", "data.cache=false"]])
+def test_two_ranks_of_the_command_end_as_one_and_one_goes_on(data, base_folder, tmp_path):
+    typed = ["steps=6", "log_every=1", "checkpoint_every=3", "optim.batch_size=2", *data]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    two = [*typed, "name=two", "optim.batch_size=2"]
-    one = [*typed, "name=one", "optim.batch_size=4"]
-    of_two_ranks = command(two, base_folder, tmp_path, *torchrun)
+    of_two_ranks = command([*typed, "name=two"], base_folder, tmp_path, *torchrun)
     if not torch.accelerator.is_available():
         # Two ranks are one run also where nobody says that there is no GPU.
         of_two_ranks.remove("cpu=true")
-    for typed_command in (of_two_ranks, command(one, base_folder, tmp_path)):
+    one = command([*typed, "name=one"], base_folder, tmp_path)
+    for typed_command in (of_two_ranks, one):
         subprocess.run(typed_command, check=True, capture_output=True, timeout=300)
     of_two = lora_of(tmp_path, "two")
     of_one = lora_of(tmp_path, "one")
     for key in of_one:
-        # AdamW divides by the gradient's own size: where that is nearly 0, the order of a sum shows
-        assert (of_two[key] - of_one[key]).norm() < 5e-3 * of_one[key].norm(), key
+        assert close(of_two[key], of_one[key]), key
+
+    # One rank goes on from the third step of the two, with another batch size.
+    run_dir = tmp_path / "train/two"
+    shutil.rmtree(run_dir / "checkpoints/step-000006")
+    (run_dir / "finished.json").unlink()
+    rest = command([*typed, "name=two", "optim.batch_size=4"], base_folder, tmp_path)
+    subprocess.run(rest, check=True, capture_output=True, timeout=300)
+    resumed = lora_of(tmp_path, "two")
+    for key in of_one:
+        assert close(resumed[key], of_one[key]), key
+
+
+def close(weight, expected):
+    """Equal but for the order of sums, which AdamW enlarges where a gradient is nearly 0."""
+    return (weight - expected).norm() < 5e-3 * expected.norm()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from deradiff.data.pairs import Examples, Item
+from deradiff.training.loop import train
 from deradiff.training.options import TrainingOptions
 
 
@@ -62,6 +67,7 @@ def options(**changes) -> TrainingOptions:
     """Twelve steps of four examples, a checkpoint every five."""
     usual = {
         "steps": 12,
+        "pairs_per_step": 4,
         "batch_size": 4,
         "learning_rate": 0.05,
         "checkpoint_every": 5,
@@ -73,3 +79,18 @@ def options(**changes) -> TrainingOptions:
 def weights(objective) -> torch.Tensor:
     """All weights of an objective's network as one vector."""
     return torch.cat([p.detach().flatten() for p in objective.network.parameters()])
+
+
+def train_until(run_dir: Path, data: Examples, stop_at: int | None = None) -> Regression:
+    """Four steps of four micro-batches on CPU ranks, or fewer, where a rank stops the run.
+
+    Args:
+        run_dir: the run directory, where the run goes on.
+        data: its examples.
+        stop_at: the number of examples after which a rank raises; None: none does.
+    """
+    objective = Regression(stop_at)
+    run = options(steps=4, batch_size=1, ema=0.5, checkpoint_every=2, log_every=1)
+    with suppress(KeyboardInterrupt):
+        train(objective, data, run, run_dir, Accelerator(cpu=True))
+    return objective

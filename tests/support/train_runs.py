@@ -24,7 +24,7 @@ def small_run(base: Path, runs: Path) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(name="x", base=str(base), resolution=64),
         data=DataConfig(source="shapes_pairs", count=12),
-        optim=OptimConfig(lr=1e-3, per_pair=False, batch_size=2, accumulation=2),
+        optim=OptimConfig(lr=1e-3, per_pair=False, pairs_per_step=4, batch_size=2),
         dpo=DPOConfig(beta=500.0),
         finetune=FinetuneConfig(rank=4, alpha=8),
         panel=PanelConfig(every=0),

@@ -52,9 +52,7 @@ def test_accumulation_is_one_larger_batch(tmp_path):
     large = Regression()
     small = Regression()
     train_here(large, tmp_path / "a", batch_size=4)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    halves = options(batch_size=2, accumulation=2)
-    train(small, examples(), halves, tmp_path / "b", accelerator)
+    train_here(small, tmp_path / "b", batch_size=2)
     assert large.seen == small.seen
     torch.testing.assert_close(weights(large), weights(small), rtol=1e-5, atol=1e-6)
 
@@ -154,7 +152,7 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path, capfd):
             return super().loss(network, batch)
 
     with pytest.raises(KeyboardInterrupt):
-        train_here(Signalled(), tmp_path, batch_size=2, accumulation=2)
+        train_here(Signalled(), tmp_path, batch_size=2)
     assert "Ctrl-C again stops at once" in capfd.readouterr().err
     assert Checkpoints(tmp_path, 2).newest().name == "step-000005"
 

@@ -1,4 +1,4 @@
-"""Two ranks, each a process: they share the data, and shards are saved as whole tensors."""
+"""Several ranks, each a process: they share the data, and shards are saved as whole tensors."""
 
 import json
 import os
@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
+from deradiff.data.pairs import Examples, Pairs
 from deradiff.training.loop import train
-from tests.support.regression import Regression, examples, options, weights
+from deradiff.worlds import shapes
+from tests.support.regression import Regression, examples, options, train_until, weights
 
 ROOT = Path(__file__).parents[2]
 IMPORTS = """
@@ -19,15 +23,15 @@ from pathlib import Path
 from accelerate import Accelerator
 from deradiff.training.loop import train
 from deradiff.training.optimizers import make_optimizer
-from tests.support.regression import Regression, examples, options, weights
+from tests.support.regression import Regression, examples, options, train_until, weights
 """
 
 
-def run_on_two_ranks(script, tmp_path, *arguments):
-    """Run a script, after IMPORTS, as two processes of one group."""
+def run_on_ranks(script, tmp_path, *arguments, ranks=2):
+    """Run a script, after IMPORTS, as several processes of one group."""
     file = tmp_path / "ranks.py"
     file.write_text(IMPORTS + script)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
         [sys.executable, *torchrun, str(file), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -48,7 +52,7 @@ train(objective, examples(), options(batch_size=2), run_dir, accelerator)
 result = json.dumps([objective.seen, weights(objective).tolist()])
 (run_dir / f"rank{accelerator.process_index}.json").write_text(result)
 """
-    run_on_two_ranks(script, tmp_path, str(tmp_path / "two"))
+    run_on_ranks(script, tmp_path, str(tmp_path / "two"))
     one = Regression()
     train(one, examples(), options(batch_size=4), tmp_path / "one", Accelerator(cpu=True))
     seen0, weights0 = json.loads((tmp_path / "two/rank0.json").read_text())
@@ -92,8 +96,56 @@ again = go("stopped")
 assert again == (name, whole) and name == "Linear", (again, name, whole)
 Path(sys.argv[1], "sharded.json").write_text(json.dumps(whole))
 """
-    run_on_two_ranks(script, tmp_path, str(tmp_path))
+    run_on_ranks(script, tmp_path, str(tmp_path))
     one = Regression()
     train(one, examples(), options(ema=0.5), tmp_path / "one", Accelerator(cpu=True))
     sharded = torch.tensor(json.loads((tmp_path / "sharded.json").read_text()))
     torch.testing.assert_close(sharded, weights(one), rtol=1e-5, atol=1e-6)
+
+
+def orders(folder):
+    """Examples in two orders: of data in memory, and of a streamed table, block by block."""
+    streamed = Pairs(str(folder / "pairs.parquet"), streaming=True)
+    return {"memory": examples(), "streamed": Examples(streamed, 0, in_blocks=True)}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_number_of_ranks(tmp_path):
+    """Two ranks and then one; one and then three, which four pairs of a step do not come out on."""
+    shapes.write_pairs(tmp_path / "pairs.parquet", 10, seed=0)
+    script = """
+from tests.training.test_sharding import orders
+
+folder = Path(sys.argv[1])
+for name, data in orders(folder).items():
+    train_until(folder / f"{sys.argv[2]}-{name}", data, int(sys.argv[3]))
+"""
+    # Both are stopped in their third step, by when each rank has seen so many examples.
+    run_on_ranks(script, tmp_path, str(tmp_path), "fewer", "4")
+    for name, data in orders(tmp_path).items():
+        train_until(tmp_path / f"more-{name}", data, stop_at=8)
+    run_on_ranks(script, tmp_path, str(tmp_path), "more", "99", ranks=3)
+
+    for name, data in orders(tmp_path).items():
+        whole = tmp_path / f"whole-{name}"
+        train_until(whole, data)
+        fewer = train_until(tmp_path / f"fewer-{name}", data)
+        assert len(fewer.seen) == 2 * 4
+        for begun in ("fewer", "more"):
+            assert_same_end(tmp_path / f"{begun}-{name}", whole)
+
+
+def assert_same_end(run_dir, whole):
+    """Two runs end with the same weights, averages and metrics, but for the order of sums."""
+    end = "checkpoints/step-000004"
+    for name in ("weights", "average"):
+        of_run = load_file(run_dir / end / f"{name}.safetensors")
+        expected = load_file(whole / end / f"{name}.safetensors")
+        for key, tensor in expected.items():
+            torch.testing.assert_close(of_run[key], tensor, rtol=1e-5, atol=1e-6)
+    losses = []
+    for folder in (run_dir, whole):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 4

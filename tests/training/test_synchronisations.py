@@ -52,7 +52,9 @@ def window_of_one_process():
     """The meters of a run."""
     device = torch.device("cpu")
     accelerator = SimpleNamespace(device=device, num_processes=1, mixed_precision="no")
-    return Window(TrainingOptions(steps=1, batch_size=4, learning_rate=1e-4), accelerator)
+    return Window(
+        TrainingOptions(1, pairs_per_step=4, batch_size=4, learning_rate=1e-4), accelerator
+    )
 
 
 def test_bands_of_time_hold_the_means_of_their_own_pairs():

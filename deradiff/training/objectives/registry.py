@@ -30,6 +30,8 @@ class ObjectiveSpec:
         needs_parts: without a base model it needs a CLIP and an autoencoder to start from.
         needs_clip: it needs a CLIP to start from.
         needs_full: it trains all weights, so LoRA is refused.
+        compares_batch: its loss compares the examples of a batch with one another, so that another
+            batch size is another recipe.
         section: the section of the config with its own settings; None: it has none.
     """
 
@@ -45,6 +47,7 @@ class ObjectiveSpec:
     needs_parts: bool = False
     needs_clip: bool = False
     needs_full: bool = False
+    compares_batch: bool = False
     section: str | None = None
 
     def load(self) -> Any:
@@ -78,6 +81,7 @@ OBJECTIVES = {
         implementation="deradiff.training.objectives.clip:Contrastive",
         folder="clip",
         needs_pairs=False,
+        compares_batch=True,
     ),
     "preference": ObjectiveSpec(
         implementation="deradiff.training.objectives.clip:Preference",
@@ -89,5 +93,6 @@ OBJECTIVES = {
         implementation="deradiff.training.objectives.autoencoder:Autoencoder",
         folder="vae",
         needs_pairs=False,
+        compares_batch=True,
     ),
 }
