@@ -19,7 +19,7 @@ import inspect
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import comb
 from pathlib import Path
@@ -32,6 +32,15 @@ from peft import LoraConfig
 from torch import Tensor
 
 from benchmarks import published_loop
+from benchmarks.random_pipelines import (
+    PIXELS_PER_LATENT,
+    PUBLISHED,
+    SCHEDULE,
+    TOKENS,
+    made_on,
+    pipeline_of,
+    scaled_denoiser_config,
+)
 from deradiff import realign
 from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
 from deradiff.models.base_model import BaseModel
@@ -47,8 +56,8 @@ PEAK = MEASURED_TFLOPS["H200"] * 1e12
 """FLOP/s in bfloat16 that an H200 was measured to reach."""
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TOKENS = 77
 GUIDANCE_SCALE = 5.0
+RANK = 16
 PLAIN = "plain"
 """What a table calls the pipeline that is not realigned."""
 
@@ -74,48 +83,12 @@ def random_pipeline(network: str, width: int, pixels: int) -> Any:
         width: channels of its first block; the published networks have 320.
         pixels: side of an image.
     """
-    # What both have in common; the missing parts are not needed to denoise.
-    scheduler = diffusers.EulerAncestralDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    )
-    size = {"sample_size": pixels // 8, "norm_num_groups": 32}
-    missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-
-    # SD1.5's shape.
-    if network == "sd15":
-        unet = diffusers.UNet2DConditionModel(
-            **size,
-            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-            cross_attention_dim=768,
-            attention_head_dim=8,
-        )
-        return diffusers.StableDiffusionPipeline(
-            **missing,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-
-    # SDXL's shape.
-    unet = diffusers.UNet2DConditionModel(
-        **size,
-        block_out_channels=(width, 2 * width, 4 * width),
-        transformer_layers_per_block=(1, 2, 10),
-        cross_attention_dim=2048,
-        attention_head_dim=tuple(max(1, width * factor // 64) for factor in (1, 2, 4)),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + 1280,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    missing |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
-    return diffusers.StableDiffusionXLPipeline(
-        **missing, unet=unet, scheduler=scheduler, add_watermarker=False
-    )
+    config = scaled_denoiser_config(network, width, pixels // PIXELS_PER_LATENT)
+    unet = diffusers.UNet2DConditionModel.from_config(config)
+    text_encoders = [None] * len(PUBLISHED[network].text_encoders)
+    pipe = pipeline_of(unet, None, None, text_encoders)
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler(**SCHEDULE)
+    return pipe
 
 
 def make_pipeline(args: argparse.Namespace) -> Any:
@@ -124,32 +97,37 @@ def make_pipeline(args: argparse.Namespace) -> Any:
     if args.network == "shapes":
         pipe = BaseModel("asset:shapes/base").load_pipeline()
     else:
-        pipe = random_pipeline(args.network, args.width, args.pixels)
+        with made_on(args.device, getattr(torch, args.dtype)):
+            pipe = random_pipeline(args.network, args.width, args.pixels)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval().requires_grad_(False)
     return pipe.to(args.device, getattr(torch, args.dtype))
 
 
-def make_anchors(pipe: Any, folder: Path, rank: int = 16) -> dict[str, Anchor]:
-    """A LoRA anchor, and a full one whose weights differ a little from the reference's.
-
-    What an anchor's weights are does not change what it costs.
+def full_anchor(pipe: Any, folder: Path) -> Anchor:
+    """A full anchor in memory, whose weights differ a little from the reference's.
 
     Args:
         pipe: the pipeline.
-        folder: where the LoRA is saved.
-        rank: of the LoRA.
+        folder: not used: nothing is saved.
     """
-    # The full anchor, in memory.
-    family = family_of(pipe)
     full = copy.deepcopy(pipe.unet)
     for parameter in full.parameters():
         parameter.mul_(1.01)
-    network = Anchor("full", "", "", "full", family=family.name, _network=full)
+    return Anchor("full", "", "", "full", family=family_of(pipe).name, _network=full)
 
-    # The LoRA, as a folder. A new adapter changes nothing, so its second factors are drawn.
+
+def lora_anchor(pipe: Any, folder: Path) -> Anchor:
+    """A LoRA anchor.
+
+    Args:
+        pipe: the pipeline.
+        folder: where it is saved, as `lora`.
+    """
+    # A new adapter changes nothing, so its second factors are drawn.
+    family = family_of(pipe)
     adapted = copy.deepcopy(pipe.unet)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(family.lora_targets))
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(family.lora_targets))
     adapted.add_adapter(config, adapter_name="default")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -158,7 +136,11 @@ def make_anchors(pipe: Any, folder: Path, rank: int = 16) -> dict[str, Anchor]:
                 parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
     card = AnchorCard(base_model="", family=family.name, method="lora", beta=None)
     save_anchor(folder / "lora", adapted, card)
-    return {"lora": load_anchor(folder / "lora"), "full": network}
+    return load_anchor(folder / "lora")
+
+
+ANCHORS: dict[str, Callable[[Any, Path], Anchor]] = {"lora": lora_anchor, "full": full_anchor}
+"""What makes an anchor of each kind. What its weights are does not change what it costs."""
 
 
 def embeddings(pipe: Any, batch: int) -> dict[str, Tensor]:
@@ -198,23 +180,36 @@ class Variant(NamedTuple):
     options: dict[str, Any]
 
 
+def timed_variants(anchors: Iterable[str]) -> list[Variant]:
+    """The plain pipeline, and every mode of each kind of anchor that it goes together with."""
+    variants = [Variant(PLAIN, "", {})]
+    for anchor in anchors:
+        for name, options in timed_options().items():
+            if anchor == "lora" or "batched" not in options:
+                variants.append(Variant(anchor, name, options))
+    return variants
+
+
 class Stopwatch:
     """One pipeline with its anchors, whose calls are timed.
 
     Args:
         args: what the command line says.
         folder: for temporary files.
+        kinds: of the anchors, keys of ANCHORS.
 
     Attributes:
         pipe: the pipeline.
-        anchors: a LoRA and a full one.
+        anchors: by kind.
         prompts: encoded ones, as arguments of the pipeline's call.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+    def __init__(
+        self, args: argparse.Namespace, folder: Path, kinds: Iterable[str] = tuple(ANCHORS)
+    ) -> None:
         self.args = args
         self.pipe = make_pipeline(args)
-        self.anchors = make_anchors(self.pipe, folder)
+        self.anchors = {kind: ANCHORS[kind](self.pipe, folder) for kind in kinds}
         self.prompts = embeddings(self.pipe, args.batch)
         if args.compile:
             self.pipe.unet.compile_repeated_blocks(fullgraph=True)
@@ -265,11 +260,7 @@ class Stopwatch:
 
     def costs(self) -> list[dict[str, Any]]:
         """Each variant's seconds an image, and their ratio to a plain model's."""
-        variants = [Variant(PLAIN, "", {})]
-        for anchor in self.anchors:
-            for name, options in timed_options().items():
-                if anchor == "lora" or "batched" not in options:
-                    variants.append(Variant(anchor, name, options))
+        variants = timed_variants(self.anchors)
 
         # Every other repetition goes backwards: a machine that slows down is fair to all.
         seconds: list[list[float]] = [[] for _ in variants]

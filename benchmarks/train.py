@@ -29,7 +29,15 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 
-from benchmarks.random_pipelines import sd_pipeline, sdxl_pipeline, write_noise_pairs
+from benchmarks.random_pipelines import (
+    PUBLISHED,
+    TOKENS,
+    TextEncoderSize,
+    make_text_encoders,
+    pipeline_of,
+    random_pipeline,
+    write_noise_pairs,
+)
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.data.cache import Cache
 from deradiff.data.encoders import encoders_key, encoders_without_weights
@@ -38,8 +46,9 @@ from deradiff.data.reference_errors import ReferenceErrors
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from deradiff.models.flops import denoiser_flops, dpo_step_flops
-from deradiff.models.published import AUTOENCODER, DENOISERS, MEASURED_TFLOPS
+from deradiff.models.published import DENOISERS, MEASURED_TFLOPS
 from deradiff.training.objectives.diffusion import DPO
+from deradiff.worlds.networks import make_tokenizer
 
 VARIANTS = {
     "split": "published, winner and loser in forwards of their own",
@@ -81,15 +90,15 @@ def small_pipeline(channels: tuple[int, ...], autoencoder_channels: tuple[int, .
         latent_channels=4,
         sample_size=128,
     )
-    return sd_pipeline(unet, vae, CAPTIONS)
+    tokenizer = make_tokenizer(list(CAPTIONS), length=TOKENS)
+    text_encoders = make_text_encoders([TextEncoderSize(256, 6)], tokenizer)
+    return pipeline_of(unet, vae, tokenizer, text_encoders)
 
 
 def published_sdxl() -> Any:
     """SDXL's networks at their published sizes, in bfloat16."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        unet = UNet2DConditionModel.from_config(DENOISERS["sdxl"])
-        vae = AutoencoderKL.from_config(AUTOENCODER)
-    return sdxl_pipeline(unet.to(torch.bfloat16), vae.to(torch.bfloat16), CAPTIONS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return random_pipeline(PUBLISHED["sdxl"], CAPTIONS, 1024, device, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,117 @@ def prepare(folder: Path, shape: Shape) -> None:
     write_noise_pairs(folder / "pairs.parquet", PAIRS, shape.resolution, CAPTIONS)
 
 
+@dataclass(frozen=True)
+class Materials:
+    """What a variant is made from.
+
+    Attributes:
+        folder: of the reference's errors.
+        data: the pairs.
+        resolution: of the images, in pixels.
+        load: makes the base model's pipeline; whether it has its encoders.
+        cache: gives the encodings of the data, complete.
+        checkpointing: train with gradient checkpointing.
+    """
+
+    folder: Path
+    data: Pairs
+    resolution: int
+    load: Callable[[bool], Any]
+    cache: Callable[[], Cache]
+    checkpointing: bool = False
+
+
+def saved_materials(folder: Path, shape: Shape) -> Materials:
+    """What `prepare` has left in a folder."""
+    base = BaseModel(str(folder / "base"))
+    data = Pairs(str(folder / "pairs.parquet"))
+    dtype = shape.half or torch.float32
+
+    def load(encoders: bool) -> Any:
+        return base.load_pipeline(dtype, {} if encoders else encoders_without_weights(base, dtype))
+
+    def encoding_pipeline() -> Any:
+        return base.load_pipeline(dtype, {"unet": None}).to(shape.device)
+
+    def cache() -> Cache:
+        encodings = Cache(folder / "cache", encoders_key(base), data, shape.resolution)
+        encodings.build(encoding_pipeline, progress=False)
+        return encodings
+
+    return Materials(folder, data, shape.resolution, load, cache, shape.large)
+
+
+def make_objective(variant: str, method: str, materials: Materials, pairs: int) -> Any:
+    """The objective of one variant, its network ready to train.
+
+    Args:
+        variant: a key of VARIANTS. The first time that `errors` is trained the reference's errors
+            are not known yet: they are evaluated, and kept.
+        method: `lora` or `full`.
+        materials: what it is made from.
+        pairs: that are trained on.
+    """
+    names = variants(method)
+    savings = names[: names.index(variant) + 1]
+
+    # The base model, without its encoders where the data is encoded.
+    cache = materials.cache() if "cache" in savings else None
+    pipe = materials.load(cache is None)
+    network = pipe.unet
+
+    # The published launcher's second network, and what is trained.
+    needs_second = method == "lora" and "adapter" not in savings
+    second = copy.deepcopy(network).requires_grad_(False) if needs_second else None
+    family = family_of(pipe)
+    make_trainable(network, method, family.lora_targets)
+    if materials.checkpointing:
+        network.enable_gradient_checkpointing()
+    if "compile" in savings:
+        network.compile_repeated_blocks()
+
+    # The objective, with the reference's errors where they are known.
+    examples = Examples(materials.data, 0)
+    errors = ReferenceErrors(materials.folder, method) if "errors" in savings else None
+    is_known = errors is not None and errors.covers(*examples.span(0, pairs))
+    card = AnchorCard(base_model="random", family=family.name, method=method, beta=BETA)
+    objective: Any = DPO(
+        pipe, materials.resolution, cache, 0.0, card=card, errors=errors, complete=is_known
+    )
+    if second is not None:
+        objective.copy = second
+        objective.frozen.append(second)
+    if variant == "split":
+        _split_forwards(objective)
+    return objective
+
+
+def make_trainable(network: Any, method: str, lora_targets: tuple[str, ...]) -> None:
+    """Have all weights trained, or an adapter; what is trained is in float32."""
+    network.requires_grad_(method == "full")
+    if method == "lora":
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=RANK,
+            target_modules=list(lora_targets),
+            init_lora_weights="gaussian",
+        )
+        network.add_adapter(config)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _split_forwards(objective: Any) -> None:
+    """Evaluate winner and loser one after the other."""
+    whole = objective.predict
+
+    def predict(network: Any, noisy: Any, *more: Any) -> Any:
+        return torch.cat([whole(network, part, *more) for part in noisy.split(1)])
+
+    objective.predict = predict
+
+
 class Worker:
     """One variant, in the process that is its own.
 
@@ -142,77 +262,15 @@ class Worker:
         self.half = shape.half
         self.batch = batch
         self.steps = 0
-        names = variants(method)
-        savings = names[: names.index(variant) + 1]
-        data = Pairs(str(folder / "pairs.parquet"))
-        base = BaseModel(str(folder / "base"))
-        dtype = shape.half or torch.float32
-
-        # The base model, without its encoders where the data is encoded.
-        cache = None
-        parts: dict[str, Any] = {}
-        if "cache" in savings:
-            cache = Cache(folder / "cache", encoders_key(base), data, shape.resolution)
-            cache.build(lambda: self._encoding_pipeline(base, dtype), progress=False)
-            parts = encoders_without_weights(base, dtype)
-        pipe = base.load_pipeline(dtype, parts)
-        self.network = pipe.unet.to(self.device)
-
-        # The published launcher's second network, and what is trained.
-        needs_second = method == "lora" and "adapter" not in savings
-        second = copy.deepcopy(self.network).requires_grad_(False) if needs_second else None
-        self._make_trainable(method, family_of(pipe).lora_targets)
-        if shape.large:
-            self.network.enable_gradient_checkpointing()
-        if "compile" in savings:
-            self.network.compile_repeated_blocks()
-
-        # The objective, with the reference's errors where they are known.
-        self.examples = Examples(data, 0)
+        materials = saved_materials(folder, shape)
+        self.examples = Examples(materials.data, 0)
         self.epoch_indices = self.examples.epoch_indices(0, PAIRS)
-        errors = ReferenceErrors(folder, f"{method} {batch}") if "errors" in savings else None
-        known = errors is not None and errors.covers(*self.examples.span(0, PAIRS))
-        family = family_of(pipe).name
-        card = AnchorCard(base_model="random", family=family, method=method, beta=BETA)
-        self.objective: Any = DPO(
-            pipe, shape.resolution, cache, 0.0, card=card, errors=errors, complete=known
-        )
-        if second is not None:
-            self.objective.copy = second
-        if variant == "split":
-            self._split_forwards()
+        self.objective = make_objective(variant, method, materials, PAIRS)
+        self.network = self.objective.network.to(self.device)
         for module in self.objective.frozen:
             module.to(self.device)
-
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
-
-    def _encoding_pipeline(self, base: BaseModel, dtype: torch.dtype) -> Any:
-        return base.load_pipeline(dtype, {"unet": None}).to(self.device)
-
-    def _make_trainable(self, method: str, lora_targets: tuple[str, ...]) -> None:
-        """All weights, or an adapter; what is trained is in float32."""
-        self.network.requires_grad_(method == "full")
-        if method == "lora":
-            config = LoraConfig(
-                r=RANK,
-                lora_alpha=RANK,
-                target_modules=list(lora_targets),
-                init_lora_weights="gaussian",
-            )
-            self.network.add_adapter(config)
-        for parameter in self.network.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-
-    def _split_forwards(self) -> None:
-        """Evaluate winner and loser one after the other."""
-        whole = self.objective.predict
-
-        def predict(network: Any, noisy: Any, *more: Any) -> Any:
-            return torch.cat([whole(network, part, *more) for part in noisy.split(1)])
-
-        self.objective.predict = predict
 
     def step(self) -> None:
         """One optimiser step."""
