@@ -68,12 +68,14 @@ class PipelineSize:
         text_encoders: of each text encoder, one for `sd15` and two for `sdxl`.
         width: channels of the denoiser's first block.
         autoencoder: channels of the autoencoder's levels.
+        shallow: one layer a block of the denoiser, where the published ones have up to ten.
     """
 
     network: str
     text_encoders: tuple[TextEncoderSize, ...]
     width: int = WIDTH
     autoencoder: tuple[int, ...] = tuple(AUTOENCODER["block_out_channels"])
+    shallow: bool = False
 
     def denoiser_config(self, latent_side: int) -> dict[str, Any]:
         """The denoiser's config.
@@ -83,6 +85,8 @@ class PipelineSize:
         """
         # The published one, with as many channels and heads less as it is narrower.
         config = scaled_denoiser_config(self.network, self.width, latent_side)
+        if self.shallow:
+            config |= {"layers_per_block": 1, "transformer_layers_per_block": 1}
 
         # What it reads of the texts.
         widths = [encoder.width for encoder in self.text_encoders]

@@ -197,6 +197,7 @@ class Stopwatch:
         args: what the command line says.
         folder: for temporary files.
         kinds: of the anchors, keys of ANCHORS.
+        pipe: the pipeline; None: the one that the arguments name.
 
     Attributes:
         pipe: the pipeline.
@@ -205,10 +206,14 @@ class Stopwatch:
     """
 
     def __init__(
-        self, args: argparse.Namespace, folder: Path, kinds: Iterable[str] = tuple(ANCHORS)
+        self,
+        args: argparse.Namespace,
+        folder: Path,
+        kinds: Iterable[str] = tuple(ANCHORS),
+        pipe: Any = None,
     ) -> None:
         self.args = args
-        self.pipe = make_pipeline(args)
+        self.pipe = make_pipeline(args) if pipe is None else pipe
         self.anchors = {kind: ANCHORS[kind](self.pipe, folder) for kind in kinds}
         self.prompts = embeddings(self.pipe, args.batch)
         if args.compile:
