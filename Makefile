@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test test-all check docs reproduce mixtures base
+.PHONY: help install demo test test-all gpu check docs reproduce mixtures base
 
 help:
 	@echo "make install    deradiff and what its tests need, into .venv"
 	@echo "make demo       install, then train, realign and report on the shapes world (minutes)"
 	@echo "make test       install, then the default tests"
 	@echo "make test-all   the slow tests too"
+	@echo "make gpu        every check that needs a GPU, in eight minutes; it installs nothing"
 	@echo "make check      lint, format and types"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make reproduce  the paper's experiment on the shapes world: six betas from scratch"
@@ -43,6 +44,10 @@ test: install
 
 test-all: install
 	$(RUN) -m pytest -m "slow or not slow"
+
+# Without the network: the Python of .venv where there is one, else that of the machine.
+gpu:
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu
 
 check: install
 	$(VENV)/bin/ruff check .

@@ -270,6 +270,8 @@ def test_known_errors_are_those_of_the_first_beta(bench):
     with pytest.raises(CannotRun, match="has left no errors"):
         training.pace(bench, "lora", training.KNOWN)
     first = training.pace(bench, "lora", training.FIRST_BETA)
+    # Another method's first beta does not forget them.
+    training.pace(bench, "full", training.FIRST_BETA)
     known = training.pace(bench, "lora", training.KNOWN)
     # One pair a step, two images: the reference's evaluation is saved.
     assert first.forwards == 2 * 3

@@ -121,7 +121,7 @@ def _counted(statuses: Sequence[str]) -> str:
 def _say(row: Row) -> None:
     """Tell a row as soon as it is found."""
     finding = row.finding
-    seconds = f", {finding.seconds:.3g} s a {finding.unit}" if finding.seconds else ""
+    seconds = f", {finding.seconds:.3g} s ({finding.unit})" if finding.seconds else ""
     why = f": {row.why}" if row.why else ""
     print(f"gpu: {row.group}, {row.check}: {row.status}{seconds}{why}", flush=True)
 

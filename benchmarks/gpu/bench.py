@@ -117,6 +117,7 @@ class Bench:
         if not self.profiles:
             return None
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            # Not the time in which the profiler starts and ends.
             seconds = self.seconds(work)
         return busy_seconds(profiler) / seconds
 

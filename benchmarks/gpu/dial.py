@@ -19,6 +19,9 @@ from deradiff import realign
 ROWS_PER_IMAGE = 2
 """Rows of the denoiser's batch: without the prompt, and with it."""
 
+REALIGN_COMPILES = "compile" in inspect.signature(realign).parameters
+"""Whether `realign` compiles the networks if it is asked to."""
+
 
 def plain_check(images: int) -> str:
     """The name of the check of the plain pipeline."""
@@ -82,9 +85,6 @@ def compiled_cost(bench: Bench, variant: Variant) -> Finding:
         # The next variant starts from a pipeline as it is loaded.
         bench.forget_pipeline()
     return found
-
-
-REALIGN_COMPILES = "compile" in inspect.signature(realign).parameters
 
 
 def _is_compiled(network: Any) -> bool:

@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -25,8 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.bench import CACHE, Bench, CannotRun, busy_seconds, deterministic
 from benchmarks.gpu.rows import Finding
-from benchmarks.train import Materials, forget_peak, make_objective, peak_memory
+from benchmarks.train import forget_peak, make_objective, peak_memory
 from deradiff.data.pairs import Examples
+from deradiff.data.reference_errors import ReferenceErrors
 from deradiff.models.flops import dpo_step_flops
 from deradiff.training.checkpoints import Checkpoints
 from deradiff.training.loop import train
@@ -103,7 +105,8 @@ def pace(bench: Bench, method: str, name: str) -> Finding:
     work = bench.work
     folder = _fresh(bench.folder / f"pace-{method}-{name}")
     if name == FIRST_BETA:
-        _forget_errors(materials)
+        # What an earlier run knows of the reference's errors would make it a later beta.
+        shutil.rmtree(ReferenceErrors(bench.folder, method).folder, ignore_errors=True)
     bench.full_cache()
     forget_peak(bench.device)
     objective = make_objective(VARIANTS[name], method, materials, work.pairs)
@@ -123,7 +126,7 @@ def pace(bench: Bench, method: str, name: str) -> Finding:
         beside="" if name == "published" else f"train {method}: published",
         busy=times.busy,
         memory=peak_memory(bench.device),
-        note=f"{work.pairs_per_step / times.seconds:.3g} pairs/s",
+        note=f"{work.pairs_per_step / times.seconds:.3g} pairs/s; first step {times.first:.1f} s",
     )
 
 
@@ -142,31 +145,33 @@ class _StepTimes:
         self.options = options
         self.busy: float | None = None
         self._times: list[float] = []
+        self._start = 0.0
         self._profiler: Any = None
         if bench.profiles:
             self._profiler = profile(activities=[ProfilerActivity.CUDA])
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """What the loop calls with each step's metrics."""
-        seconds = self.options.batch_size / metrics["pairs_per_second"]
-        if step == self.options.steps and self._profiler:
+        """What the loop calls with each step's metrics, which it has waited for."""
+        if self._profiler and step == self.options.steps:
+            # The clock of the loop ran while the profiler started.
+            seconds = time.perf_counter() - self._start
             self._profiler.stop()
             self.busy = busy_seconds(self._profiler) / seconds
-        else:
-            self._times.append(seconds)
-        if step == self.options.steps - 1 and self._profiler:
+            return
+        self._times.append(self.options.batch_size / metrics["pairs_per_second"])
+        if self._profiler and step == self.options.steps - 1:
             self._profiler.start()
+            self._start = time.perf_counter()
+
+    @property
+    def first(self) -> float:
+        """Seconds of the first step, which warms up or compiles."""
+        return self._times[0]
 
     @property
     def seconds(self) -> float:
         """The median of the steps after the first one."""
         return statistics.median(self._times[1:])
-
-
-def _forget_errors(materials: Materials) -> None:
-    """Remove what an earlier run knows of the reference's errors."""
-    for folder in materials.folder.glob("reference-*"):
-        shutil.rmtree(folder)
 
 
 def _check_precision(bench: Bench) -> None:
