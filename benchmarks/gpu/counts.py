@@ -79,12 +79,15 @@ def estimate_rows(rows: Sequence[Row], counts: Counts, is_gpu: bool) -> list[Row
     for (network, method), estimate in counts.memory.items():
         group = f"{network} {PRECISION}"
         name = f"train {method}: {FIRST_BETA}"
-        measured = next((row for row in rows if (row.group, row.check) == (group, name)), None)
+        trained = [row for row in rows if (row.group, row.check) == (group, name)]
+        if not trained:
+            continue  # the section was not asked for
+        measured = trained[0]
         check = f"memory {method}: estimate"
-        if measured is None or measured.finding.memory is None:
+        if measured.finding.memory is None:
             why = f"the row {name!r} has no peak to compare with"
-            cut = measured is None or measured.status == CUT
-            found.append(Row(group, check, CUT if cut else NOT_RUN, Finding(note=why)))
+            status = CUT if measured.status == CUT else NOT_RUN
+            found.append(Row(group, check, status, Finding(note=why)))
             continue
 
         # The estimate as a share of what was measured.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def compiled_cost(bench: Bench, variant: Variant) -> Finding:
         variant = variant._replace(options=variant.options | {"compile": True})
     elif not _is_compiled(watch.pipe.unet):
         watch.pipe.unet.compile_repeated_blocks(fullgraph=True)
-    found = _timed(bench, watch, variant)
+    found = replace(_timed(bench, watch, variant), beside=plain_check(1))
     if variant.anchor == PLAIN:
         # The next variant starts from a pipeline as it is loaded.
         bench.forget_pipeline()
