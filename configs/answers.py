@@ -23,6 +23,7 @@ from configs.keys import (
     suggestion,
     usual_keys,
 )
+from deradiff.hub import is_hub_error
 
 QUOTE = "quote a value that holds a comma or a bracket: \"prompts=['a fox, red']\""
 
@@ -204,6 +205,11 @@ def sentence(error: BaseException, command: Command) -> str:
     ambiguous = re.search(r"Ambiguous value for argument '(.*)'", first_line)
     if ambiguous:
         return _several_values(ambiguous[1], command)
+    if is_hub_error(cause):
+        return (
+            f"the hub could not be read ({type(cause).__name__}: {first_line.rstrip('.')}): give "
+            "local folders, or set HF_HOME to a cache that hf download <org/name> has filled"
+        )
     return _about_group(text, command) or first_line
 
 

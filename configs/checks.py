@@ -36,7 +36,7 @@ def section(name: str) -> Iterator[None]:
     """Put a section of the config before the argument that an error of the library names.
 
     The library says `vae=x is no folder`; the user typed `model.vae=x`. Messages that do not begin
-    with an argument stay as they are.
+    with an argument stay as they are, but for `give vae=<...>` in them.
 
     Args:
         name: of the section whose keys are called as the library's arguments are.
@@ -44,6 +44,7 @@ def section(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not re.match(r"\w+=", str(error)):
+        message = re.sub(r"^(?=\w+=)|(?<=: give )(?=\w+=<)", f"{name}.", str(error))
+        if message == str(error):
             raise
-        raise ValueError(f"{name}.{error}") from error
+        raise ValueError(message) from error

@@ -25,6 +25,7 @@ from configs.answers import Command, check_arguments, sentence
 from configs.functions import function_at
 from configs.keys import help_text
 from configs.tracking import ABANDONED
+from deradiff.hub import is_hub_error
 from deradiff.training.preemption import REQUEUE, Preempted
 
 CONFIGS = str(Path(__file__).parent)
@@ -112,12 +113,14 @@ def _status_of(work: Callable[[], None], command: Command) -> int:
     except Preempted as stop:
         print(f"{stage}: {stop}", file=sys.stderr)
         return INTERRUPTED_STATUS if stop.signal_number == signal.SIGINT else REQUEUE
-    except MISTAKES as error:
-        print(f"{stage}: {sentence(error, command)}", file=sys.stderr)
-        return MISTAKE_STATUS
     except KeyboardInterrupt:
         print(f"{stage}: interrupted; the same command resumes", file=sys.stderr)
         return INTERRUPTED_STATUS
+    except Exception as error:
+        if not isinstance(error, MISTAKES) and not is_hub_error(error):
+            raise
+        print(f"{stage}: {sentence(error, command)}", file=sys.stderr)
+        return MISTAKE_STATUS
     return 0
 
 

@@ -26,6 +26,20 @@ from huggingface_hub.errors import HfHubHTTPError
 TIMEOUT = 10.0
 """Seconds that the hub has to answer in."""
 
+LIBRARIES = ("huggingface_hub", "httpx", "hf_xet")
+"""The packages whose errors say that the hub could not be read."""
+
+NO_REPOSITORY = "there is none of that name, or it is private: look at it, or type hf auth login"
+
+REMEDIES = {
+    "GatedRepoError": "its owner asks for an agreement: accept it there, and type hf auth login",
+    "RepositoryNotFoundError": NO_REPOSITORY,
+    "DatasetNotFoundError": NO_REPOSITORY,
+    "RevisionNotFoundError": "it has no such revision: look at the branch, tag or commit",
+    "RemoteEntryNotFoundError": "it has no such file: look at the name",
+}
+"""What an error of the hub's client means, and what helps."""
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOCAL_STARTS = (".", "/", "~", "runs/", "asset:")
 """How paths and assets begin that look like a hub id."""
@@ -34,6 +48,32 @@ LOCAL_STARTS = (".", "/", "~", "runs/", "asset:")
 def is_hub_id(text: str) -> bool:
     """Whether a name that is no local folder can be a hub id (`org/name`)."""
     return HUB_ID.fullmatch(text) is not None and not text.startswith(LOCAL_STARTS)
+
+
+def is_hub_error(error: BaseException) -> bool:
+    """Whether an error is one of the hub's client, or of what it asks through."""
+    return type(error).__module__.partition(".")[0] in LIBRARIES
+
+
+def not_fetched(what: str, repo: str, error: BaseException, argument: str) -> str:
+    """One sentence about something that was wanted from the hub and did not come.
+
+    Args:
+        what: it is, in a few words.
+        repo: the hub id.
+        error: of the hub's client, or of `fetch` or `listing`.
+        argument: that a local copy may be given as.
+    """
+    cause = error.__cause__ or error
+    name = type(cause).__name__
+    begin = f"{what} was wanted from the hub, {repo}"
+    if name in REMEDIES:
+        return f"{begin}, and {REMEDIES[name]} ({name})"
+    return (
+        f"{begin}, which did not answer, and no copy is here ({name}): "
+        f"give {argument}=<the folder of a copy>, or set HF_HOME to a cache that "
+        f"hf download {repo} has filled where there is a network"
+    )
 
 
 def fetch(repo: str, name: str, revision: str | None = None, repo_type: str | None = None) -> Path:

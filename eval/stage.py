@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from configs.checks import section
 from configs.tracking import Tracker, tracker
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation import Comparison, Evaluation, Options, evaluate, read_samples, write
@@ -49,8 +50,9 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
     """
     # What is evaluated
     specs = {label: scorer.spec() for label, scorer in config.scorers.items()}
-    for spec in specs.values():
-        check_spec(spec)
+    for label, spec in specs.items():
+        with section(f"scorers.{label}"):
+            check_spec(spec)
     samples = read_samples(config.samples, config.references)
     cards = read_cards(samples)
     pairs = pair_up(samples, cards)

@@ -35,8 +35,10 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, list[Anchor]
         for anchor in anchors:
             check_anchor_family(anchor, str(config.model.name))
     base = find_base(config, anchors)
+    with section("model"):
+        family = base.family.name
     for anchor in anchors:
-        check_anchor_family(anchor, base.family.name)
+        check_anchor_family(anchor, family)
     with section("model"):
         base.check()
     resolved = _with_defaults(config, base, anchors)

@@ -142,10 +142,8 @@ def _find_on_hub(source: str, revision: str | None) -> AnchorFiles:
     try:
         root, all_names = hub.listing(repo, revision)
     except OSError as error:
-        raise ValueError(
-            f"there is no anchor {source}: no local folder, and the hub did not list {repo} "
-            f"({error}); give a folder that exists or a hub id such as org/name"
-        ) from error
+        reason = hub.not_fetched("an anchor", repo, error, "anchor")
+        raise ValueError(f"there is no anchor {source} on this machine: {reason}") from error
 
     # What lies behind the hub id is a file, or a folder that has files.
     rest = "/".join(parts[2:])

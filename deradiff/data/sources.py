@@ -6,9 +6,8 @@ import glob
 from pathlib import Path
 
 import datasets
-from huggingface_hub.errors import HfHubHTTPError
 
-from deradiff.hub import is_hub_id
+from deradiff.hub import is_hub_error, is_hub_id, not_fetched
 
 
 def parquet_files(path: str, split: str, revision: str | None = None) -> list[str] | None:
@@ -51,11 +50,11 @@ def _hub_builder(path: str, revision: str | None) -> datasets.DatasetBuilder:
     """What reads a data set of the hub. Raises ValueError."""
     try:
         builder = datasets.load_dataset_builder(path, revision=revision)
-    except (HfHubHTTPError, datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"path={path} could not be read from the hub ({type(error).__name__}): give a "
-            "mirror's id, or download the data set as parquet and give its folder"
-        ) from error
+    except Exception as error:
+        is_missing = isinstance(error, datasets.exceptions.DatasetNotFoundError | ConnectionError)
+        if not is_missing and not is_hub_error(error):
+            raise
+        raise ValueError(not_fetched("a data set", path, error, "path")) from error
 
     # A data set says itself where its files are, and could name files of this machine.
     for files in (builder.config.data_files or {}).values():

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from deradiff.files import locate
-from deradiff.hub import fetch, is_hub_id, listing
+from deradiff.hub import fetch, is_hub_id, listing, not_fetched
 from deradiff.models.component_files import CONFIG, Component, components_of
 from deradiff.models.families import Family, family_of_index
 from deradiff.models.single_files import autoencoder_refusal, base_refusal, is_single_file
@@ -84,10 +84,7 @@ class BaseModel:
         try:
             return fetch(self.location, INDEX, self.revision)
         except OSError as error:
-            raise ValueError(
-                f"the pipeline {self.location} is no local folder and could not be read from the "
-                f"hub ({error})"
-            ) from error
+            raise ValueError(not_fetched("a pipeline", self.location, error, "base")) from error
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -121,9 +118,7 @@ class BaseModel:
             try:
                 return frozenset(listing(self.location, self.revision)[1])
             except OSError as error:
-                raise ValueError(
-                    f"the files of {self.location} could not be listed on the hub ({error})"
-                ) from error
+                raise ValueError(not_fetched("a pipeline", self.location, error, "base")) from error
         files = [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
         return frozenset(path.relative_to(folder).as_posix() for path in files)
 
@@ -169,14 +164,17 @@ class BaseModel:
         Raises:
             ValueError: where the file cannot be read.
         """
-        try:
-            if Path(self.location).is_dir():
-                file = Path(self.location) / name
-            else:
-                file = fetch(self.location, name, self.revision)
+        if Path(self.location).is_dir():
+            file = Path(self.location) / name
+            if not file.is_file():
+                raise ValueError(f"{self.location} is not complete: it has no {name}")
             return json.loads(file.read_text())
+        try:
+            file = fetch(self.location, name, self.revision)
         except OSError as error:
-            raise ValueError(f"{name} of {self.location} could not be read ({error})") from error
+            what = f"{name} of a pipeline"
+            raise ValueError(not_fetched(what, self.location, error, "base")) from error
+        return json.loads(file.read_text())
 
     @property
     def denoiser_type(self) -> Any:
@@ -308,10 +306,7 @@ def check_autoencoder(vae: str) -> None:
         try:
             fetch(vae, CONFIG)
         except OSError as error:
-            raise ValueError(
-                f"the autoencoder {vae} is no local folder and could not be read from the hub "
-                f"({error})"
-            ) from error
+            raise ValueError(not_fetched("an autoencoder", vae, error, "vae")) from error
     _check_component(AUTOENCODER, _autoencoder_names(vae), vae, folder)
 
 
@@ -333,7 +328,7 @@ def _autoencoder_names(vae: str) -> list[str]:
     try:
         return listing(vae)[1]
     except OSError as error:
-        raise ValueError(f"the files of {vae} could not be listed on the hub ({error})") from error
+        raise ValueError(not_fetched("an autoencoder", vae, error, "vae")) from error
 
 
 def _check_component(

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from deradiff.files import locate
-from deradiff.hub import is_hub_id
+from deradiff.hub import is_hub_error, is_hub_id, not_fetched
 from deradiff.scorers import open_clip
 from deradiff.scorers.published import PublishedCLIP
 
@@ -219,18 +218,24 @@ def _read_safetensors(file: Path, device: str) -> dict[str, Tensor]:
     return state
 
 
-def snapshot(repo: str, patterns: list[str]) -> Path:
+def snapshot(repo: str, patterns: list[str], argument: str = "checkpoint") -> Path:
     """The local folder of a hub repository with the files that match.
+
+    Args:
+        repo: the hub id.
+        patterns: of the files.
+        argument: that a local copy may be given as.
 
     Raises:
         ValueError: where it cannot be read.
     """
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(
-            f"{repo} is no local path and could not be read from the hub ({type(error).__name__})"
-        ) from error
+    # No network, no such repository, no access: the hub's client has a class for each
+    except Exception as error:
+        if not is_hub_error(error) and not isinstance(error, OSError):
+            raise
+        raise ValueError(not_fetched(f"a scorer's {argument}", repo, error, argument)) from error
 
 
 def locate_checkpoint(checkpoint: str) -> CheckpointLocation:
@@ -337,7 +342,7 @@ def _tokenizer(
     else:
         tokenizer = tokenizer or published.tokenizer
         is_folder = Path(tokenizer).is_dir()
-        folder = Path(tokenizer) if is_folder else snapshot(tokenizer, SMALL_FILES)
+        folder = Path(tokenizer) if is_folder else snapshot(tokenizer, SMALL_FILES, "tokenizer")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
             f"{tokenizer} holds no CLIP tokenizer: give tokenizer= a hub id, or a folder with a "

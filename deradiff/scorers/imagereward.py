@@ -239,7 +239,7 @@ def find_imagereward(checkpoint: str | None, tokenizer: str | None) -> ImageRewa
     tokenizer = tokenizer or TOKENIZER
     folder = Path(tokenizer)
     if not folder.is_dir():
-        folder = snapshot(tokenizer, [*VOCABULARY_FILES, "tokenizer_config.json"])
+        folder = snapshot(tokenizer, [*VOCABULARY_FILES, "tokenizer_config.json"], "tokenizer")
     files = [folder / name for name in VOCABULARY_FILES]
     vocabulary = next((file for file in files if file.is_file()), None)
     if vocabulary is None:

@@ -110,7 +110,7 @@ def test_state_dicts_of_another_layout_are_refused(refused: Any, tmp_path: Path)
 def test_files_of_another_kind_are_refused(refused: Any, folder: Path, tmp_path: Path) -> None:
     refused("is a folder: give ImageReward's file", checkpoint=folder / "bert")
     refused("holds no BERT tokenizer", tokenizer=tmp_path)
-    refused("could not be read from the hub", tokenizer=None)
+    refused("tokenizer was wanted from the hub", tokenizer=None)
     refused("imagereward has no model_config", tokenizer=None, model_config="x.json")
 
 

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from httpx import ConnectTimeout
+
 from configs.entry import entry
 
 
@@ -50,6 +52,8 @@ def run(config, run_dir):
         raise FileNotFoundError("there is no data")
     if config.data == "bug":
         raise RuntimeError("a bug of ours")
+    if config.data == "hub":
+        raise ConnectTimeout("timed out")
     if config.data == "fails-at-7" and beta == 7:
         raise ValueError("seven does not work")
     if config.data == "ranks":
