@@ -69,9 +69,10 @@ def timed_options() -> dict[str, dict[str, Any]]:
     for mode, spec in MODES.items():
         setting = spec.label.setting
         name = f"{mode}, {setting}={defaults[setting].default}" if setting else mode
-        options[name] = {"mode": mode}
+        options[name] = {"mode": mode, "memory": "low"}
         if spec.batched:
-            options[f"{name}, batched"] = {"mode": mode, "batched": True}
+            options[f"{name}, merged"] = {"mode": mode, "memory": "high"}
+            options[f"{name}, batched"] = {"mode": mode, "memory": "low", "batched": True}
     return options
 
 
@@ -185,7 +186,8 @@ def timed_variants(anchors: Iterable[str]) -> list[Variant]:
     variants = [Variant(PLAIN, "", {})]
     for anchor in anchors:
         for name, options in timed_options().items():
-            if anchor == "lora" or "batched" not in options:
+            is_for_lora = "batched" in options or options["memory"] == "high"
+            if anchor == "lora" or not is_for_lora:
                 variants.append(Variant(anchor, name, options))
     return variants
 

@@ -32,6 +32,7 @@ from deradiff.models.family import SamplingDefaults
 from deradiff.realignment.registry import (
     BRANCHES,
     LABELS,
+    MEMORY,
     MODES,
     NEEDS,
     manifest_mode,
@@ -119,6 +120,12 @@ class SampleConfig:
         False, "anchors may be pickles (.pth, .pt, .bin, .ckpt), of which only tensors are read"
     )
     batched: bool = setting(False, "a LoRA anchor's rows and the reference's as one batch")
+    memory: str = setting(
+        "auto",
+        "high: the layers of a LoRA anchor get weights of their own, which a GPU runs faster; low: "
+        "one network; auto: high on a GPU of which that takes less than half",
+    )
+    compile: bool = setting(False, "torch.compile the blocks that repeat in the network")
     sampler: str | None = setting(None, "null: the model's default; " + ", ".join(SAMPLERS))
     eta: float = setting(0.0, "of DDIM: 0 (deterministic) to 1")
     steps: int | None = setting(None, "denoising steps; null: the model's default")
@@ -145,6 +152,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, MODES)
+        choice("memory", self.memory, MEMORY)
         choice("branch", self.branch, BRANCHES)
         choice("sampler", self.sampler, (None, *SAMPLERS))
         choice("dtype", self.dtype, (None, *DTYPES))
@@ -292,6 +300,8 @@ class SampleConfig:
         if option:
             modes = " or ".join(f"mode={name}" for name in modes_with(option))
             raise ValueError(f"{option} {NEEDS[option]}: give {modes}, not {self.mode}")
+        if self.batched and self.compile:
+            raise ValueError("batched and compile do not go together: give one of the two")
 
     def _check_branch(self) -> None:
         """Raises ValueError for options that a lambda for one branch does not go together with."""

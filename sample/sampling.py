@@ -169,6 +169,8 @@ class Images:
             trust_region=config.trust_region,
             batched=config.batched,
             shared_start=True,  # of a sweep, only lambda changes
+            memory=config.memory,
+            compile=config.compile,
         ) as dial:
             for start in range(0, len(wanted), config.batch_size):
                 batch = wanted[start : start + config.batch_size]

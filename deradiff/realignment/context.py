@@ -35,6 +35,7 @@ from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
 from deradiff.realignment.caller import calling_pipeline
 from deradiff.realignment.carriers import all_plain
 from deradiff.realignment.clock import Clock
+from deradiff.realignment.compilation import compiled_blocks
 from deradiff.realignment.conditions import lams_of_condition
 from deradiff.realignment.dial import Dial, validated_lams
 from deradiff.realignment.full_anchor import FullAnchor
@@ -42,7 +43,14 @@ from deradiff.realignment.guided_steps import GuidedSteps
 from deradiff.realignment.modes import Mode, ModeParts, carried
 from deradiff.realignment.networks import Call, Cost, Networks, parameters_of
 from deradiff.realignment.path_kl import PathKL
-from deradiff.realignment.registry import MODES, NEEDS, modes_with, unsupported_option
+from deradiff.realignment.registry import (
+    MEMORY,
+    MODES,
+    NEEDS,
+    ModeSpec,
+    modes_with,
+    unsupported_option,
+)
 from deradiff.realignment.resampling import Resampling
 from deradiff.realignment.scheduler_tap import SchedulerTap
 
@@ -75,6 +83,8 @@ def realign(
     trust_region: float | None = None,
     batched: bool = False,
     shared_start: bool = False,
+    memory: str = "auto",
+    compile: bool = False,
 ) -> Iterator[Dial]:
     """Realign a diffusers pipeline while the context lasts (DeRaDiff, Algorithm 1).
 
@@ -117,6 +127,13 @@ def realign(
         batched: run the rows of a LoRA anchor and of the reference as one batch. For mode `exact`.
         shared_start: remember the first step of a chain, for a sweep of lambdas from the same
             noise. Nothing but lam may change between the calls.
+        memory: whether the layers that a LoRA anchor changes get a second set of weights, which
+            saves the host the LoRA's own products: `high` where that is possible, `low` never, and
+            `auto` on a GPU of which that takes less than half. At lam = 1 there is no need for it,
+            and the LoRA acts as in the stock pipeline, bit for bit.
+        compile: compile the blocks that repeat in the network (`torch.compile`), until the context
+            ends. Compiled code rounds otherwise: lam 0 and 1 are then equal to the stock pipeline
+            but for that.
 
     Yields:
         The dial: set `dial.lam` at any time; read `dial.path_kl`, `dial.evaluations` and `dial.ess`
@@ -145,6 +162,7 @@ def realign(
     sources = sources_of(anchor)
     _check_numbers(every, particles, trust_region)
     _check_mode(mode, len(sources), particles, trust_region, batched)
+    _check_execution(memory, batched, compile)
     names = _realigned_denoisers(pipe)
     _check_pipeline(pipe, names)
     lams = validated_lams(lam, len(sources))
@@ -171,13 +189,17 @@ def realign(
 
         # The networks' side: the mode evaluates in place of a reference's own forward.
         for name in names:
-            attached = _attach_all(pipe, name, anchors, stack)
             network = unwrapped(getattr(pipe, name))
+            if compile:
+                stack.enter_context(compiled_blocks(network))
+            attached = _attach_all(pipe, name, anchors, MODES[mode], stack)
             networks = Networks(
                 network,
                 attached,
                 cost,
                 batched=batched,
+                memory=memory,
+                is_compiled=compile,
                 checks_batches=not traits.is_known,
                 shared_start=shared_start,
             )
@@ -243,6 +265,17 @@ def _check_mode(
         raise ValueError(f"trust_region is for one anchor, and there are {anchors}")
 
 
+def _check_execution(memory: str, batched: bool, compile: bool) -> None:
+    """Raise ValueError for an unknown word, and for options that do not go together."""
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be {' or '.join(map(repr, MEMORY))}, not {memory!r}")
+    if batched and compile:
+        raise ValueError(
+            "batched=True and compile=True do not go together: compiled blocks would not see which "
+            "row belongs to which model; remove one of the two"
+        )
+
+
 def _realigned_denoisers(pipe: Any) -> list[str]:
     """The attributes of a pipeline whose networks are realigned. Raises ValueError.
 
@@ -288,7 +321,7 @@ def _check_pipeline(pipe: Any, names: Sequence[str]) -> None:
 
 
 def _attach_all(
-    pipe: Any, name: str, anchors: Sequence[Anchor], stack: ExitStack
+    pipe: Any, name: str, anchors: Sequence[Anchor], mode: ModeSpec, stack: ExitStack
 ) -> list[Adapter | FullAnchor]:
     """Load the anchors' weights for one denoiser.
 
@@ -298,6 +331,7 @@ def _attach_all(
         pipe: the pipeline.
         name: of the denoiser.
         anchors: the anchors.
+        mode: in which they are evaluated.
         stack: undoes it.
     """
     network = unwrapped(getattr(pipe, name))
@@ -308,7 +342,8 @@ def _attach_all(
     for number, anchor in enumerate(anchors):
         if anchor.method == "full":
             own = anchor.part(name) if has_others or not is_first else anchor
-            attached.append(FullAnchor(network, own, pipeline_label(pipe)))
+            label = pipeline_label(pipe)
+            attached.append(FullAnchor(network, own, label, on_cpu=mode.sums_weights))
             continue
         adapter = Adapter(pipe, anchor, number, name)
         stack.callback(adapter.remove)

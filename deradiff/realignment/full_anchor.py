@@ -44,16 +44,19 @@ class FullAnchor:
         denoiser: the reference network.
         anchor: the full anchor.
         pipeline: how an error names the pipeline.
+        on_cpu: keep the weights on the CPU, for one who reads them one by one and never evaluates
+            the anchor.
 
     Raises:
         ValueError: for weights of another architecture than the reference's, and for a reference
             whose weights others cannot take the places of.
     """
 
-    def __init__(self, denoiser: Any, anchor: Anchor, pipeline: str) -> None:
+    def __init__(self, denoiser: Any, anchor: Anchor, pipeline: str, on_cpu: bool = False) -> None:
         self.denoiser = denoiser
         self.anchor = anchor
         self.pipeline = pipeline
+        self.on_cpu = on_cpu
         self._slots: dict[str, Slot] = {}
         self._weights: list[Tensor] = []
         # The device and precision that the weights were fitted to.
@@ -70,7 +73,7 @@ class FullAnchor:
         slots = slots_of(self.denoiser)
         first = _first_weight(slots)
         is_offloaded = first.device.type == "meta"
-        device = torch.device("cpu") if is_offloaded else first.device
+        device = torch.device("cpu") if is_offloaded or self.on_cpu else first.device
         with LOADING:
             network = self.anchor.network(self.denoiser, device, self.denoiser.dtype)
 
@@ -82,7 +85,7 @@ class FullAnchor:
         if _are_same(own_slots, self._slots) and self._placement == placement:
             return
         self._slots = own_slots
-        self._weights = fitted(weights, own_slots)
+        self._weights = fitted(weights, own_slots, device if self.on_cpu else None)
         self._placement = placement
 
     def output(self, call: Any) -> Any:
@@ -95,7 +98,10 @@ class FullAnchor:
             return call()
 
     def weights(self) -> dict[str, Tensor]:
-        """The anchor's weights by name, on the device and in the precision of the reference's."""
+        """The anchor's weights by name, in the precision of the reference's.
+
+        They are on the reference's device, or on the CPU (`on_cpu`).
+        """
         return dict(zip(self._slots, self._weights))
 
     def follow(self) -> None:

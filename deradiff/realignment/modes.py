@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deradiff.method.branches import BranchStrengths
 from deradiff.method.lambdas import Strength
@@ -26,19 +26,20 @@ from deradiff.realignment.branches import MAX_BLOCKS, block_parts, blocks_in
 from deradiff.realignment.cache_states import REFERENCE
 from deradiff.realignment.carriers import LostTrack, carry
 from deradiff.realignment.clock import Clock
-from deradiff.realignment.full_anchor import FullAnchor
 from deradiff.realignment.networks import Call, Networks, Output
 from deradiff.realignment.rows import lam_of_row, lam_of_rows
-from deradiff.realignment.slots import Slot, in_place, is_current, is_quantised, slots_of
+from deradiff.realignment.summed_weights import (
+    SummedWeights,
+    WeightedAnchor,
+    asks_for_scale,
+)
+from deradiff.realignment.sums import is_mixable, is_zero, linear_combination, weighted_sum
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 """Its multiples, modulo 1, fill the interval evenly."""
 
 ROUNDING = 1e-9
 """By so much lambdas that add up to 1 may be off."""
-
-WeightedAnchor = tuple[Adapter | FullAnchor, float]
-"""An anchor and its lam."""
 
 
 class Companions(NamedTuple):
@@ -161,7 +162,9 @@ class Exact(Mode):
         # The reference has the weight that the anchors leave.
         needs_reference = self.path_kl or not is_zero(1 - sum(lams))
         wanted = [needs_reference, *(not is_zero(lam) for lam in lams)]
-        outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        outputs = self.networks.evaluate(
+            call, wanted, self.clock.is_first_evaluation, as_stock=any(map(has_one, lams))
+        )
         return self._mix(call, outputs, lams)
 
     def _mix(self, call: Call, outputs: Sequence[Output | None], lams: Sequence[Strength]) -> Mixed:
@@ -201,7 +204,9 @@ class Exact(Mode):
         for lam in lams:
             plain_lams.append(lam.conditional if isinstance(lam, BranchStrengths) else lam)
         wanted = [True] * (len(lams) + 1)
-        outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        outputs = self.networks.evaluate(
+            call, wanted, self.clock.is_first_evaluation, as_stock=any(map(has_one, lams))
+        )
         mixed = self._mix(call, outputs, plain_lams)
         mixed.blocks = count
         owners = [row // (call.rows // count) for row in range(call.rows)]
@@ -264,7 +269,9 @@ class Reuse(Mode):
         is_one_network = not isinstance(lam, Tensor) and lam in (0, 1)
         evaluates_both = self._is_due(history) and not is_one_network
         wanted = [evaluates_both or not base_is_anchor, evaluates_both or base_is_anchor]
-        reference, anchor = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        reference, anchor = self.networks.evaluate(
+            call, wanted, self.clock.is_first_evaluation, as_stock=has_one(lam)
+        )
         if is_one_network:
             return _single_network(reference, anchor)
 
@@ -339,12 +346,10 @@ class Weights(Mode):
 
     def __init__(self, parts: ModeParts) -> None:
         super().__init__(parts)
-        self.denoiser = parts.denoiser
         self.path_kl = parts.path_kl
-        # The sums, the lams that they were computed for, and where they belong.
-        self._lams: list[float] = []
-        self._slots: list[Slot] = []
-        self._sums: list[Tensor] = []
+        # The sums, and the anchors with their lams and the chain that they were computed for.
+        self._sums = SummedWeights(parts.denoiser)
+        self._summed: list[WeightedAnchor] = []
         self._chain = 0
 
     def evaluate(self, call: Call, lams: Sequence[Strength]) -> Mixed:
@@ -362,7 +367,7 @@ class Weights(Mode):
         if not any(numbers):
             (output,) = self.networks.evaluate(call, [True])
             return _single_network(output, None)
-        with self._in_place(numbers):
+        with self._in_place(numbers, asks_for_scale(call.kwargs)):
             (output,) = self.networks.evaluate(call, [True])
         assert output is not None
         reference = None
@@ -371,17 +376,22 @@ class Weights(Mode):
         return _with_reference(output, reference)
 
     @contextmanager
-    def _in_place(self, lams: Sequence[float]) -> Iterator[None]:
-        """The network at lams that are not all 0."""
+    def _in_place(self, lams: Sequence[float], is_scaled: bool) -> Iterator[None]:
+        """The network at lams that are not all 0.
+
+        Args:
+            lams: of the anchors.
+            is_scaled: whether this call scales the LoRAs on the network.
+        """
         anchors = [(anchor, lam) for anchor, lam in zip(self.networks.anchors, lams) if lam != 0]
 
         # DoRA is not a sum of weights, a bias is none, and a LoRA alone at lam = 1 is to be the
         # stock pipeline's.
         beside: list[tuple[Adapter, float]] = []
         summed: list[WeightedAnchor] = []
-        is_single = len(anchors) == 1
+        is_stock = len(anchors) == 1 and not self.networks.is_compiled
         for anchor, lam in anchors:
-            stays_apart = is_single and lam == 1
+            stays_apart = is_scaled or (is_stock and lam == 1)
             if isinstance(anchor, Adapter) and (stays_apart or not anchor.is_sum):
                 beside.append((anchor, lam))
             else:
@@ -389,52 +399,23 @@ class Weights(Mode):
 
         for anchor, _ in summed:
             anchor.follow()
-        if summed and not self._is_current(lams):
-            self._compute_sums(summed)
+        if summed and not self._is_current(summed):
+            # What was summed is noted last: a sum that fails is none.
+            self._summed = []
+            self._sums.compute(summed)
             self._chain = self.clock.chain
-            self._lams = list(lams)
+            self._summed = summed
         with ExitStack() as stack:
             if summed:
-                stack.enter_context(in_place(self._slots, self._sums))
+                stack.enter_context(self._sums.in_place())
             for adapter, lam in beside:
                 stack.enter_context(adapter.active(lam))
             yield
 
-    def _is_current(self, lams: Sequence[float]) -> bool:
-        """Whether the sums are those of these lams and of the network as it is."""
-        is_new_chain = self.clock.chain != self._chain
-        if is_new_chain or self._lams != list(lams) or not self._slots:
-            return False
-        for slot, total in zip(self._slots, self._sums):
-            is_moved = total.device != slot.own.device and slot.own.device.type != "meta"
-            if not is_current(slot) or is_moved or total.dtype != slot.own.dtype:
-                return False
-        return True
-
-    def _compute_sums(self, anchors: Sequence[WeightedAnchor]) -> None:
-        """Compute the weights that differ from the reference's own.
-
-        Raises:
-            ValueError: for a network of quantised weights.
-        """
-        # The old sums go first: there may be no memory for both.
-        self._lams = []
-        self._slots = []
-        self._sums = []
-
-        slots = slots_of(self.denoiser)
-        owns = {name: slot.own.detach() for name, slot in slots.items()}
-        sums = dict(owns)
-        _add_full_anchors(sums, anchors)
-        _add_loras(sums, anchors)
-        for name, slot in slots.items():
-            total = sums[name]
-            if total is owns[name]:
-                continue
-            if isinstance(slot.own, nn.Parameter):
-                total = nn.Parameter(total, requires_grad=slot.own.requires_grad)
-            self._slots.append(slot)
-            self._sums.append(total)
+    def _is_current(self, summed: Sequence[WeightedAnchor]) -> bool:
+        """Whether the sums are those of these anchors and of the network as it is."""
+        is_same = self.clock.chain == self._chain and self._summed == summed
+        return is_same and self._sums.is_current
 
 
 class Sampled(Mode):
@@ -459,7 +440,9 @@ class Sampled(Mode):
         wanted = [False] * (len(lams) + 1)
         wanted[model] = True
         wanted[REFERENCE] |= self.path_kl
-        outputs = self.networks.evaluate(call, wanted, self.clock.is_first_evaluation)
+        outputs = self.networks.evaluate(
+            call, wanted, self.clock.is_first_evaluation, as_stock=any(map(has_one, lams))
+        )
         output = outputs[model]
         assert output is not None
         return _with_reference(output, outputs[REFERENCE])
@@ -491,35 +474,13 @@ def _probabilities(lams: Sequence[Strength]) -> list[float]:
     return [max(0.0, 1 - sum(numbers)), *numbers]
 
 
-def _add_full_anchors(sums: dict[str, Tensor], anchors: Sequence[WeightedAnchor]) -> None:
-    """Full anchors: theta_ref + sum lam_i (theta_i - theta_ref), by name, in place of theta_ref."""
-    weights: list[dict[str, Tensor]] = []
-    lams: list[float] = []
-    for anchor, lam in anchors:
-        if isinstance(anchor, FullAnchor):
-            weights.append(anchor.weights())
-            lams.append(lam)
-    if not weights:
-        return
-    for name in weights[0]:
-        theirs = [own_weights[name].detach() for own_weights in weights]
-        if is_mixable(sums[name]):
-            sums[name] = weighted_sum([sums[name], *theirs], [1 - sum(lams), *lams])
-
-
-def _add_loras(sums: dict[str, Tensor], anchors: Sequence[WeightedAnchor]) -> None:
-    """LoRA anchors: plus lam_i times the delta of each layer. Raises ValueError."""
-    for anchor, lam in anchors:
-        if not isinstance(anchor, Adapter):
-            continue
-        for name, delta in anchor.deltas():
-            if is_quantised(sums[name]):
-                raise ValueError(
-                    f"mode='weights' sums weights, and {name} of the pipeline's network is "
-                    "quantised: use mode='exact'"
-                )
-            total = linear_combination([sums[name].float(), delta.float()], [1.0, lam])
-            sums[name] = total.to(sums[name].dtype)
+def has_one(lam: Any) -> bool:
+    """Whether lambda is 1 somewhere, where the result is the stock pipeline's with the anchor."""
+    if isinstance(lam, BranchStrengths):
+        return has_one(lam.conditional) or has_one(lam.unconditional)
+    if isinstance(lam, Tensor):
+        return bool((lam == 1).any())
+    return lam == 1
 
 
 def carried(mixed: Mixed, track: LostTrack) -> Any:
@@ -538,47 +499,6 @@ def carried(mixed: Mixed, track: LostTrack) -> Any:
         parts += companions.blocks
         leaves.append(carry(leaf, parts, track))
     return Output(leaves, mixed.output.structure).whole()
-
-
-def is_zero(weight: Strength) -> bool:
-    """Whether a weight is 0 everywhere."""
-    if isinstance(weight, Tensor):
-        return not bool(weight.any())
-    return weight == 0
-
-
-def is_mixable(leaf: Any) -> bool:
-    """Whether a part of an output is a tensor of numbers."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def weighted_sum(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) -> Tensor:
-    """The sum of w_i t_i in at least single precision, rounded once.
-
-    A tensor that has all the weight is returned as it is, bit for bit.
-
-    Args:
-        tensors: of one shape and precision; None where the weight is 0.
-        weights: of the tensors; they sum to 1.
-    """
-    parts = []
-    for tensor, weight in zip(tensors, weights):
-        if tensor is not None and not is_zero(weight):
-            parts.append((tensor, weight))
-    first, first_weight = parts[0]
-    if len(parts) == 1 and not isinstance(first_weight, Tensor):
-        return first
-    wide = torch.promote_types(first.dtype, torch.float32)
-    total = linear_combination([tensor.to(wide) for tensor, _ in parts], [w for _, w in parts])
-    return total.to(first.dtype)
-
-
-def linear_combination(tensors: Sequence[Tensor], weights: Sequence[Strength]) -> Tensor:
-    """The sum of w_i t_i, in the order given."""
-    total = weights[0] * tensors[0]
-    for tensor, weight in zip(tensors[1:], weights[1:]):
-        total = total + weight * tensor
-    return total
 
 
 def _companions(tensors: Sequence[Tensor | None], weights: Sequence[Strength]) -> Companions:

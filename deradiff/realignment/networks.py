@@ -9,7 +9,7 @@ tensor for each row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +22,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
 from deradiff.realignment.cache_states import REFERENCE, CacheStates, Memories
 from deradiff.realignment.full_anchor import FullAnchor
+from deradiff.realignment.merged_lora import MergedLora, mergeable
 from deradiff.realignment.random_numbers import RandomNumbers
+from deradiff.realignment.summed_weights import asks_for_scale
 
 TIME_ARGUMENTS = (
     "timestep",
@@ -159,6 +161,10 @@ class Cost:
     rows_evaluated: int = 0
 
 
+_Form = tuple[int, bool]
+"""A model, and whether it is evaluated as a merged LoRA."""
+
+
 class Networks:
     """The reference and its anchors on one input.
 
@@ -167,6 +173,8 @@ class Networks:
         anchors: LoRA anchors on the reference's network, or full anchors for it.
         cost: counts the rows that are evaluated.
         batched: run the rows of a LoRA anchor and of the reference as one batch.
+        memory: whether LoRA anchors get weights of their own (`merged_lora.mergeable`).
+        is_compiled: whether outputs differ from the stock pipeline's anyway, in rounding.
         checks_batches: compare the first joint evaluation of a chain with separate ones, for a
             network of whose arguments it is not known which have rows.
         shared_start: remember the first step of a chain, and answer from memory when it is asked
@@ -184,18 +192,25 @@ class Networks:
         cost: Cost,
         *,
         batched: bool,
+        memory: str,
+        is_compiled: bool,
         checks_batches: bool,
         shared_start: bool,
     ) -> None:
         self.denoiser = denoiser
         self.anchors = anchors
         self.batched = batched
+        self.memory = memory
+        self.is_compiled = is_compiled
         self.checks_batches = checks_batches
         self.shared_start = shared_start
         self.cost = cost
         self.caches = CacheStates(denoiser)
         self._memories = Memories()
-        self._first: tuple[Call, dict[int, Output]] | None = None
+        # The LoRA anchors with weights of their own, by model.
+        self._merged: dict[int, MergedLora] = {}
+        # The first evaluation of a chain, and its outputs.
+        self._first: tuple[Call, dict[_Form, Output]] | None = None
         self._is_batch_checked = not checks_batches
         if batched:
             self._check_batchable()
@@ -219,6 +234,7 @@ class Networks:
         self.caches.refresh()
         self._memories.forget()
         check_unfused(lora_layers(self.denoiser))
+        self._choose_merged()
         self._is_batch_checked = not self.checks_batches
         if self.caches.has_caches and (self.batched or self.shared_start):
             option = "batched=True" if self.batched else "shared_start=True"
@@ -230,8 +246,26 @@ class Networks:
             if isinstance(anchor, FullAnchor):
                 anchor.refresh()
 
+    def _choose_merged(self) -> None:
+        """Decide which LoRA anchors get weights of their own in this chain."""
+        adapters: dict[int, Adapter] = {}
+        for number, anchor in enumerate(self.anchors, start=1):
+            if isinstance(anchor, Adapter):
+                adapters[number] = anchor
+        chosen = [] if self.batched else mergeable(list(adapters.values()), self.memory)
+        merged = {}
+        for number, adapter in adapters.items():
+            if adapter in chosen:
+                merged[number] = self._merged.get(number) or MergedLora(adapter)
+                merged[number].clear()
+        self._merged = merged
+
     def evaluate(
-        self, call: Call, wanted: Sequence[bool], is_first_evaluation: bool = False
+        self,
+        call: Call,
+        wanted: Sequence[bool],
+        is_first_evaluation: bool = False,
+        as_stock: bool = False,
     ) -> list[Output | None]:
         """Evaluate some of the models on the same input.
 
@@ -239,6 +273,8 @@ class Networks:
             call: the evaluation that the pipeline asks for.
             wanted: whether the output of the reference, and of each anchor, is needed.
             is_first_evaluation: whether this is the first evaluation of a chain.
+            as_stock: whether an anchor's output has to be the stock pipeline's, bit for bit, so
+                that a LoRA is not merged. Compiled networks do not ask for it.
 
         Returns:
             An output for each of `wanted`; None where it is not wanted.
@@ -247,35 +283,52 @@ class Networks:
             is_wanted = number < len(wanted) and wanted[number]
             if is_wanted or isinstance(anchor, Adapter):
                 anchor.follow()
+        is_apart = (as_stock and not self.is_compiled) or asks_for_scale(call.kwargs)
+        merged = {} if is_apart else self._merged
+
+        # What is evaluated now is remembered, too: `known` may be the memory itself.
         is_shared = is_first_evaluation and self.shared_start
-        outputs = self._remembered(call) if is_shared else {}
-
-        # What is evaluated now is remembered, too: `outputs` may be the memory itself.
+        known = self._remembered(call) if is_shared else {}
         models = [model for model, is_wanted in enumerate(wanted) if is_wanted]
-        missing = [model for model in models if model not in outputs]
-        outputs.update(self._evaluate(call, missing))
+        missing = [model for model in models if (model, model in merged) not in known]
+        for model, output in self._evaluate(call, missing, merged).items():
+            known[model, model in merged] = output
         self.cost.rows_evaluated += len(missing) * call.rows
-        if is_shared:
-            # The pipeline may write into what it gets.
-            outputs = {model: output.copied() for model, output in outputs.items()}
-        return [outputs[i] if is_wanted else None for i, is_wanted in enumerate(wanted)]
 
-    def _remembered(self, call: Call) -> dict[int, Output]:
-        """The outputs by model of a chain's first step; empty for another one than last time."""
+        outputs: list[Output | None] = [None] * len(wanted)
+        for model in models:
+            output = known[model, model in merged]
+            # The pipeline may write into what it gets.
+            outputs[model] = output.copied() if is_shared else output
+        return outputs
+
+    def _remembered(self, call: Call) -> dict[_Form, Output]:
+        """The outputs of a chain's first step; empty for another one than last time."""
         if self._first is None or not self._first[0].equals(call):
             self._first = (call.cloned(), {})
         return self._first[1]
 
-    def _evaluate(self, call: Call, models: Sequence[int]) -> dict[int, Output]:
+    def _evaluate(
+        self, call: Call, models: Sequence[int], merged: Mapping[int, MergedLora]
+    ) -> dict[int, Output]:
+        """Evaluate the models, as one batch where that is asked for.
+
+        Args:
+            call: the evaluation that the pipeline asks for.
+            models: the models.
+            merged: LoRA anchors that are evaluated with weights of their own.
+        """
         joint = self._evaluate_jointly(call, models) if self.batched else {}
         if joint and not self._is_batch_checked:
-            _check_batch(joint, self._evaluate_apart(call, list(joint)))
+            _check_batch(joint, self._evaluate_apart(call, list(joint), merged))
             self._is_batch_checked = True
         rest = [model for model in models if model not in joint]
-        return joint | self._evaluate_apart(call, rest)
+        return joint | self._evaluate_apart(call, rest, merged)
 
-    def _evaluate_apart(self, call: Call, models: Sequence[int]) -> dict[int, Output]:
-        """Evaluate the models one after the other."""
+    def _evaluate_apart(
+        self, call: Call, models: Sequence[int], merged: Mapping[int, MergedLora]
+    ) -> dict[int, Output]:
+        """Evaluate the models one after the other; see `_evaluate`."""
         # Each gets lists, dictionaries and memories of its own before any of them runs.
         calls = {}
         for model in models:
@@ -289,7 +342,8 @@ class Networks:
                 if model == REFERENCE:
                     output = own_call()
                 else:
-                    output = self.anchors[model - 1].output(own_call)
+                    anchor = merged.get(model) or self.anchors[model - 1]
+                    output = anchor.output(own_call)
             outputs[model] = Output(*tree_flatten(output))
         if outputs:
             self._memories.note_outputs({model: out.leaves for model, out in outputs.items()})

@@ -50,6 +50,8 @@ class ModeSpec:
         trust_region: it goes together with a trust region.
         several_anchors: it can mix more than one anchor.
         branches: it takes a lambda for each branch of guidance.
+        sums_weights: it evaluates one network, at a sum of weights; those of a full anchor are only
+            read.
         measures_path_kl: it evaluates the reference anyway at every lambda between 0 and 1, so that
             the path KL is measured at next to no cost. The sample stage then measures it unless
             told otherwise.
@@ -63,6 +65,7 @@ class ModeSpec:
     trust_region: bool = False
     several_anchors: bool = True
     branches: bool = False
+    sums_weights: bool = False
     measures_path_kl: bool = True
 
     def load(self) -> Any:
@@ -92,6 +95,7 @@ MODES = {
         implementation="deradiff.realignment.modes:Weights",
         evaluations="1",
         label=ModeLabel(line_style="--"),
+        sums_weights=True,
         measures_path_kl=False,
     ),
     "sampled": ModeSpec(
@@ -104,6 +108,9 @@ MODES = {
 
 BRANCHES = ("both", "conditional", "unconditional")
 """The branches of guidance that lambda may act on."""
+
+MEMORY = ("auto", "low", "high")
+"""How much memory a LoRA anchor may take for weights of its own."""
 
 PARTICLES = "particles"
 """What a manifest calls a mode that was sampled with more than one particle an image."""

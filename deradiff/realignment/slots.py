@@ -84,12 +84,15 @@ def in_place(slots: Sequence[Slot], weights: Sequence[Tensor]) -> Iterator[None]
             slot.container[slot.key] = slot.own
 
 
-def fitted(weights: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> list[Tensor]:
+def fitted(
+    weights: Mapping[str, Tensor], slots: Mapping[str, Slot], device: torch.device | None = None
+) -> list[Tensor]:
     """Weights as the network would hold them: on the device and in the precision of its own.
 
     Args:
         weights: by the names of the slots.
         slots: the slots.
+        device: where the weights are kept; None: where the network has its own.
 
     Returns:
         A weight for each slot, in their order. Parameters want gradients where the network's do:
@@ -98,8 +101,8 @@ def fitted(weights: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> list[Ten
     result = []
     for name, slot in slots.items():
         own = slot.own
-        device = torch.device("cpu") if own.device.type == "meta" else own.device
-        weight = weights[name].detach().to(device, own.dtype)
+        own_device = torch.device("cpu") if own.device.type == "meta" else own.device
+        weight = weights[name].detach().to(device or own_device, own.dtype)
         if isinstance(own, nn.Parameter):
             weight = nn.Parameter(weight, requires_grad=own.requires_grad)
         result.append(weight)
