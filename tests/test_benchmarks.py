@@ -20,6 +20,7 @@ def test_all_tables_come_out(capsys):
     assert cost == {
         ("plain", ""): 1,
         ("lora", "exact"): 2,
+        ("lora", "exact, merged"): 2,
         ("lora", "exact, batched"): 2,
         ("lora", "weights"): 1,
         ("lora", "reuse, every=4"): 1.25,
