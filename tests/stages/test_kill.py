@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from deradiff.training.checkpoints import Checkpoints
 from deradiff.training.loop import train
+from tests.support.processes import start, succeeds
 from tests.support.regression import Regression, examples, options
 from tests.support.train_runs import go
 
@@ -55,24 +55,10 @@ def killed_run(work, kills: int, run_dir: Path, seed: int = 0) -> tuple[int, int
         half += (run_dir / "checkpoints/.part").exists()
         whole += newest(run_dir) is not None
 
-    _, status = os.waitpid(start(work), 0)
-    assert os.WEXITSTATUS(status) == 0
+    assert succeeds(work)
     half += (run_dir / "checkpoints/.part").exists()
     whole += newest(run_dir) is not None
     return half, whole
-
-
-def start(work) -> int:
-    """Fork a process that does `work`; returns its id."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        work()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
 
 
 def newest(run_dir):
