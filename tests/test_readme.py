@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from diffusers import DDIMScheduler
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -67,6 +68,13 @@ def test_a_block_of_python_runs_as_it_stands(block, worlds, tmp_path, monkeypatc
     }
     for published, tiny in names.items():
         block = block.replace(published, tiny)
+    set_timesteps = DDIMScheduler.set_timesteps
+
+    def set_few(scheduler, steps, *arguments, **options):
+        """Whatever a pipeline asks for: its default is fifty."""
+        set_timesteps(scheduler, min(steps, 4), *arguments, **options)
+
+    monkeypatch.setattr(DDIMScheduler, "set_timesteps", set_few)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example.py").write_text(block)
     assert runpy.run_path(str(tmp_path / "example.py"))["image"].size == (64, 64)

@@ -24,17 +24,13 @@ from tests.support.anchor_files import (
     refused,
     with_scales,
 )
+from tests.support.products import sparse_product
 from tests.support.realign_world import BASES
 from tests.support.tiny_pipelines import tiny_lora
 
 LORA = "pytorch_lora_weights.safetensors"
 PEFT = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
 
 
 def card(family):
@@ -55,15 +51,15 @@ def save_with_peft(family, lora, folder):
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 16)])
-def test_diffusers_with_metadata(tmp_path, family, rank, alpha):
-    lora = tiny_lora(denoiser_of(family), rank, alpha)
+@pytest.mark.parametrize(("family", "alpha"), sparse_product([*FAMILIES], [4, 16]))
+def test_diffusers_with_metadata(tmp_path, family, alpha):
+    lora = tiny_lora(denoiser_of(family), 4, alpha)
     save_anchor(tmp_path, lora, card(family))
     (tmp_path / "anchor.json").unlink()
     assert_acts_as(family, tmp_path, merged(family, layers_of(lora)))
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3"], indirect=True)
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_diffusers_without_metadata_has_alpha_equal_to_each_layers_rank(tmp_path, family):
     lora = tiny_lora(denoiser_of(family), 4, 4, rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 2})
     state = get_peft_model_state_dict(lora, adapter_name="default")
@@ -105,11 +101,12 @@ PEFT_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", PEFT_OPTIONS.values(), ids=PEFT_OPTIONS.keys())
-@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"], indirect=True)
+@pytest.mark.parametrize(
+    ("family", "options"), sparse_product(["sd15", "sd3", "flux"], [*PEFT_OPTIONS])
+)
 def test_peft_itself(tmp_path, family, options):
     """As Flow-GRPO saves it."""
-    lora = tiny_lora(denoiser_of(family), 4, 16, **options)
+    lora = tiny_lora(denoiser_of(family), 4, 16, **PEFT_OPTIONS[options])
     save_with_peft(family, lora, tmp_path)
     anchor = load_anchor(tmp_path)
     assert (anchor.method, anchor.weights) == ("lora", PEFT)
@@ -117,7 +114,7 @@ def test_peft_itself(tmp_path, family, options):
     assert_acts_as(family, tmp_path / PEFT, merged(family, layers_of(lora)))
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3"], indirect=True)
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_dora_of_peft_and_of_diffusers(tmp_path, family):
     lora = tiny_lora(denoiser_of(family), 4, 16, use_dora=True)
     save_with_peft(family, lora, tmp_path / "peft")
@@ -142,8 +139,9 @@ def kohya(layers, alphas):
     return state
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"], indirect=True)
-@pytest.mark.parametrize("choice", ["one", "each", "none"])
+@pytest.mark.parametrize(
+    ("family", "choice"), sparse_product(["sd15", "sdxl"], ["one", "each", "none"])
+)
 def test_kohya_with_the_alpha_of_each_layer(tmp_path, family, choice):
     layers = layers_of(tiny_lora(denoiser_of(family), 4, 4))
     alphas = {}
@@ -363,7 +361,7 @@ def test_several_parts_that_diffusers_drops_are_counted(tmp_path):
     refused("flux", tmp_path, r"lora_unet_position_embedding\S* and 1 more, which is no part")
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"], indirect=True)
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 def test_both_text_encoders_of_a_pipeline_are_seen(tmp_path, family):
     lora = tiny_lora(denoiser_of(family), 4, 4)
     state = get_peft_model_state_dict(lora, adapter_name="default")

@@ -15,6 +15,7 @@ from deradiff.realignment.bake import bake
 from deradiff.realignment.context import realign
 from sample.config import SampleConfig
 from sample.stage import run
+from tests.support.products import sparse_product
 from tests.support.tiny_pipelines import (
     VISIBLE,
     perturbed_denoiser,
@@ -65,8 +66,7 @@ def sample(pipe):
     ).images
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), sparse_product([*FAMILIES], ["lora", "full"]))
 def test_stock_diffusers_loads_the_folder_and_samples_mode_weights(tiny, tmp_path, family, method):
     anchor = tiny / f"{family}-{method}"
     folder = bake(anchor, LAM, tmp_path / "baked")

@@ -23,7 +23,14 @@ from tests.support.toy_pipeline import GUIDANCES, ToyPipeline, toy_inputs
 
 LAM = 0.6
 every_guidance = pytest.mark.parametrize("guidance", GUIDANCES)
-LINEAR = [name for name in GUIDANCES if name != "rescaled"]
+LIKE_ANOTHER = ("one_batch", "negated", "without")
+
+
+def guidances(*missing):
+    """All but those; those that evaluate the network in the same way as another one are slow."""
+    for name in GUIDANCES:
+        if name not in missing:
+            yield pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_ANOTHER else [])
 
 
 @pytest.fixture
@@ -90,7 +97,7 @@ def test_the_ends_are_the_stock_pipelines_bit_for_bit(toy, guidance):
         assert torch.equal(pipe(guidance), anchored)
 
 
-@every_guidance
+@pytest.mark.parametrize("guidance", guidances())
 def test_each_image_has_its_own_lambda(toy, guidance):
     pipe, anchor, folder = toy
     lams = torch.tensor([0.2, 0.9])
@@ -112,7 +119,7 @@ def test_a_lambda_for_another_number_of_images_is_refused(toy):
         pipe("one_batch")
 
 
-@every_guidance
+@pytest.mark.parametrize("guidance", guidances())
 def test_a_mask_mixes_each_region_by_its_own_lambda(toy, guidance):
     pipe, _, folder = toy
     with realign(pipe, folder, LAM):
@@ -122,7 +129,7 @@ def test_a_mask_mixes_each_region_by_its_own_lambda(toy, guidance):
     torch.testing.assert_close(mask, number, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("guidance", LINEAR)
+@pytest.mark.parametrize("guidance", guidances("rescaled"))
 def test_a_branch_alone_is_the_anchor_in_that_branch_alone(toy, guidance):
     pipe, anchor, folder = toy
 
@@ -172,7 +179,7 @@ def test_a_negative_lambda_goes_the_other_way_and_is_said_once(toy):
 
 
 @pytest.mark.filterwarnings("ignore::deradiff.realignment.resampling.GuidedParticlesWarning")
-@every_guidance
+@pytest.mark.parametrize("guidance", guidances())
 def test_particles_are_weighed_by_guided_differences(toy, guidance, monkeypatch):
     pipe, _, folder = toy
     seen = []
@@ -189,7 +196,7 @@ def test_particles_are_weighed_by_guided_differences(toy, guidance, monkeypatch)
     assert [rows for _, rows in seen] == [2] * 4
 
 
-@pytest.mark.parametrize("guidance", LINEAR)
+@pytest.mark.parametrize("guidance", guidances("rescaled"))
 def test_the_trust_region_bounds_the_guided_step(toy, guidance):
     pipe, anchor, folder = toy
     with realign(pipe, folder, 1.0):

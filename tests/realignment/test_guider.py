@@ -20,6 +20,7 @@ from tests.support.modular_pipelines import (
     save_anchors,
     tiny_modular,
 )
+from tests.support.products import sparse_product
 from tests.support.realign_world import fingerprint
 
 LAM = 0.4
@@ -68,8 +69,10 @@ def interrupt(pipe):
     del pipe.unet.conv_out.forward
 
 
-@pytest.mark.parametrize("method", ["full1", "lora1"])
-@pytest.mark.parametrize("mode", ["exact", "reuse", "weights", "sampled"])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    sparse_product(["full1", "lora1"], ["exact", "reuse", "weights", "sampled"]),
+)
 def test_it_is_the_context_bit_for_bit_and_leaves_no_trace(sdxl, pipe, method, mode):
     anchor = sdxl.anchors[method]
     reference = sample(pipe)

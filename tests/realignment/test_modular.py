@@ -22,6 +22,7 @@ from tests.support.modular_pipelines import (
     save_anchors,
     tiny_modular,
 )
+from tests.support.products import sparse_product
 from tests.support.realign_world import fingerprint
 from tests.support.tiny_pipelines import perturbed_denoiser
 
@@ -38,8 +39,7 @@ def anchor_weights(sdxl):
     return sdxl.stock("full1").unet.state_dict()
 
 
-@every_guider
-@pytest.mark.parametrize("anchor", ["full1", "lora1"])
+@pytest.mark.parametrize(("anchor", "guider"), sparse_product(["full1", "lora1"], [*GUIDERS]))
 def test_the_ends_are_stock_modular_pipelines_and_all_is_restored(sdxl, anchor, guider):
     pipe = modular(sdxl.pipe, GUIDERS[guider]())
     reference = sample(pipe)
@@ -77,7 +77,7 @@ def test_the_chain_and_its_path_kl_are_those_of_a_second_run(sdxl, guider):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_every_modular_pipeline_is_the_mixture_of_its_networks(tmp_path, name, method):
     pipe = tiny_modular(name)
     network = getattr(pipe, denoiser_name(pipe))

@@ -8,6 +8,7 @@ import torch
 
 from deradiff.anchors.anchor import load_anchor
 from deradiff.realignment.context import realign
+from tests.support.products import sparse_product
 from tests.support.realign_world import (
     BASES,
     SCHEDULERS,
@@ -21,11 +22,15 @@ METHODS = pytest.mark.parametrize("method", ["full1", "lora1"])
 SAMPLERS_AND_MODES = [*((sampler, "exact") for sampler in SCHEDULERS), ("ddim", "weights")]
 
 
-@pytest.mark.parametrize(("sampler", "mode"), SAMPLERS_AND_MODES)
-@METHODS
+@pytest.mark.parametrize(
+    ("world", "method", "sampler_and_mode"),
+    sparse_product(["sd15", "sdxl"], ["full1", "lora1"], SAMPLERS_AND_MODES, together=2),
+    indirect=["world"],
+)
 def test_ends_are_the_stock_pipelines_bit_for_bit_and_the_middle_is_neither(
-    world, sampler, method, mode
+    world, method, sampler_and_mode
 ):
+    sampler, mode = sampler_and_mode
     world.use_sampler(sampler)
     reference = sample(world.pipe)
     anchor = sample(world.stock(method))

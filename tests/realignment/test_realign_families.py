@@ -7,30 +7,22 @@ import pytest
 import torch
 
 from deradiff.realignment.context import realign
+from tests.support.products import sparse_product
 from tests.support.realign_world import assert_between, fingerprint, sample
 from tests.support.tiny_pipelines import EVERY_KIND, KINDS
 
-# Both methods where the denoiser is called in the plainest way, and either one elsewhere.
-METHODS = {
-    "text2img": ("full1", "lora1"),
-    "img2img": ("lora1",),
-    "inpaint": ("full1",),
-    "controlnet": ("full1", "lora1"),
-    "controlnet_img2img": ("full1",),
-    "controlnet_inpaint": ("lora1",),
-}
+METHODS = ("full1", "lora1")
 NOT_IN_DIFFUSERS = [("sd3", "controlnet_img2img")]
 
 
 def cases():
     """(family, kind, method) of every pipeline that diffusers has."""
-    for family, kind in itertools.product(EVERY_KIND, KINDS):
+    for case in sparse_product(EVERY_KIND, [*KINDS], METHODS, together=2):
+        family, kind, _ = case.values
         if (family, kind) in NOT_IN_DIFFUSERS:
             continue
-        marks = [pytest.mark.slow] if "_" in kind else []
-        for method in METHODS[kind]:
-            name = f"{family}-{kind}-{method}"
-            yield pytest.param(family, kind, method, id=name, marks=marks)
+        marks = [pytest.mark.slow] if "_" in kind else case.marks
+        yield pytest.param(*case.values, marks=marks)
 
 
 @pytest.mark.parametrize(("family", "kind", "method"), cases())
@@ -61,8 +53,7 @@ def test_a_controlnet_and_an_image_are_heard(worlds, family):
         assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", ["text2img", "img2img"])
-@pytest.mark.parametrize("family", EVERY_KIND)
+@pytest.mark.parametrize(("family", "kind"), sparse_product(EVERY_KIND, ["text2img", "img2img"]))
 def test_the_batch_changes_an_image_by_rounding_at_most(worlds, family, kind):
     world = worlds[family].copy(kind)
     method = "lora1" if kind == "img2img" else "full1"

@@ -5,6 +5,7 @@ import torch
 
 from deradiff.method.lambdas import piecewise, ramp
 from deradiff.realignment.context import realign
+from tests.support.products import sparse_product
 from tests.support.realign_world import denoise, fingerprint, sample
 
 METHODS = pytest.mark.parametrize("method", ["full1", "lora1"])
@@ -118,8 +119,7 @@ def test_without_a_shared_start_a_network_that_changes_between_calls_is_evaluate
         assert not torch.equal(sample(sd15.pipe, num_inference_steps=1), before)
 
 
-@pytest.mark.parametrize("lam", [0.3, 0.8])
-@METHODS
+@pytest.mark.parametrize(("method", "lam"), sparse_product(["full1", "lora1"], [0.3, 0.8]))
 def test_reuse_costs_one_evaluation_and_a_kth(sd15, method, lam):
     def chain(pipe):
         return sample(pipe, num_inference_steps=12)

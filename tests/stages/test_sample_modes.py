@@ -54,11 +54,17 @@ def config_of(tiny, anchor="sd15-lora", **options):
 
 
 def families_and_samplers():
-    """Every sampler of SD1.5, SD3 and FLUX; of each other family its default or a plain one."""
+    """Every sampler of SD1.5, SD3 and FLUX; of each other family its default or a plain one.
+
+    FLUX and SD1.5 with what SD3 and SDXL have sampled with is slow.
+    """
     combinations = [("sdxl", "euler")]
     for name, family in FAMILIES.items():
         if name in ("sd15", "sd3", "flux"):
-            combinations += [(name, sampler) for sampler in samplers_for(family.flow)]
+            for sampler in samplers_for(family.flow):
+                is_another = name == "sd3" or sampler not in ("euler", "flow_sde")
+                marks = [] if is_another else [pytest.mark.slow]
+                combinations.append(pytest.param(name, sampler, marks=marks))
         elif name != "sdxl":
             combinations.append((name, family.sampling.sampler))
     return combinations

@@ -1,7 +1,9 @@
 """`python -m train` as a user types it: what it leaves, what resumes it, and what it refuses."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import read_card
 from deradiff.worlds import shapes
+from tests.support.processes import start
 from tests.support.train_runs import go
 from train.__main__ import main
 from train.config import DataConfig, FinetuneConfig, ModelConfig, TrainConfig
@@ -341,13 +344,13 @@ def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(
 
     # Killed after its second checkpoint.
     killed = command([*typed, "name=killed"], base_folder, tmp_path)
-    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(lambda: type_here(killed, monkeypatch))
     run_dir = tmp_path / "train/killed"
-    while not (run_dir / "checkpoints/step-000006").is_dir() and process.poll() is None:
+    while not (run_dir / "checkpoints/step-000006").is_dir():
         time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (run_dir / "anchor").exists(), "it ended before it was killed"
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status), "it ended before it was killed"
 
     # The same command goes on.
     type_here(killed, monkeypatch)

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import pytest
 
 
-def sparse_product(*lists: Sequence[Any]) -> Iterator[Any]:
+def sparse_product(*lists: Sequence[Any], together: int = 1) -> Iterator[Any]:
     """All combinations of the values of some lists, as parameters of a test.
 
-    As few are not slow as hold every value once: those on the diagonal, on which a shorter list
-    begins again.
+    Not slow are so few of them that each value is in one, or each two values are in one.
 
     Args:
         lists: the values of each parameter.
+        together: 1: each value of a list; 2: each two values of two lists.
     """
-    longest = max(len(values) for values in lists)
-    fast = []
-    for index in range(longest):
-        fast.append(tuple(values[index % len(values)] for values in lists))
-    for combination in product(*lists):
-        marks = [] if combination in fast else [pytest.mark.slow]
-        yield pytest.param(*combination, marks=marks)
+    fast = _covering(list(product(*map(range, map(len, lists)))), together)
+    for indices in product(*map(range, map(len, lists))):
+        values = [parameter[index] for parameter, index in zip(lists, indices)]
+        yield pytest.param(*values, marks=[] if indices in fast else [pytest.mark.slow])
+
+
+def _covering(candidates: list[tuple[int, ...]], together: int) -> set[tuple[int, ...]]:
+    """Combinations that hold all that the candidates hold.
+
+    One after the other is chosen that holds the most that is missing, and of these the one whose
+    values were used least.
+    """
+    held = {one: set(combinations(enumerate(one), together)) for one in candidates}
+    missing = set().union(*held.values())
+    used: Counter[tuple[int, int]] = Counter()
+    chosen = set()
+
+    def gain(one: tuple[int, ...]) -> tuple[int, int]:
+        return len(held[one] & missing), -sum(used[value] for value in enumerate(one))
+
+    while missing:
+        best = max(candidates, key=gain)
+        chosen.add(best)
+        missing -= held[best]
+        used.update(enumerate(best))
+    return chosen

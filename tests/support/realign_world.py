@@ -20,6 +20,7 @@ from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.models.families import FAMILIES, family_of
 from tests.support.tiny_pipelines import (
     EVERY_KIND,
+    TINY,
     perturbed_denoiser,
     tiny_lora,
     tiny_pipeline,
@@ -77,15 +78,22 @@ class World:
 
     def stock(self, anchor: str) -> Any:
         """The stock pipeline with the anchor's weights, as users of diffusers load them."""
-        pipe = copy.deepcopy(BASES[self.family])
-        pipe.scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
-        if anchor.startswith("lora"):
-            pipe.load_lora_weights(self.anchors[anchor])
+        base = BASES[self.family]
+        name = FAMILIES[self.family].denoiser
+        network = getattr(base, name)
+        is_lora = anchor.startswith("lora")
+        if is_lora:
+            network = copy.deepcopy(network)
         else:
-            name = FAMILIES[self.family].denoiser
-            network_type = type(getattr(pipe, name))
-            network = network_type.from_pretrained(self.anchors[anchor], subfolder=name)
-            pipe.register_modules(**{name: network})
+            network = type(network).from_pretrained(self.anchors[anchor], subfolder=name)
+
+        # All other parts are those of this world's pipeline, which is the test's own.
+        parts = {part: self.pipe.components.get(part) for part in base.components}
+        parts["scheduler"] = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        pipe = type(base)(**parts | TINY[self.family].options | {name: network})
+        pipe.set_progress_bar_config(disable=True)
+        if is_lora:
+            pipe.load_lora_weights(self.anchors[anchor])
         return tiny_variant(pipe, self.kind, self.pipe.components.get("controlnet"))
 
 

@@ -15,6 +15,7 @@ from deradiff.data.cache import Cache
 from deradiff.models.families import FAMILIES, family_of
 from deradiff.training.objectives.diffusion import DPO, Pretrain
 from tests.support.objectives import disturb, dpo, items, make
+from tests.support.products import sparse_product
 from tests.support.tiny_pipelines import EVERY_KIND, tiny_lora, tiny_pipeline
 
 FLOWS = ["sd3", "flux"]
@@ -26,8 +27,7 @@ def first_loss(objective, data):
     return loss.item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("family", "method"), sparse_product([*FAMILIES], ["lora", "full"]))
 def test_dpo_starts_at_ln_two_and_its_reference_stays(family, method, pairs):
     _, objective = make(family, method)
     batch = objective.collate(items(pairs))
