@@ -17,6 +17,7 @@ from configs.tracking import TrackingConfig
 from deradiff.files import slug
 from deradiff.scorers.spec import ScorerSpec
 
+STAND_INS = "asset:shapes/"
 TOKENIZER = "a tokenizer's folder, or a hub id such as org/name"
 
 
@@ -30,6 +31,14 @@ class ScorerConfig:
     checkpoint: str | None = setting(None, "of the network: hub id, path or asset:...")
     tokenizer: str | None = setting(None, "a folder or hub id")
     model_config: str | None = setting(None, "an open_clip config of other sizes")
+
+    def shown(self, label: str) -> str:
+        """The label in tables, figures and the report.
+
+        The shapes world's networks stand in for published ones, and are not these.
+        """
+        is_stand_in = str(self.checkpoint).startswith(STAND_INS)
+        return f"{label} (shapes)" if is_stand_in else label
 
     def spec(self) -> ScorerSpec:
         """The scorer for the library."""

@@ -49,10 +49,11 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
         ValueError: in one sentence.
     """
     # What is evaluated
-    specs = {label: scorer.spec() for label, scorer in config.scorers.items()}
-    for label, spec in specs.items():
+    specs = {}
+    for label, scorer in config.scorers.items():
+        specs[scorer.shown(label)] = scorer.spec()
         with section(f"scorers.{label}"):
-            check_spec(spec)
+            check_spec(scorer.spec())
     samples = read_samples(config.samples, config.references)
     cards = read_cards(samples)
     pairs = pair_up(samples, cards)
@@ -94,9 +95,9 @@ def _evaluate(
         write_scores(scores, run_dir / SCORES)
 
         # Compare
-        options = Options(
-            config.margin, config.threshold, config.select.score, config.select.path_kl
-        )
+        chosen = str(config.select.score)
+        score = config.scorers[chosen].shown(chosen)
+        options = Options(config.margin, config.threshold, score, config.select.path_kl)
         comparison = Comparison(
             samples=samples,
             scores=scores,

@@ -1,6 +1,6 @@
 """The dial in a stock diffusers pipeline: what lambda can be, and what it costs.
 
-    python examples/realign.py                         # the shapes world, seconds on a CPU
+    python examples/realign.py                         # the shapes world, half a minute on a CPU
     python examples/realign.py --anchor runs/train/mine/anchor --prompt "a red fox in the snow"
 
 Without --anchor, `train_anchor.py` beside this file trains a small one first. The anchor's card
@@ -10,6 +10,7 @@ names the base model; this example is for the UNets of SD1.5, SDXL and the shape
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def other_lambdas(pipe: Any, anchor: Path | str, prompt: str, steps: int) -> lis
     return row
 
 
+def beyond_and_apart(pipe: Any, anchor: Path | str, prompt: str, steps: int) -> list[Any]:
+    """Lambda below 0, above 1, and of one branch of guidance; and four particles at lambda 0.5."""
+    row = []
+    # Each of these is warned of once, for what it imitates or not: docs/dial.md says it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with deradiff.realign(pipe, anchor, lam=-0.5) as dial:
+            row += sample(pipe, prompt, steps)
+            dial.lam = 2.0
+            row += sample(pipe, prompt, steps)
+            dial.lam = deradiff.ByBranch(conditional=1.0, unconditional=0.0)
+            row += sample(pipe, prompt, steps)
+
+        # The first image of a group of four is the fair draw.
+        with deradiff.realign(pipe, anchor, lam=0.5, particles=4):
+            row += sample(pipe, prompt, steps, images=4)[:1]
+    return row
+
+
 def compare_modes(pipe: Any, anchor: Path | str, prompt: str, steps: int) -> list[Any]:
     """The same lambda in every mode: cheaper ones approximate mode exact."""
     row = []
@@ -101,17 +121,20 @@ def main() -> None:
 
     options = (pipe, anchor, arguments.prompt, arguments.steps)
     before = sample(pipe, arguments.prompt, arguments.steps)
-    rows = [sweep(*options), other_lambdas(*options), compare_modes(*options)]
+    rows = [sweep(*options), other_lambdas(*options)]
+    rows += [beyond_and_apart(*options), compare_modes(*options)]
 
     # Outside the context the pipeline is the reference again, bit for bit.
     after = sample(pipe, arguments.prompt, arguments.steps)
     assert before[0].tobytes() == after[0].tobytes() == rows[0][0].tobytes()
 
-    # The last row has an image for each mode, and copies of its last one to fill the grid.
-    rows[2] += [rows[2][-1]] * (len(LAMBDAS) - len(rows[2]))
+    # A short row has copies of its last image to fill the grid.
+    for row in rows:
+        row += [row[-1]] * (len(LAMBDAS) - len(row))
     titles = [
         "lambda " + ", ".join(f"{lam:g}" for lam in LAMBDAS),
         "a ramp; lambda 0, 0.5 and 1 in one batch; a mask",
+        "lambda -0.5; 2; 1 on the conditional branch; 0.5 with four particles",
         "lambda 0.5 in the modes " + ", ".join(MODES),
     ]
     tile(rows, titles, [""] * len(LAMBDAS)).save(arguments.folder / "grid.png")

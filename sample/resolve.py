@@ -12,6 +12,7 @@ import torch
 
 from configs.checks import section
 from deradiff.anchors.anchor import BETA_CONVENTION, Anchor, check_anchor_family, load_anchor
+from deradiff.anchors.mixtures import DECIMALS
 from deradiff.anchors.weight_files import PICKLES_ARGUMENT
 from deradiff.method.samplers import SAMPLERS, samplers_for
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
@@ -106,6 +107,8 @@ def _with_defaults(
     lambdas = config.lambdas
     if len(anchors) == 1:
         lambdas = sorted({*config.lambdas, *lams_of_targets(config, anchors[0])})
+    else:
+        lambdas = sorted(config.lambdas, key=_by_share)
 
     # Precision: half on a GPU
     half = "bfloat16" if family.flow else "float16"
@@ -129,6 +132,11 @@ def _with_defaults(
         dtype=config.dtype or dtype,
         path_kl=MODES[config.mode].measures_path_kl if path_kl is None else path_kl,
     )
+
+
+def _by_share(lams: Sequence[float]) -> tuple[float, list[float]]:
+    """The order of mixtures: by the sum of their lambdas, then the first anchors' largest first."""
+    return round(sum(lams), DECIMALS), [-lam for lam in lams]
 
 
 def lams_of_targets(config: SampleConfig, anchor: Anchor) -> list[float]:

@@ -36,5 +36,9 @@ def test_realign(tmp_path, monkeypatch, capsys):
     assert " ".join(reference.split()).startswith("lam 0 path KL 0 nats 1.00 network evaluations")
     costs = [line for line in lines if line.startswith("mode ")]
     assert [line.split()[1] for line in costs] == list(MODES)
+    page = (EXAMPLES.parent / "docs/dial.md").read_text()
+    example = (EXAMPLES / "realign.py").read_text()
+    for shown in ("ByBranch(", "ramp(", "particles=4", "torch.tensor([0.0, 0.5, 1.0])"):
+        assert shown in page and shown in example
     grid = Image.open(tmp_path / "runs/realign/grid.png")
     assert grid.width > grid.height > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -78,8 +79,8 @@ def _run_alone(
     folder = results.finished(config, run_dir)
     if folder is not None:
         accelerator.print(
-            f"train: {run_dir} is finished: see {folder}; another name=... or seed=... starts "
-            "another run"
+            f"train: {run_dir} is finished: see {folder}{_next_command(config, folder)}; another "
+            "name=... or seed=... starts another run"
         )
         if accelerator.is_main_process:
             results.upload(config, folder)
@@ -143,12 +144,17 @@ def _train(
                 panels(anchor.network, config.steps)
         summary = results.training_summary(config, options.learning_rate)
         folder = results.finish(objective, config, run_dir, track, summary)
-        print(
-            f"train: {folder} ({progress.step} steps, {progress.seconds:.0f} s of training)",
-            flush=True,
-        )
+        cost = f"{progress.step} steps, {progress.seconds:.0f} s of training"
+        print(f"train: {folder} ({cost}){_next_command(config, folder)}", flush=True)
         results.upload(config, folder)
     return folder
+
+
+def _next_command(config: TrainConfig, folder: Path) -> str:
+    """What to type next, after an anchor; empty after what is none."""
+    if not config.spec.makes_anchor:
+        return ""
+    return f"; next: {shlex.join(['python', '-m', 'sample', f'anchor={folder}'])}"
 
 
 def _changeable(config: TrainConfig) -> tuple[str, ...]:

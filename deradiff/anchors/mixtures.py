@@ -99,6 +99,38 @@ def anchor_name(anchor: str) -> str:
     return path.parent.name if path.name == "anchor" else anchor
 
 
+def lam_text(anchor: str, lam: float) -> str:
+    """Lambda for people: of a mixture that of each anchor, such as `0.7, 0.3`.
+
+    Args:
+        anchor: of an anchor or a mixture.
+        lam: lambda of it.
+    """
+    parts = parts_of(anchor)
+    if parts is None:
+        return f"{lam:.4g}"
+    return ", ".join(f"{float(share) * lam:.4g}" for share, _ in parts)
+
+
+def short_names(anchors: Sequence[str]) -> list[str]:
+    """The names of anchors for people, without what all of them begin or end with.
+
+    Args:
+        anchors: as the manifest names them.
+    """
+    names = [anchor_name(anchor).split("-") for anchor in anchors]
+    if len(names) < 2:
+        return ["-".join(name) for name in names]
+    shortest = min(map(len, names))
+    start = 0
+    while start < shortest - 1 and len({name[start] for name in names}) == 1:
+        start += 1
+    end = 0
+    while end < shortest - 1 - start and len({name[-1 - end] for name in names}) == 1:
+        end += 1
+    return ["-".join(name[start : len(name) - end]) for name in names]
+
+
 def mixed_beta(shares: Mapping[str, float], betas: Mapping[str, float | None]) -> float | None:
     """The beta of a mixture: 1 / beta = sum w_i / beta_i.
 

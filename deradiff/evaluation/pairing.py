@@ -161,8 +161,9 @@ def pair_up(samples: pd.DataFrame, cards: Cards) -> Pairs:
             training seed.
     """
     pairs = Pairs([], [], [])
+    with_others = _with_others(samples)
     for _, images in samples.groupby(SAMPLING_COLUMNS):
-        bench = _Bench.of(images, cards)
+        bench = _Bench.of(images, cards, with_others)
         for model in bench.realigned_models():
             cell = bench.find_cell(model)
             if cell is None:
@@ -180,6 +181,21 @@ def pair_up(samples: pd.DataFrame, cards: Cards) -> Pairs:
                 cells = pairs.mixtures if cell.is_mixture else pairs.cells
                 cells.append(cell)
     return pairs
+
+
+def _with_others(samples: pd.DataFrame) -> set[str]:
+    """The anchors and mixtures beside which another anchor was sampled as it is.
+
+    One that is mixed with them does not count. Without another, nobody asked for a target.
+    """
+    mixtures = samples[samples["shares"].notna()]
+    families = {anchor: {anchor} for anchor in samples["anchor"]}
+    for mixture, shares in dict(zip(mixtures["anchor"], mixtures["shares"])).items():
+        families[mixture].update(shares)
+        for anchor in shares:
+            families.setdefault(anchor, {anchor}).update(shares)
+    as_it_is = set(samples.loc[samples["is_own"] & (samples["lam"] == 1), "anchor"])
+    return {anchor for anchor, family in families.items() if as_it_is - family}
 
 
 def _without_partner(cell: Cell, images: pd.DataFrame) -> tuple[int, int]:
@@ -203,6 +219,7 @@ class _Bench:
         references: each anchor's model at lam = 0.
         anchors: each anchor's model at lam = 1.
         cards: of the anchors.
+        with_others: see `_with_others`.
     """
 
     models: pd.DataFrame
@@ -211,9 +228,10 @@ class _Bench:
     references: dict[str, SampledModel]
     anchors: dict[str, SampledModel]
     cards: Cards
+    with_others: set[str]
 
     @classmethod
-    def of(cls, images: pd.DataFrame, cards: Cards) -> _Bench:
+    def of(cls, images: pd.DataFrame, cards: Cards, with_others: set[str]) -> _Bench:
         """The bench of images that were sampled in one way."""
         # A model of samples and of references counts as one of samples, which come first
         models = images.drop_duplicates(MODEL_COLUMNS).sort_values(["beta", "lam", "mode"])
@@ -226,7 +244,7 @@ class _Bench:
         own = models[models["is_own"]]
         references = _by_anchor(own[own["lam"] == 0])
         anchors = _by_anchor(own[own["lam"] == 1])
-        return cls(models, betas, shares, references, anchors, cards)
+        return cls(models, betas, shares, references, anchors, cards, with_others)
 
     def realigned_models(self) -> list[dict[str, Any]]:
         """Models that are neither the reference nor an anchor as it is, which are no cells."""
@@ -236,12 +254,15 @@ class _Bench:
     def find_cell(self, model: dict[str, Any]) -> Cell | str | None:
         """The cell of one realigned model, or a sentence that says what it lacks.
 
-        None for a mixture whose target nobody trained.
+        None for a mixture whose target nobody trained, and where no other anchor was sampled, so
+        that nobody asked for a target.
         """
         anchor = model["anchor"]
         lam = model["lam"]
         is_mixture = anchor in self.shares
         name = f"{anchor_name(anchor)} at lam={lam:g}, mode {model['mode']},"
+        if anchor not in self.with_others:
+            return None
         if pd.isna(model["beta_target"]):
             return None if is_mixture else f"{name} has no target: {self._why_no_target(model)}"
 

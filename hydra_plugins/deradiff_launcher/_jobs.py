@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,6 +16,12 @@ GRACE_SECONDS = 35.0
 """Between SIGTERM and SIGKILL: torch's elastic agent takes up to 30 to end its workers."""
 
 POLL_SECONDS = 0.05
+
+PROGRESS_SECONDS = 10.0
+"""From one line about the jobs that run to the next."""
+
+LAST_BYTES = 4096
+"""How much of the end of a log is read for its last line."""
 
 Process = subprocess.Popen[bytes]
 
@@ -42,7 +49,8 @@ class Job:
 def run_jobs(jobs: Sequence[Job], workers: int, one_thread: bool) -> list[str]:
     """Run every job and print how each ended. A failed job does not stop the others.
 
-    With one worker the jobs write to our own output; side by side each appends to its `launch.log`.
+    With one worker the jobs write to our own output. Side by side each appends to its `launch.log`,
+    and we print when it starts, how far it is, and the last line that it wrote.
     An interrupt, or SIGTERM, ends every child before it is passed on.
 
     Args:
@@ -62,6 +70,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, one_thread: bool) -> list[str]:
                 while waiting and crew.has_room():
                     crew.start(waiting.pop(0))
                 crew.collect()
+                crew.tell()
                 time.sleep(POLL_SECONDS)
         finally:
             _end(list(crew.running))
@@ -88,6 +97,8 @@ class _Crew:
         if one_thread:
             self.environment.setdefault("OMP_NUM_THREADS", "1")
         self.running: dict[Process, tuple[Job, float]] = {}
+        self.told: dict[str, str] = {}
+        self.last_told = time.monotonic()
         self.failures: list[str] = []
 
     def has_room(self) -> bool:
@@ -121,17 +132,36 @@ class _Crew:
             status = process.returncode
             outcome = f"failed with status {status}" if status else "done"
             seconds = time.monotonic() - start
-            print(f"{job.name}: {outcome} after {seconds:.0f} s", flush=True)
+            last = _last_line(job.log) if self.to_logs else ""
+            result = f"; {last}" if last and not status else ""
+            print(f"{job.name}: {outcome} after {seconds:.0f} s{result}", flush=True)
             if status:
-                reason = _last_line(job) if self.to_logs else outcome
+                reason = outcome
+                if self.to_logs:
+                    reason = f"{last or 'it wrote nothing'}: see {job.log}"
                 self.failures.append(f"{job.name} ({reason})")
 
+    def tell(self) -> None:
+        """Print, now and then, the last line of each log that has a new one."""
+        is_soon = time.monotonic() - self.last_told < PROGRESS_SECONDS
+        if not self.to_logs or is_soon:
+            return
+        self.last_told = time.monotonic()
+        for job, _ in self.running.values():
+            line = _last_line(job.log)
+            if line and line != self.told.get(job.name):
+                self.told[job.name] = line
+                print(f"{job.name}: {line}", flush=True)
 
-def _last_line(job: Job) -> str:
-    """The last line of a job's log, and where the log is."""
-    lines = job.log.read_text(errors="replace").strip().splitlines()
-    last = lines[-1] if lines else "it wrote nothing"
-    return f"{last}: see {job.log}"
+
+def _last_line(log: Path) -> str:
+    """The last line of a log, or what stands there now of a progress bar; empty: it has none."""
+    with open(log, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - LAST_BYTES))
+        end = file.read().decode(errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", end)]
+    return next((line for line in reversed(lines) if line), "")
 
 
 def _end(processes: list[Process]) -> None:

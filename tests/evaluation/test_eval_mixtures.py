@@ -8,8 +8,14 @@ import pandas as pd
 import pytest
 
 from deradiff.anchors.anchor import AnchorCard
-from deradiff.anchors.mixtures import as_one_anchor
-from deradiff.evaluation import compare, mixtures_of_anchors, simplex, trade_off
+from deradiff.anchors.mixtures import as_one_anchor, lam_text, short_names
+from deradiff.evaluation import (
+    compare,
+    mixtures_of_anchors,
+    score_against_lambda,
+    simplex,
+    trade_off,
+)
 from deradiff.evaluation.figures.image_grids import image_grids
 from deradiff.evaluation.manifest import read_cards, read_samples
 from deradiff.evaluation.pairing import pair_up
@@ -153,11 +159,12 @@ def test_a_run_of_several_anchors_is_one_grid(runs):
     assert [head.lam for head in grid.heads] == ["0, 0", "1, 0", "0.5, 0.5", "0.25, 0.75", "0, 1"]
     assert [head.meaning for head in grid.heads] == [
         "reference",
-        "anchor, beta 500",
-        "beta 500",
-        "beta 500",
-        "anchor, beta 500",
+        "1 seed0",
+        "0.5 seed0 + 0.5 seed0",
+        "0.25 seed0 + 0.75 seed0",
+        "1 seed0",
     ]
+    assert grid.heading == "Mixtures of anchors"
     assert all(len(line.uris) == 5 for line in grid.lines)
 
 
@@ -172,6 +179,8 @@ def test_the_report_shows_mixtures_and_no_empty_claim(runs, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "eval: Mixtures: 2 were compared" in said
     assert "Nothing to compare" not in said
+    assert "From the reference to the anchor" not in page
+    assert "| 0.25, 0.75 |" in (run_dir / "tables/mixtures.md").read_text()
     # A mixture may be chosen as any model may
     assert len(read(run_dir, "selection")) == 5
 
@@ -191,3 +200,33 @@ def test_betas_of_another_convention_are_not_compared(tmp_path):
     card = json.loads(card_file.read_text())
     card_file.write_text(json.dumps(card | {"beta_convention": "sum"}))
     assert not pairs_of(run, [target]).cells
+
+
+def test_mixtures_without_a_target_leave_nothing_missing(runs, capsys):
+    """Nor do anchors of theirs at other lambdas: nobody asked for targets."""
+    mixture, _, _ = runs
+    manifest = Path(mixture) / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for line in lines:
+        if line["shares"] is None and line["lam"] == 1:
+            line |= {"lam": 0.5, "beta_target": 2 * BETA}
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert not pairs_of(mixture, []).missing
+
+
+def test_every_anchor_of_a_run_has_its_reference_on_the_curve(runs, monkeypatch):
+    mixture, *_ = runs
+    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda spec, device: Colourful())
+    comparison = compare([mixture], [], ["vivid"], cache=Path(mixture) / "cache")
+    (panel,) = score_against_lambda(comparison).axes
+    curves = [list(line.get_xdata()) for line in panel.lines]
+    assert curves == [[0, 1], [0, 1]]
+
+
+def test_names_of_anchors_are_shown_without_what_they_share():
+    names = [f"runs/train/sd-dpo-beta{beta}-seed0/anchor" for beta in (500, 1000)]
+    assert short_names(names) == ["beta500", "beta1000"]
+    assert short_names(names[:1]) == ["sd-dpo-beta500-seed0"]
+    assert short_names(["a", "a-crisp"]) == ["a", "a-crisp"]
+    assert lam_text(f"0.7 {names[0]} + 0.3 {names[1]}", 1.0) == "0.7, 0.3"
+    assert lam_text(names[0], 0.25) == "0.25"

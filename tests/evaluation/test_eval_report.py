@@ -83,7 +83,7 @@ def test_the_report_opens_with_the_lambda_and_the_verdict_both_with_intervals(dr
     assert body.index('class="verdict"') < body.index("<table")
     number = r"[\d.e+-]+ (?:% )?\[[\d.e+-]+, [\d.e+-]+\]"
     assert re.match(
-        rf"Choose lam = \S+ \(beta_target [\d,]+\) of \S+: on prompts that had no say in it, "
+        rf"Choose lam = \S+ \(beta_target [\d,]+\) of \S+: on held-out prompts, "
         rf"vivid is {number}, {number} above",
         first,
     )
@@ -294,8 +294,8 @@ def test_numbers_tables_figures_images_and_lineage_are_tracked(
 
     monkeypatch.setattr(eval.stage, "tracker", start)
     base = {"base_model": "asset:shapes/base"}
-    samples = [write_run(tmp_path, 2000, lambdas=(0, 0.5, 1), **base)]
-    references = [write_run(tmp_path, 4000, lambdas=(0, 1), **base)]
+    samples = [write_run(tmp_path, 2000, lambdas=(0, 0.5, 1, 2), **base)]
+    references = [write_run(tmp_path, beta, lambdas=(0, 1), **base) for beta in (4000, 1000)]
     run_dir = evaluate(tmp_path, samples, references=references, draw=True)
 
     assert tracker.numbers["0 < lam < 1/vivid/exact/realigned/error"] == 0
@@ -308,5 +308,15 @@ def test_numbers_tables_figures_images_and_lineage_are_tracked(
     assert tracker.used == [
         ("samples-shapes-beta2000-seed0-exact", "samples"),
         ("samples-shapes-beta4000-seed0-exact", "samples"),
+        ("samples-shapes-beta1000-seed0-exact", "samples"),
     ]
     assert len(groups) == 1 and groups[0].startswith("asset-shapes-base")
+
+
+def test_one_cell_has_no_figure_of_how_errors_are_spread(tmp_path, counting_scorer):
+    samples = [write_run(tmp_path, 2000, lambdas=(0, 0.5, 1)), write_run(tmp_path, 4000)]
+    run_dir = evaluate(tmp_path, samples[:1], references=samples[1:], draw=True)
+    assert len(read(run_dir, "approximation").query("what == 'realigned'")) == 1
+    drawn = {file.stem for file in (run_dir / "plots").glob("*.svg")}
+    assert "score_against_lambda" in drawn
+    assert not drawn & {"ecdf", "scatter", "bland_altman"}

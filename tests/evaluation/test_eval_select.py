@@ -2,6 +2,7 @@
 with an alarm where it is planted."""
 
 import hashlib
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,8 @@ from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import SampledModel
 from deradiff.evaluation.tables import selection
 from eval.config import SelectConfig
-from tests.support.sampled_runs import LAMBDAS, evaluate, read, write_run
+from eval.stage import run
+from tests.support.sampled_runs import LAMBDAS, configured, evaluate, read, write_run
 
 SAMPLING = dict(zip(SAMPLING_COLUMNS, ("ddim", 0.0, 20, 7.5, 64, 64)))
 STUDY_LAMBDAS = (0.0, 0.5, 1.0, 2.0)
@@ -88,7 +90,7 @@ def test_the_best_lambda_is_chosen_with_what_it_is_worth():
     row = chosen(answer)
     assert row["lam"] == 1 and row["gain_low"] < 1 < row["gain_high"]
     assert answer.sentence.startswith(
-        "Choose lam = 1 (beta_target 1,000) of a: on prompts that had no say in it, good is "
+        "Choose lam = 1 (beta_target 1,000) of a: on held-out prompts, good is "
     )
     assert answer.alarm == () and "no other score falls" in answer.sentence
     assert (answer.table.data.query("lam != 1")["below_chosen_low"] > 0).all()
@@ -116,7 +118,7 @@ def test_what_is_reported_is_of_prompts_that_did_not_choose():
             model: scores + rng.normal(size=scores.shape) for model, scores in model_scores.items()
         }
         data = select(samples, model_scores, ["s"], SelectConfig("s")).table.data
-        best = data.query("chosen").iloc[0]
+        best = data.iloc[0]
         gains["choosing"].append(best["choosing_mean"] - data["choosing_mean"].mean())
         gains["reporting"].append(best["mean"] - data["mean"].mean())
     assert np.mean(gains["choosing"]) > 0.15 and abs(np.mean(gains["reporting"])) < 0.1
@@ -138,14 +140,30 @@ def test_one_text_is_never_on_both_sides():
     assert f"{8 * choosing} and {8 * (5 - choosing)} prompts" in answer.table.note
 
 
-def test_reward_hacking_raises_the_alarm_and_names_what_is_calm():
+def test_what_the_alarm_warns_of_is_not_recommended():
     samples, model_scores = study(HACKED)
     answer = select(samples, model_scores, [*HACKED], SelectConfig("good"))
-    assert chosen(answer)["lam"] == 2 and answer.alarm == ("other",)
-    alarm = "Reward-hacking alarm: other falls as good rises; the best without it is lam = 0.5 "
-    assert alarm in answer.sentence
+    assert chosen(answer)["lam"] == 0.5 and answer.alarm == ("other",)
+    assert answer.sentence.startswith("Choose lam = 0.5 (beta_target 2,000) of a: on held-out ")
+    passed = r"Passed over by the reward-hacking alarm: lam = 2 .* where other falls as good rises"
+    assert re.search(passed, answer.sentence)
     calm = select(samples, model_scores, [*HACKED], SelectConfig("good", path_kl=4.0))
     assert chosen(calm)["lam"] == 0.5 and calm.alarm == ()
+
+
+def test_of_those_that_cannot_be_told_apart_the_one_nearest_to_the_reference_is_chosen():
+    plateau = {"good": lambda lam: min(lam, 0.5), "other": lambda lam: 0.0}
+    samples, model_scores = study(plateau)
+    answer = select(samples, model_scores, [*plateau], SelectConfig("good"))
+    assert chosen(answer)["lam"] == 0.5
+    assert sorted(answer.table.data.query("alike")["lam"]) == [0.5, 1.0, 2.0]
+    assert "good does not tell it apart from lam = " in answer.sentence
+    assert answer.sentence.count("of these it has the smallest path KL") == 1
+
+    # The path KL of mode weights is not measured
+    samples.loc[samples["lam"] == 1, "path_kl"] = np.nan
+    unmeasured = select(samples, model_scores, [*plateau], SelectConfig("good"))
+    assert chosen(unmeasured)["lam"] == 0.5
 
 
 def test_too_few_prompts_choose_nothing():
@@ -168,3 +186,18 @@ def test_the_stage_chooses_among_samples_and_not_references(tmp_path, counting_s
     within = SelectConfig(path_kl=20.0)
     evaluate(tmp_path, samples, references=references, select=within)
     assert read(run_dir, "selection").query("chosen")["lam"].item() == 1
+
+
+def test_stand_ins_are_labelled_and_nothing_that_nobody_asked_for_is_missing(
+    tmp_path, counting_scorer, capsys
+):
+    samples = [write_run(tmp_path, 2000, prompts=12)]
+    config, run_dir = configured(tmp_path, samples, "pickscore", "vivid")
+    config.scorers["pickscore"].checkpoint = "asset:shapes/pickscore"
+    run(config, run_dir)
+    assert set(read(run_dir, "means")["scorer"]) == {"pickscore (shapes)", "vivid"}
+    assert "pickscore (shapes)" in (run_dir / "report.html").read_text()
+    assert "pickscore (shapes)" in (run_dir / "plots/score_against_lambda.svg").read_text()
+    said = capsys.readouterr().out
+    assert "pickscore (shapes) is " in said
+    assert "missing" not in said

@@ -11,6 +11,7 @@ from accelerate.commands import launch as accelerate_launch
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 
+from hydra_plugins.deradiff_launcher import _jobs
 from hydra_plugins.deradiff_launcher._commands import stage_command
 from hydra_plugins.deradiff_launcher._jobs import Job, run_jobs
 from hydra_plugins.deradiff_launcher.process_group import ProcessGroupLauncher
@@ -142,10 +143,22 @@ def test_a_failure_is_told_by_its_last_line_and_does_not_stop_the_others(tmp_pat
         f"mute (it wrote nothing: see {tmp_path}/mute/launch.log)",
     ]
     assert (tmp_path / "good/launch.log").read_text() == "fine\n"
+    assert re.search(r"^good: done after \d+ s; fine$", capfd.readouterr().out, re.MULTILINE)
 
     # One at a time, a job writes to the terminal
     assert run_jobs(jobs[1:], 1, one_thread=True) == ["mute (failed with status 3)"]
     assert "fine\n" in capfd.readouterr().out
+
+
+def test_what_runs_is_told_by_the_last_line_of_its_log(tmp_path, capfd, monkeypatch):
+    """Once for each line that is new, a progress bar's too."""
+    monkeypatch.setattr(_jobs, "PROGRESS_SECONDS", 0.1)
+    code = "import time; print('loading\\n 10%\\r 50%', end='', flush=True); time.sleep(2)"
+    assert run_jobs([python_job(name, code, tmp_path) for name in "ab"], 2, one_thread=True) == []
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(lines[:2]) == [f"start {n}, output in {tmp_path}/{n}/launch.log" for n in "ab"]
+    assert sorted(lines[2:4]) == ["a: 50%", "b: 50%"]
+    assert len(lines) == 6
 
 
 # The command of a value

@@ -32,6 +32,9 @@ MODEL_COLOURS = {
     REFERENCE_AS_IS: COLOURS[0],
     SEED_FLOOR: COLOURS[2],
 }
+FEWEST_CELLS = 2
+"""A figure of how errors are spread shows nothing of one."""
+
 Styles = dict[str, dict[str, Any]]
 
 
@@ -46,11 +49,11 @@ def ecdf(comparison: Comparison, approximation: ResultTable | None = None) -> Fi
         approximation: its approximation errors, where they are made already.
 
     Returns:
-        A panel a scorer; None where there is no cell.
+        A panel a scorer; None for less than two cells.
     """
-    errors = error_rows(comparison, approximation)
-    if not len(errors):
+    if len(comparison.cells) < FEWEST_CELLS:
         return None
+    errors = error_rows(comparison, approximation)
     threshold = comparison.options.threshold
     range_name, contains = first_range(errors)
     errors = errors[errors["lam"].map(contains)]
@@ -136,11 +139,11 @@ def scatter(comparison: Comparison, approximation: ResultTable | None = None) ->
         approximation: its approximation errors, where they are made already.
 
     Returns:
-        A panel a scorer; None where there is no cell.
+        A panel a scorer; None for less than two cells.
     """
-    own = _realigned_errors(comparison, approximation)
-    if own.empty:
+    if len(comparison.cells) < FEWEST_CELLS:
         return None
+    own = _realigned_errors(comparison, approximation)
     styles = anchor_styles(own)
 
     def draw(panel: Axes, scorer: str) -> None:
@@ -167,11 +170,11 @@ def bland_altman(comparison: Comparison, approximation: ResultTable | None = Non
         approximation: its approximation errors, where they are made already.
 
     Returns:
-        A panel a scorer; None where there is no cell.
+        A panel a scorer; None for less than two cells.
     """
-    own = _realigned_errors(comparison, approximation)
-    if own.empty:
+    if len(comparison.cells) < FEWEST_CELLS:
         return None
+    own = _realigned_errors(comparison, approximation)
     styles = anchor_styles(own)
 
     def draw(panel: Axes, scorer: str) -> None:

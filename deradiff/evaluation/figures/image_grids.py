@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from deradiff.anchors.mixtures import anchor_name
+from deradiff.anchors.mixtures import BETWEEN_PARTS, anchor_name, short_names
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.style import INK_STYLE, STYLE, line_style
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
@@ -87,6 +87,7 @@ class ImageGrid:
     """One anchor's images, prompts down and lambdas across.
 
     Attributes:
+        heading: what its columns lead from and to.
         title: anchor, mode and sampling.
         heads: of the columns.
         lines: of the prompts that are shown.
@@ -94,6 +95,7 @@ class ImageGrid:
         prompts: how many prompts there are in all.
     """
 
+    heading: str
     title: str
     heads: Sequence[GridHead]
     lines: Sequence[GridLine]
@@ -151,6 +153,7 @@ def image_grids(samples: pd.DataFrame) -> list[ImageGrid]:
         names = " and ".join(map(anchor_name, columns[0].anchors))
         lams = [sum(column.lams) for column in columns]
         grid = ImageGrid(
+            heading=_heading(columns),
             title=f"{names}, mode {mode}, {description}",
             heads=[column.head for column in columns],
             lines=lines,
@@ -180,6 +183,14 @@ class _Column:
     head: GridHead
 
 
+def _heading(columns: Sequence[_Column]) -> str:
+    """What the columns of a grid lead from and to."""
+    if len(columns[0].anchors) > 1:
+        return "Mixtures of anchors"
+    past = ", and past it" if columns[-1].lam > 1 else ""
+    return f"From the reference to the anchor{past}"
+
+
 def _columns(rows: pd.DataFrame) -> list[_Column]:
     """The columns of a grid: by lambda, and by the share of the first anchor."""
     models = rows.drop_duplicates(["anchor", "lam"]).to_dict("records")
@@ -189,12 +200,17 @@ def _columns(rows: pd.DataFrame) -> list[_Column]:
     for model in models:
         anchors |= dict.fromkeys(_shares(model))
 
-    # A column a model
+    # A column a model; of several anchors it says which they are
+    short = dict(zip(anchors, short_names(list(anchors))))
     columns = []
     for model in models:
         shares = _shares(model)
         lams = tuple(model["lam"] * shares.get(anchor, 0.0) for anchor in anchors)
-        head = GridHead(", ".join(f"{lam:g}" for lam in lams), _meaning(model))
+        meaning = _meaning(model)
+        if len(anchors) > 1 and model["lam"]:
+            parts = [f"{lam:.4g} {short[anchor]}" for anchor, lam in zip(anchors, lams) if lam]
+            meaning = BETWEEN_PARTS.join(parts)
+        head = GridHead(", ".join(f"{lam:.4g}" for lam in lams), meaning)
         columns.append(_Column(model["anchor"], model["lam"], tuple(anchors), lams, head))
     return sorted(columns, key=lambda column: (column.lam, [-lam for lam in column.lams]))
 
@@ -249,7 +265,9 @@ def grid_svg(grid: ImageGrid) -> str:
         grid: the grid.
     """
     width = PROMPT_WIDTH + len(grid.heads) * (CELL + GAP)
-    height = HEAD_HEIGHT + len(grid.lines) * (CELL + GAP)
+    meanings = [head.meaning.split(BETWEEN_PARTS) for head in grid.heads]
+    head_height = HEAD_HEIGHT + LINE_HEIGHT * (max(map(len, meanings)) - 1)
+    height = head_height + len(grid.lines) * (CELL + GAP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" font-size="13" '
@@ -261,11 +279,13 @@ def grid_svg(grid: ImageGrid) -> str:
     for column, head in enumerate(grid.heads):
         x = PROMPT_WIDTH + column * (CELL + GAP)
         parts.append(f'<text x="{x}" y="14" font-weight="bold">lam {escape(head.lam)}</text>')
-        parts.append(f'<text x="{x}" y="31">{escape(head.meaning)}</text>')
+        for number, meaning in enumerate(meanings[column]):
+            y = 31 + LINE_HEIGHT * number
+            parts.append(f'<text x="{x}" y="{y}">{escape(meaning)}</text>')
 
     # A line a prompt
     for row, line in enumerate(grid.lines):
-        y = HEAD_HEIGHT + row * (CELL + GAP)
+        y = head_height + row * (CELL + GAP)
         parts += _prompt_svg(line.prompt, y)
         for column, uri in enumerate(line.uris):
             x = PROMPT_WIDTH + column * (CELL + GAP)

@@ -70,7 +70,18 @@ def _points_of_curves(means: pd.DataFrame) -> pd.DataFrame:
     """
     lams = means.groupby("anchor")["lam"].transform("nunique")
     is_mixture = means["anchor"].map(parts_of).notna()
-    return means[~is_mixture | (lams > 1)]
+    points = means[~is_mixture | (lams > 1)]
+
+    # The reference is on every curve, also of an anchor whose run sampled it under another's name
+    key = ["scorer", *LINE_COLUMNS]
+    sampling = ["scorer", *SAMPLING_COLUMNS]
+    references = points[points["lam"] == 0].drop_duplicates(sampling)
+    lines = points.drop_duplicates(key)[[*key, "beta"]]
+    at_zero = points.loc[points["lam"] == 0, key].assign(has_reference=True)
+    lines = lines.merge(at_zero.drop_duplicates(), how="left", on=key)
+    lines = lines[lines["has_reference"].isna()].drop(columns="has_reference")
+    borrowed = references.drop(columns=["anchor", "mode", "beta"]).merge(lines, on=sampling)
+    return pd.concat([points, borrowed[points.columns]]) if len(borrowed) else points
 
 
 def score_against_lambda(comparison: Comparison, means: ResultTable | None = None) -> Figure:

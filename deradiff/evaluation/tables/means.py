@@ -11,7 +11,7 @@ from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel
 from deradiff.evaluation.statistics import Estimate, paired_bootstrap
-from deradiff.evaluation.tables.table import NO_ESTIMATE, SAMPLED, Column, ResultTable, Row
+from deradiff.evaluation.tables.table import LAM, NO_ESTIMATE, SAMPLED, Column, ResultTable, Row
 
 NOTE = """Means over prompts, each the mean over its seeds. Brackets: 95 % bootstrap intervals over
 prompts. Above the reference: the paired difference to lam = 0, so that what prompts differ in
@@ -21,7 +21,7 @@ COLUMNS = (
     Column("scorer"),
     Column("anchor", text=lambda row: anchor_name(row["anchor"])),
     Column("beta"),
-    Column("lam"),
+    LAM,
     Column("mode"),
     SAMPLED,
     Column("images", text=lambda row: str(row["images"])),

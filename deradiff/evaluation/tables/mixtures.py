@@ -13,6 +13,7 @@ from deradiff.evaluation.pairing import MODEL_COLUMNS, Cell, SampledModel
 from deradiff.evaluation.statistics import approximation_error
 from deradiff.evaluation.tables.means import gain_of, mean_of, reference_of
 from deradiff.evaluation.tables.table import (
+    LAM,
     NO_ESTIMATE,
     NOT_THERE,
     SAMPLED,
@@ -213,7 +214,7 @@ def _share(row: Row) -> str:
 COLUMNS = (
     Column("scorer"),
     Column("mixture"),
-    Column("lam"),
+    LAM,
     Column("mode"),
     SAMPLED,
     Column("mean score", "mean"),

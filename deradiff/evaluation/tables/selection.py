@@ -1,4 +1,4 @@
-"""Which lambda: the best score under a path-KL budget.
+"""Which lambda: the best score without a reward-hacking alarm, under a path-KL budget.
 
 It is chosen on one half of the prompts and reported on the other.
 """
@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from deradiff.anchors.mixtures import anchor_name
+from deradiff.anchors.mixtures import anchor_name, lam_text
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel
 from deradiff.evaluation.selection import Choice, choose, choosing_mask, reward_hacking
 from deradiff.evaluation.statistics import Array, Estimate, paired_bootstrap
 from deradiff.evaluation.tables.table import (
+    LAM,
     NO_ESTIMATE,
     NOT_THERE,
     SAMPLED,
@@ -32,12 +33,13 @@ from deradiff.evaluation.tables.table import (
 FEWEST_PROMPTS = 2
 """Prompts to choose by, and as many to report on: of one there is no interval."""
 
-NOTE = """Chosen: the largest mean {score} over the choosing prompts{budget}. All other numbers
-are of the reporting prompts, which had no say: {choosing} and {reporting} prompts, split by a
-hash of their text. Below the chosen: the paired difference; where its interval holds 0, the two
-cannot be told apart. Alarm: the scores that have fallen from their own best at a smaller lambda
-of that anchor, by an interval below 0 that allows for their number, while {score} has risen:
-reward hacking. Brackets: 95 % bootstrap intervals over prompts."""
+NOTE = """Chosen: the largest mean {score} over the choosing prompts{budget}, of the models without
+an alarm; where others cannot be told apart from it on these prompts, the smallest path KL of them,
+or the smallest lam where a path KL is not known. All other numbers are of the held-out prompts:
+{choosing} and {reporting} prompts, split by a hash of their text. Below the chosen: the paired
+difference. Alarm: the scores that have fallen from their own best at a smaller lambda of that
+anchor, by an interval below 0 that allows for their number, while {score} has risen: reward
+hacking. Brackets: 95 % bootstrap intervals over prompts."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Answer:
 
     Attributes:
         table: every candidate.
-        sentence: the chosen one, and the alarm where there is one.
-        alarm: the scorers that fall at the chosen lambda.
+        sentence: the chosen one, what was passed over for an alarm, and what cannot be told apart.
+        alarm: the scorers that fall at the best score, where that is not chosen for it, or is
+            for want of another.
     """
 
     table: ResultTable
@@ -87,6 +90,13 @@ class _Candidates:
     def difference(self, one: int, other: int) -> Estimate:
         """The chosen score of one candidate above another's, on the reporting prompts."""
         return paired_bootstrap(self.reported(self.score, [one, other]), _first_less_second)
+
+    def is_alike(self, best: int, other: int) -> bool:
+        """Whether the choosing prompts do not tell a candidate from the best one."""
+        if best == other:
+            return True
+        scores = self.paired[self.score].loc[self.choosing, [best, other]].to_numpy()
+        return not paired_bootstrap(scores, _first_less_second).low > 0
 
     def reference_of(self, candidate: int) -> int | None:
         """The candidate that is the reference, sampled as another candidate is."""
@@ -141,7 +151,7 @@ def select(comparison: Comparison) -> Answer:
     # Report
     candidates = _Candidates(models, paired, score, choosing)
     rows = _rows(candidates, choice, samples)
-    own = next(row for row in rows if row["chosen"])
+    own = _mark_chosen(candidates, rows)
     within_budget = ""
     if budget is not None:
         within_budget = f", of the models with a mean path KL of at most {number(budget)} nats"
@@ -154,8 +164,31 @@ def select(comparison: Comparison) -> Answer:
     table = ResultTable.from_rows(
         "selection", "Every candidate, best first", note, rows, _columns(score)
     )
-    alarm = tuple(own["alarm"].split(", ")) if own["alarm"] else ()
+    best = rows[0]["alarm"]
+    alarm = tuple(best.split(", ")) if best else ()
     return Answer(table, _sentence(own, rows, score, budget), alarm)
+
+
+def _mark_chosen(candidates: _Candidates, rows: list[Row]) -> Row:
+    """Mark the chosen row, those that cannot be told apart from it, and the difference to it.
+
+    Args:
+        candidates: of the rows.
+        rows: the affordable ones first, best first.
+
+    Returns:
+        The chosen row.
+    """
+    affordable = [row for row in rows if row["affordable"]]
+    calm = [row for row in affordable if not row["alarm"]] or affordable
+    alike = [row for row in calm if candidates.is_alike(calm[0]["index"], row["index"])]
+    is_known = all(np.isfinite(row["path_kl"]) for row in alike)
+    chosen = min(alike, key=lambda row: row["path_kl"] if is_known else abs(row["lam"]))
+    for row in rows:
+        row["chosen"] = row is chosen
+        row["alike"] = any(row is one for one in alike)
+        row["below_chosen"] = candidates.difference(chosen["index"], row["index"])
+    return chosen
 
 
 def selection(comparison: Comparison) -> ResultTable:
@@ -196,7 +229,7 @@ def _path_kl(samples: pd.DataFrame, models: Sequence[SampledModel], prompts: pd.
 
 
 def _rows(candidates: _Candidates, choice: Choice, samples: pd.DataFrame) -> list[Row]:
-    """A row a candidate: the affordable ones first, best first."""
+    """A row a candidate: the affordable ones first, best first. None is chosen yet."""
     betas = dict(zip(samples["anchor"], samples["beta"]))
     targets = {}
     for row in samples.drop_duplicates(MODEL_COLUMNS).to_dict("records"):
@@ -214,17 +247,16 @@ def _rows(candidates: _Candidates, choice: Choice, samples: pd.DataFrame) -> lis
         if reference is not None:
             gain = candidates.difference(index, reference)
         row = {
+            "index": index,
             **model._asdict(),
             "choosing_mean": candidates.choosing_mean(score, index),
             "mean": paired_bootstrap(candidates.reported(score, [index]), _first),
             "gain": gain,
-            "below_chosen": candidates.difference(choice.index, index),
             "alarm": ", ".join(fallen_scores(candidates, index)),
             "beta": betas[model.anchor],
             "beta_target": targets[model],
             "path_kl": choice.path_kl[index],
             "affordable": bool(choice.affordable[index]),
-            "chosen": index == choice.index,
         }
         rows.append(row)
     return rows
@@ -268,7 +300,7 @@ def _columns(score: str) -> tuple[Column, ...]:
     return (
         Column("", text=_status),
         Column("anchor", text=_anchor),
-        Column("lam"),
+        LAM,
         Column("target beta", text=_target_beta),
         Column("mode"),
         SAMPLED,
@@ -283,6 +315,8 @@ def _columns(score: str) -> tuple[Column, ...]:
 def _status(row: Row) -> str:
     if row["chosen"]:
         return "chosen"
+    if row["alike"]:
+        return "as good"
     return "" if row["affordable"] else "over the budget"
 
 
@@ -302,31 +336,43 @@ def _describe(row: Row) -> str:
     target = f" in mode {row['mode']}"
     if not pd.isna(row["beta_target"]):
         target = f" (beta_target {row['beta_target']:,.6g})"
-    return f"lam = {row['lam']:g}{target} of {anchor_name(row['anchor'])}"
+    return f"lam = {lam_text(row['anchor'], row['lam'])}{target} of {anchor_name(row['anchor'])}"
 
 
 def _sentence(own: Row, rows: Sequence[Row], score: str, budget: float | None) -> str:
-    """The answer: which lambda, what it is worth, and the alarm."""
+    """The answer: which lambda, what it is worth, what is as good, and what was passed over."""
     # What it is worth
     mean = interval(own["mean"])
-    text = f"Choose {_describe(own)}: on prompts that had no say in it, {score} is {mean}"
+    text = f"Choose {_describe(own)}: on held-out prompts, {score} is {mean}"
     if own["lam"] and np.isfinite(own["gain"].value):
         text += f", {interval(own['gain'])} above the reference"
     if np.isfinite(own["path_kl"]):
         text += f", at a path KL of {number(own['path_kl'])} nats"
         if budget is not None:
             text += f", within the budget of {number(budget)}"
-    if not own["alarm"]:
-        return text + "; no other score falls as it rises."
+    sentences = [text]
 
-    # With an alarm: what would be chosen without it
-    calm = None
-    for row in rows:
-        if row["affordable"] and not row["alarm"]:
-            calm = row
-            break
-    instead = ""
-    if calm:
-        instead = f"; the best without it is {_describe(calm)}, {score} {interval(calm['mean'])}"
-    verb = "fall" if "," in own["alarm"] else "falls"
-    return f"{text}. Reward-hacking alarm: {own['alarm']} {verb} as {score} rises{instead}."
+    # What cannot be told apart from it
+    alike = [_describe(row) for row in rows if row["alike"] and not row["chosen"]]
+    if alike:
+        least = "path KL" if np.isfinite(own["path_kl"]) else "lam"
+        sentences.append(
+            f"{score} does not tell it apart from {'; '.join(alike)}: of these it has the "
+            f"smallest {least}"
+        )
+
+    # The alarm: of the chosen one for want of another, or of a better one
+    best = rows[0]
+    verb = "fall" if "," in best["alarm"] else "falls"
+    if own["alarm"]:
+        sentences.append(
+            f"Reward-hacking alarm, as for every candidate: {own['alarm']} {verb} as {score} rises"
+        )
+    elif best["alarm"]:
+        sentences.append(
+            f"Passed over by the reward-hacking alarm: {_describe(best)}, {score} "
+            f"{interval(best['mean'])}, where {best['alarm']} {verb} as {score} rises"
+        )
+    elif own["lam"]:
+        sentences[0] += "; no other score falls as it rises"
+    return ". ".join(sentences) + "."

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from deradiff.anchors.mixtures import lam_text
 from deradiff.evaluation.statistics import Estimate
 from deradiff.files import write_atomic
 
@@ -195,6 +196,9 @@ def describe_sampling(row: Mapping[str, Any]) -> str:
     size = f"{row['width']}x{row['height']}"
     return f"{row['sampler']}{eta}, {row['steps']} steps, {guidance}, {size}"
 
+
+LAM = Column("lam", text=lambda row: lam_text(row["anchor"], row["lam"]))
+"""The column of lambda; of a mixture that of each anchor."""
 
 SAMPLED = Column("sampled", text=describe_sampling)
 """The column that says how images were sampled."""
