@@ -159,10 +159,10 @@ def test_a_run_of_several_anchors_is_one_grid(runs):
     assert [head.lam for head in grid.heads] == ["0, 0", "1, 0", "0.5, 0.5", "0.25, 0.75", "0, 1"]
     assert [head.meaning for head in grid.heads] == [
         "reference",
-        "1 seed0",
+        "seed0",
         "0.5 seed0 + 0.5 seed0",
         "0.25 seed0 + 0.75 seed0",
-        "1 seed0",
+        "seed0",
     ]
     assert grid.heading == "Mixtures of anchors"
     assert all(len(line.uris) == 5 for line in grid.lines)

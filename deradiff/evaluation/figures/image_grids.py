@@ -209,7 +209,7 @@ def _columns(rows: pd.DataFrame) -> list[_Column]:
         meaning = _meaning(model)
         if len(anchors) > 1 and model["lam"]:
             parts = [f"{lam:.4g} {short[anchor]}" for anchor, lam in zip(anchors, lams) if lam]
-            meaning = BETWEEN_PARTS.join(parts)
+            meaning = BETWEEN_PARTS.join(parts).removeprefix("1 ")
         head = GridHead(", ".join(f"{lam:.4g}" for lam in lams), meaning)
         columns.append(_Column(model["anchor"], model["lam"], tuple(anchors), lams, head))
     return sorted(columns, key=lambda column: (column.lam, [-lam for lam in column.lams]))
