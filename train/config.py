@@ -268,7 +268,7 @@ class PanelConfig:
     prompts: list[str] = setting([], "one a row of a panel; []: the first captions of the data")
     lambdas: list[float] = setting([0.0, 1.0, 2.0], "one a column of a panel")
     steps: int = setting(25, "steps of a panel's sampler")
-    guidance_scale: float | None = setting(None, "of a panel; null: the pipeline's own")
+    guidance_scale: float | None = setting(None, "of a panel; null: the family's own")
 
     def __post_init__(self) -> None:
         not_negative("panel.every", self.every)

@@ -1,13 +1,11 @@
-"""What a run leaves: panels on the way, the trained model, an anchor's card and README, uploads."""
+"""What a run leaves: the trained model, an anchor's card and README, uploads."""
 
 from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -17,26 +15,21 @@ import diffusers
 import peft
 import torch
 import transformers
-from torch import nn
 
 from configs.tracking import Tracker
-from deradiff.anchors.anchor import BETA_CONVENTION, AnchorCard, load_anchor, save_anchor
+from deradiff.anchors.anchor import BETA_CONVENTION, AnchorCard, load_anchor
 from deradiff.anchors.model_card import GRID, write_model_card
 from deradiff.files import sealed, unsealed, write_atomic
 from deradiff.hub import push
-from deradiff.image_tables import encode_png
 from deradiff.images import is_whole_png
 from deradiff.models.base_model import BaseModel
 from deradiff.training.checkpoints import Progress
 from deradiff.training.objectives.base import AnchorObjective, Objective
-from deradiff.training.panel import sample_panel
-from train.build import frozen_dtype
 from train.config import TrainConfig
 from train.data import describe_data, reward_of
 
 BEGUN = "begun.json"
 FINISHED = "finished.json"
-PROMPTS = 4  # of a panel, from the captions of the data, where the config gives none
 LIBRARIES = (torch, diffusers, transformers, peft, accelerate)
 
 
@@ -193,79 +186,3 @@ def upload(config: TrainConfig, folder: Path) -> None:
     """Upload the anchor, where `hub.push_to` asks for it."""
     if config.hub.push_to:
         print(f"train: uploaded to {push(folder, config.hub.push_to)}", flush=True)
-
-
-class Panels:
-    """Draws the panels of a run: fixed prompts at several lambdas, `panel/step-000500.png`.
-
-    They are sampled by a pipeline of their own, with the anchor as it would be saved, so that they
-    do not touch training. A panel that fails does not stop the run.
-
-    Args:
-        config: of the run.
-        base: its base model.
-        run_dir: its directory.
-        card: of the anchor; None: the run makes none, and has no panels.
-        captions: of the data; the first ones are the prompts if the config gives none.
-        track: gets every panel.
-        device: on which they are sampled.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        base: BaseModel | None,
-        run_dir: Path,
-        card: AnchorCard | None,
-        captions: Sequence[str],
-        track: Tracker,
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.base = base
-        self.folder = run_dir / "panel"
-        self.card = card
-        self.track = track
-        self.device = device
-        self.prompts = list(config.panel.prompts)
-        if not self.prompts:
-            distinct = list(dict.fromkeys(captions))
-            self.prompts = distinct[:PROMPTS]
-
-    def __call__(self, network: nn.Module, step: int) -> None:
-        """Draw the panel of a step, unless it is there and whole."""
-        file = self.folder / f"step-{step:06d}.png"
-        if self.card is None or is_whole_png(file):
-            return
-        try:
-            self._draw(network, self.card, file)
-            self.track.image("panel", file, f"step {step}")
-        except Exception as error:  # an image is not worth a week's run
-            print(f"train: no panel at step {step}: {error}", file=sys.stderr, flush=True)
-
-    def _draw(self, network: nn.Module, card: AnchorCard, file: Path) -> None:
-        # The anchor as it would be saved, in a pipeline of its own.
-        assert self.base is not None
-        panel = self.config.panel
-        anchor = self.folder / ".anchor.part"
-        try:
-            save_anchor(anchor, network, replace(card))
-            pipe = self.base.load_pipeline(frozen_dtype(self.config)).to(self.device)
-
-            # The sheet.
-            sheet = sample_panel(
-                pipe,
-                load_anchor(anchor),
-                self.prompts,
-                panel.lambdas,
-                resolution=self.config.model.resolution,
-                steps=panel.steps,
-                guidance_scale=panel.guidance_scale,
-            )
-            write_atomic(file, encode_png(sheet))
-        finally:
-            shutil.rmtree(anchor, ignore_errors=True)
-
-        # Training needs the memory.
-        del pipe
-        torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ from train import build, results
 from train.config import TrainConfig
 from train.data import make_data
 from train.dry_run import dry_run
+from train.panels import Panels
 
 COSMETIC = (  # keys that a resumed run may change
     "runs",
@@ -128,9 +129,7 @@ def _train(
     group = slug(config.model.base or config.model.name)
     with tracker(config.tracking, "train", run_dir, asdict(config), is_main, group) as track:
         examples = Examples(data, config.seed, in_blocks=not config.data.cache)
-        panels = results.Panels(
-            config, base, run_dir, card, data.captions, track, accelerator.device
-        )
+        panels = Panels(config, base, run_dir, card, data.captions, track, accelerator.device)
         if anchor is not None and is_main:
             step_flops = results.flops_of_step(anchor, config, run_dir)
         progress = train(objective, examples, options, run_dir, accelerator, track.log, panels)

@@ -15,7 +15,7 @@ from deradiff.data.cache import Cache, NotFiniteError, encode_images
 from deradiff.data.pairs import Pairs
 from deradiff.models.autoencoders import encoding_precision, overflows
 from deradiff.models.base_model import BaseModel
-from deradiff.training.panel import sample_panel
+from deradiff.training.panel import encode_prompts, sample_panel
 from tests.support.tables import write_four_pairs
 from tests.support.tiny_pipelines import save_overflowing, tiny_lora, tiny_pipeline
 from tests.support.train_runs import small_run
@@ -117,7 +117,9 @@ def test_a_panel_of_one_that_overflows_is_not_black(overflowing, tmp_path):
     card = AnchorCard(base_model=overflowing.source, family="sdxl", method="lora", beta=None)
     save_anchor(tmp_path, tiny_lora(tiny_pipeline("sdxl").unet), card)
     anchor = load_anchor(tmp_path)
-    sheet = sample_panel(pipe, anchor, ["a fox"], [0.5], resolution=64, steps=1)
+    rows = encode_prompts(pipe, ["a fox"], 5.0)
+    options = {"resolution": 64, "steps": 1, "guidance_scale": 5.0}
+    sheet = sample_panel(pipe, anchor, ["a fox"], rows, [0.5], **options)
     image = np.asarray(sheet.convert("L")).astype(float)[30:100, 4:90]
     assert image.std() > 1
 
