@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -17,6 +18,9 @@ import yaml
 from safetensors import SafetensorError
 
 ASSETS = Path(__file__).parent / "worlds" / "assets"
+MOST_TEXT = 2**28
+"""Bytes of a text file, at most: 256 MiB."""
+
 UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
 
 TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "No space left")
@@ -78,6 +82,72 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({reason}): make room, or give a folder that can be "
             "written, and the same command goes on"
         ) from error
+
+
+def read_text(file: Path) -> str:
+    """A text file's content, with line ends of one kind.
+
+    Args:
+        file: UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ValueError: for what is no such text; the message names the file.
+    """
+    if file.stat().st_size > MOST_TEXT:
+        raise ValueError(f"{file} has more than {MOST_TEXT} bytes, which no such text has")
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{file} is UTF-16, as PowerShell's > writes it: save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is no UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text is whole: JSON and a shell can write half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_json(text: str, name: str) -> Any:
+    """The content of a JSON text.
+
+    Args:
+        text: the text.
+        name: how an error names it.
+
+    Raises:
+        ValueError: where it is none, or is nested too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{name} is no JSON that can be read ({str(error)[:100]}): it is torn or something "
+            "else, so fetch or copy it again"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds settings by name.
+
+    Args:
+        file: the file.
+
+    Raises:
+        ValueError: where it is none, or is torn; the message names the file.
+    """
+    content = parse_json(read_text(file), str(file))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no settings by name: fetch or copy it again")
+    return content
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -6,7 +6,6 @@ Where nobody answers, the cached copy is used; where there is none, the error co
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError
+
+from deradiff.files import read_json
 
 TIMEOUT = 10.0
 """Seconds that the hub has to answer in."""
@@ -103,7 +104,7 @@ def fetch(repo: str, name: str, revision: str | None = None, repo_type: str | No
 
 def fetch_json(repo: str, name: str, revision: str | None = None) -> dict[str, Any]:
     """The content of a JSON file of a hub repository. Raises OSError as `fetch` does."""
-    return json.loads(fetch(repo, name, revision).read_text())
+    return read_json(fetch(repo, name, revision))
 
 
 def listing(

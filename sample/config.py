@@ -6,7 +6,6 @@ It imports nothing heavy: a mistake in a command is answered before torch is loa
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from configs.paths import (
 )
 from configs.settings import setting
 from configs.tracking import TrackingConfig
-from deradiff.files import slug
+from deradiff.files import read_json, slug
 from deradiff.method.samplers import SAMPLERS
 from deradiff.models.families import FAMILIES
 from deradiff.models.family import SamplingDefaults
@@ -418,7 +417,7 @@ class SampleConfig:
         card = Path(self.anchors[0]) / CARD
         family = self.model.name
         if card.is_file():
-            family = json.loads(card.read_text()).get("family")
+            family = str(read_json(card).get("family"))
         defaults = SAMPLING_DEFAULTS.get(family or "")
         return defaults.sampler if defaults else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from deradiff import hub
 from deradiff.anchors.weight_files import is_weights
+from deradiff.files import read_json
 
 LOCAL_PATTERNS = ("*", "*/config.json", "*/scheduler_config.json", "*/*.safetensors*", "*/*.bin")
 """The files of a local folder that may say something about an anchor."""
@@ -68,28 +68,14 @@ class AnchorFiles:
             ValueError: where it is none.
         """
         if self.is_local and not self.folder:
-            return read_json_file(Path(self.root).resolve().parent / name)
+            return read_json(Path(self.root).resolve().parent / name)
         parent = self.folder.rpartition("/")[0]
         return self._read_json(f"{parent}/{name}".removeprefix("/"))
 
     def _read_json(self, path: str) -> dict[str, Any]:
         if self.is_local:
-            return read_json_file(Path(self.root) / path)
-        return read_json_file(hub.fetch(self.root, path, self.revision))
-
-
-def read_json_file(file: Path) -> dict[str, Any]:
-    """The content of a JSON file. Raises ValueError where it is none."""
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is no JSON file that can be read: it is torn or something else, so fetch or "
-            "copy it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no settings by name: fetch or copy it again")
-    return content
+            return read_json(Path(self.root) / path)
+        return read_json(hub.fetch(self.root, path, self.revision))
 
 
 def find_files(source: str, revision: str | None, subfolder: str | None) -> AnchorFiles:

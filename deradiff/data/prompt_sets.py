@@ -5,7 +5,6 @@ Only their captions are read from the hub, never the images beside them.
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from huggingface_hub import HfFileSystem
 
+from deradiff.data.prompt_files import text_table
 from deradiff.data.published_prompts import PROMPT_SETS, PromptSet
+from deradiff.files import read_text
 from deradiff.hub import fetch, listing
 
 TABLE_ENDINGS = (".parquet", ".csv", ".tsv")
@@ -105,9 +106,8 @@ def _column(file: Path, column: str) -> list[Any]:
         return pq.read_table(file, columns=[column])[column].to_pylist()
 
     # Of a text table, every line.
-    delimiter = "\t" if file.suffix == ".tsv" else ","
-    with open(file, encoding="utf-8-sig", newline="") as opened:
-        rows = list(csv.DictReader(opened, delimiter=delimiter))
-    if not rows or column not in rows[0]:
+    names, rows = text_table(read_text(file), file)
+    if column not in names:
         raise OSError(f"{file.name} has no column {column}")
-    return [row[column] for row in rows]
+    place = names.index(column)
+    return [row[place] if place < len(row) else None for row in rows]

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from deradiff.data.prompt_files import FORMATS, read_prompt_file
 from deradiff.data.prompt_sets import load_prompt_set
 from deradiff.data.published_prompts import PROMPT_SETS, SHAPES
-from deradiff.files import UNSAFE
+from deradiff.files import UNSAFE, is_encodable
 from deradiff.worlds.shapes import held_out_captions
 
-COLUMNS = ("prompt", "caption")
-
-SOURCES = (
-    "a text file with one prompt a line, a .jsonl or .parquet file with a column prompt or "
-    f"caption, a list such as ['a red fox'], or one of {SHAPES}, {', '.join(PROMPT_SETS)}"
-)
+SOURCES = f"{FORMATS}, a list such as ['a red fox'], or one of {SHAPES}, {', '.join(PROMPT_SETS)}"
 """What prompts may be read from, for messages."""
 
 
@@ -59,8 +53,14 @@ def load_prompts(prompts: str | Sequence[str], limit: int | None = None) -> list
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"prompt {number} of {where} is {text!r}, but every prompt needs words: "
-                "remove it or write some"
+                f"prompt {number} of {where} is {reprlib.repr(text)}, but every prompt needs "
+                "words: remove it or write some"
+            )
+        # JSON and a shell can write half of a character, which no tokenizer takes.
+        if not is_encodable(text):
+            raise ValueError(
+                f"prompt {number} of {where} is {reprlib.repr(text)}, which holds half of a "
+                "character: write the file as UTF-8"
             )
 
     # Give each an id. A prompt that comes again has its number in the id.
@@ -103,30 +103,4 @@ def _texts(prompts: str | Sequence[str]) -> list[Any]:
     path = Path(prompts)
     if not path.is_file():
         raise ValueError(f"prompts={prompts[:200]} is no prompt file: give {SOURCES}")
-    if path.suffix == ".parquet":
-        return _parquet_column(path)
-    # `splitlines` would also split at characters that may be inside a prompt, such as U+2028.
-    lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    if path.suffix == ".jsonl":
-        return [_json_prompt(line, n, prompts) for n, line in enumerate(lines, start=1)]
-    return lines if lines != [""] else []
-
-
-def _json_prompt(line: str, number: int, file: str) -> Any:
-    """The prompt of a line of a .jsonl file."""
-    try:
-        record = json.loads(line)
-        return next(record[name] for name in COLUMNS if name in record)
-    except (ValueError, TypeError, StopIteration):
-        raise ValueError(
-            f"line {number} of {file} is not a JSON object with a key prompt or caption, "
-            'such as {"prompt": "a red fox"}'
-        ) from None
-
-
-def _parquet_column(path: Path) -> list[Any]:
-    names = pq.read_schema(path).names
-    for column in COLUMNS:
-        if column in names:
-            return pq.read_table(path, columns=[column])[column].to_pylist()
-    raise ValueError(f"{path} has no column prompt or caption; it has {', '.join(names)}")
+    return read_prompt_file(path)

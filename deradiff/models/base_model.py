@@ -5,7 +5,6 @@ Weights are read as they are published: in one file or in shards, plain or in a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import diffusers
 import torch
 import transformers
 
-from deradiff.files import locate
+from deradiff.files import locate, read_json
 from deradiff.hub import fetch, is_hub_id, listing, not_fetched
 from deradiff.models.component_files import CONFIG, Component, components_of
 from deradiff.models.families import Family, family_of_index
@@ -93,7 +92,7 @@ class BaseModel:
         Raises:
             ValueError: where there is none.
         """
-        return json.loads(self.index_file.read_text())
+        return read_json(self.index_file)
 
     @cached_property
     def family(self) -> Family:
@@ -168,13 +167,13 @@ class BaseModel:
             file = Path(self.location) / name
             if not file.is_file():
                 raise ValueError(f"{self.location} is not complete: it has no {name}")
-            return json.loads(file.read_text())
+            return read_json(file)
         try:
             file = fetch(self.location, name, self.revision)
         except OSError as error:
             what = f"{name} of a pipeline"
             raise ValueError(not_fetched(what, self.location, error, "base")) from error
-        return json.loads(file.read_text())
+        return read_json(file)
 
     @property
     def denoiser_type(self) -> Any:

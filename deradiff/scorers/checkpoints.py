@@ -8,7 +8,6 @@ brought under the first's names; from there on there is one path.
 from __future__ import annotations
 
 import glob
-import json
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from deradiff.files import locate
+from deradiff.files import locate, read_json
 from deradiff.hub import is_hub_error, is_hub_id, not_fetched
 from deradiff.scorers import open_clip
 from deradiff.scorers.published import PublishedCLIP
@@ -324,7 +323,7 @@ def find_checkpoint(
 
 def _huggingface_config(location: CheckpointLocation) -> CLIPConfig:
     file = location.folder / "config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
+    settings = read_json(file) if file.is_file() else {}
     if settings.get("model_type") != "clip":
         raise ValueError(
             f"{location.source} is no CLIPModel folder: it needs a config.json of model_type clip; "

@@ -7,12 +7,13 @@ Shapes: C channels of a tower, D of the space that both towers share.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import CLIPConfig
+
+from deradiff.files import read_json
 
 VIT_H_14: dict[str, Any] = {
     "embed_dim": 1024,
@@ -92,7 +93,7 @@ def read_model_config(path: str) -> dict[str, Any]:
         ValueError: where the file is missing or is no JSON.
     """
     try:
-        config = json.loads(Path(path).read_text())
+        config = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model_config={path} is no readable json file ({error}); give an open_clip model "

@@ -1,9 +1,13 @@
 """Prompts from every kind of source, and their ids."""
 
+import csv
+import io
+import itertools
 import json
 
 import pandas as pd
 import pytest
+import yaml
 
 from deradiff.data.prompts import load_prompts, prompt_id
 from deradiff.worlds.shapes import held_out_captions, training_captions
@@ -27,6 +31,43 @@ def test_every_kind_of_source_gives_the_same_prompts(tmp_path):
     for name in ("p.txt", "bom.txt", "p.jsonl", "c.jsonl", "p.parquet"):
         assert texts(str(tmp_path / name)) == prompts, name
     assert texts(prompts) == prompts
+
+
+LIST = ["a red fox, in snow", 'a "quoted" word', '"Fall" in leaves', "zwölf Boxkämpfer"]
+
+
+def csv_text(delimiter, header):
+    rows = io.StringIO()
+    writer = csv.writer(rows, delimiter=delimiter)
+    writer.writerow(["id", header, "other"])
+    writer.writerows([i, text, ""] for i, text in enumerate(LIST))
+    return rows.getvalue()
+
+
+FILES = {
+    "p.txt": "\n".join(LIST),
+    "p.TXT": "\r\n".join(LIST) + "\r\n",
+    "no-ending": "\n".join(LIST),
+    "p.csv": csv_text(",", "Prompt"),
+    "p.CSV": csv_text(",", "Prompts"),
+    "p.tsv": csv_text("\t", "caption"),
+    "PartiPrompts.tsv": "Prompt\tCategory\n" + "".join(f"{text}\tArts\n" for text in LIST),
+    "list.json": json.dumps(LIST),
+    "records.json": json.dumps([{"Caption": text, "id": 1} for text in LIST]),
+    "named.json": json.dumps({"prompts": LIST, "seed": 3}),
+    "p.yaml": yaml.safe_dump(LIST),
+    "named.yml": yaml.safe_dump({"prompts": [{"prompt": text} for text in LIST]}),
+    "p.ndjson": "\n".join(json.dumps({"prompt": text}) for text in LIST) + "\n\n",
+    "p.JSONL": "\r\n".join(json.dumps({"PROMPT": text}) for text in LIST),
+    "texts.jsonl": "\n".join(json.dumps(text) for text in LIST),
+}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with a mark"])
+@pytest.mark.parametrize("name", FILES)
+def test_prompts_are_read_from_files_as_people_keep_them(tmp_path, name, mark):
+    (tmp_path / name).write_bytes((mark + FILES[name]).encode())
+    assert texts(str(tmp_path / name)) == LIST
 
 
 def test_shapes_are_the_captions_that_training_never_saw():
@@ -112,7 +153,7 @@ def test_a_text_file_that_is_empty_or_holds_a_blank_is_refused(tmp_path):
     check_refusal(str(tmp_path / "empty.txt"), "empty.txt is empty")
 
 
-@pytest.mark.parametrize("line", ["not json", '{"text": "a fox"}', "3"])
+@pytest.mark.parametrize("line", ["not json", '{"text": "a fox"}', "3", "[" * 100_000])
 def test_a_line_without_a_prompt_is_refused_by_its_number(tmp_path, line):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a red fox"}\n' + line)
     check_refusal(str(tmp_path / "p.jsonl"), "line 2", '{"prompt": "a red fox"}')
@@ -120,4 +161,54 @@ def test_a_line_without_a_prompt_is_refused_by_its_number(tmp_path, line):
 
 def test_a_table_without_a_column_of_prompts_is_refused(tmp_path):
     pd.DataFrame({"text": ["a fox"]}).to_parquet(tmp_path / "p.parquet")
-    check_refusal(str(tmp_path / "p.parquet"), "no column prompt or caption", "it has text")
+    check_refusal(str(tmp_path / "p.parquet"), "no column prompt or caption", "text")
+
+
+BILLION = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n"
+    for a, b in itertools.pairwise("abcdefghijkl")
+)
+"""Lists of lists that would take more than the memory where they are written out."""
+
+NO_PROMPTS = {
+    "utf-16.txt": "a red fox\n".encode("utf-16"),
+    "utf-16.csv": "prompt\na red fox\n".encode("utf-16"),
+    "latin-1.txt": "zwölf\n".encode("latin-1"),
+    "archive.zip": b"PK\x03\x04\xff\xfe\x00",
+    "torn.parquet": b"PAR1 torn PAR1",
+    "header.csv": b"a red fox\na blue cat\n",
+    "semicolons.csv": b"prompt;seed\na red fox;1\n",
+    "quote.csv": b'prompt\n"a red fox\n',
+    "short.csv": b"id,prompt\n1\n",
+    "empty.csv": b"",
+    "torn.json": b'["a red fox"',
+    "deep.json": b"[" * 100_000,
+    "number.json": b"[" + b"9" * 10_000 + b"]",
+    "record.json": b'{"text": "a red fox"}',
+    "null.json": b"null",
+    "half.json": b'["\\ud83d"]',
+    "half.jsonl": b'{"prompt": "\\ud83d"}',
+    "torn.yaml": b"- 'a red fox",
+    "deep.yaml": b"[" * 2_000,
+    "bool.yaml": b"- yes\n- a red fox\n",
+    "date.yaml": b"- 2024-13-77\n",
+    "code.yaml": b"!!python/object/apply:os.system ['true']",
+    "billion.yaml": f"{BILLION}prompts: [*l]".encode(),
+    "itself.yaml": b"prompts: &a [*a]",
+}
+
+
+@pytest.mark.parametrize("name", NO_PROMPTS)
+def test_a_file_that_holds_no_prompts_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(NO_PROMPTS[name])
+    check_refusal(str(tmp_path / name), name)
+
+
+def test_half_of_a_character_in_a_list_is_refused():
+    check_refusal(["a fox", "\ud83d"], "prompt 2", "half of a character")
+
+
+def test_a_file_of_more_than_any_text_is_not_read(tmp_path):
+    with open(tmp_path / "large.txt", "wb") as file:
+        file.truncate(2**40)
+    check_refusal(str(tmp_path / "large.txt"), "large.txt")
