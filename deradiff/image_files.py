@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from deradiff.files import LFS_POINTER
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What may be opened, in Pillow's names."""
 
@@ -74,6 +76,8 @@ def decode_image(encoded: bytes) -> Image.Image:
         UnreadableImage: for what is no image of one of `FORMATS`, or is torn or too large.
     """
     _check_bytes(len(encoded))
+    if encoded.startswith(LFS_POINTER):
+        raise UnreadableImage("it is a Git LFS pointer: run git lfs pull in its folder")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:

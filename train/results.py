@@ -19,7 +19,7 @@ import transformers
 from configs.tracking import Tracker
 from deradiff.anchors.anchor import BETA_CONVENTION, AnchorCard, load_anchor
 from deradiff.anchors.model_card import GRID, write_model_card
-from deradiff.files import sealed, unsealed, write_atomic
+from deradiff.files import read_json, sealed, unsealed, write_atomic
 from deradiff.hub import push
 from deradiff.images import is_whole_png
 from deradiff.models.base_model import BaseModel
@@ -104,7 +104,7 @@ def flops_of_step(objective: AnchorObjective, config: TrainConfig, run_dir: Path
     """
     file = run_dir / BEGUN
     try:
-        return float(unsealed(json.loads(file.read_text()))["flops_of_step"])
+        return float(unsealed(read_json(file))["flops_of_step"])
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError) as error:
@@ -134,7 +134,7 @@ def finished(config: TrainConfig, run_dir: Path) -> Path | None:
     """
     folder = run_dir / config.spec.folder
     try:
-        is_marked = unsealed(json.loads((run_dir / FINISHED).read_text()))["folder"] == folder.name
+        is_marked = unsealed(read_json(run_dir / FINISHED))["folder"] == folder.name
     except (FileNotFoundError, ValueError, KeyError):
         is_marked = False
     if not is_marked or not folder.is_dir():

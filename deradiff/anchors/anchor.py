@@ -8,7 +8,9 @@ file with a whole network; each in a folder or on the hub.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import reprlib
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from deradiff.anchors.weight_files import (
     SAFETENSORS,
     check_pickle_allowed,
     check_readable,
+    check_values,
     is_pickle,
     is_weights,
     read_metadata,
@@ -85,6 +88,12 @@ ADAPTER_SIGNS = ("lora", "hada_", "lokr_")
 """Parts of the names of an adapter's tensors that no network's tensors have."""
 
 
+CARD_TEXTS = ("base_model", "family", "method", "beta_convention", "objective", "dataset", "device")
+CARD_OPTIONAL_TEXTS = ("base_revision", "vae", "git_commit", "weights_digest")
+CARD_NUMBERS = ("steps", "pairs_seen", "gpu_hours", "flops")
+"""Keys of a card by the type of their values."""
+
+
 @dataclass(kw_only=True)
 class AnchorCard:
     """The content of `anchor.json`: what an anchor was aligned from, how, and at what cost.
@@ -113,7 +122,7 @@ class AnchorCard:
             unknown.
 
     Raises:
-        ValueError: for another method, and for a beta that is not above 0.
+        ValueError: for values of another type, another method, and a beta that is not above 0.
     """
 
     base_model: str
@@ -137,15 +146,42 @@ class AnchorCard:
     weights_digest: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.method not in ("lora", "full"):
-            raise ValueError(f"an anchor's method is lora or full, not {self.method!r}")
-        if self.beta is None:
-            return
-        if not isinstance(self.beta, int | float) or not self.beta > 0:
-            raise ValueError(
-                "an anchor's beta is a number above 0, or null where it is unknown, not "
-                f"{self.beta!r}"
-            )
+        # A card is somebody's file: what is printed, compared and multiplied has its type.
+        for key in CARD_TEXTS:
+            _check_card(key, getattr(self, key), isinstance(getattr(self, key), str), "a text")
+        for key in CARD_OPTIONAL_TEXTS:
+            value = getattr(self, key)
+            _check_card(key, value, isinstance(value, str | None), "a text or null")
+        for key in CARD_NUMBERS:
+            value = getattr(self, key)
+            _check_card(key, value, _is_number(value) and value >= 0, "a number of at least 0")
+        _check_card("seed", self.seed, _is_number(self.seed), "a number")
+        _check_card("method", self.method, self.method in ("lora", "full"), "lora or full")
+        is_beta = self.beta is None or (_is_number(self.beta) and self.beta > 0)
+        _check_card("beta", self.beta, is_beta, "a number above 0, or null where it is unknown")
+        is_reward = self.reward is None or _maps_texts_to(self.reward, _is_number)
+        _check_card("reward", self.reward, is_reward, "numbers by scorer, or null")
+        are_versions = _maps_texts_to(self.versions, lambda value: isinstance(value, str))
+        _check_card("versions", self.versions, are_versions, "texts by package")
+
+
+def _check_card(key: str, value: Any, is_right: bool, kind: str) -> None:
+    if not is_right:
+        raise ValueError(f"an anchor's {key} is {kind}, not {reprlib.repr(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and of a size that a float has."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+def _maps_texts_to(values: Any, is_right: Callable[[Any], bool]) -> bool:
+    """Whether something is right values by text."""
+    if not isinstance(values, dict):
+        return False
+    return all(isinstance(key, str) and is_right(value) for key, value in values.items())
 
 
 @dataclass
@@ -204,6 +240,7 @@ class Anchor:
                 self._network = read_network(file, like, dtype, f"the anchor {self.source}")
             else:
                 self._network = self._from_folder(like, dtype)
+            check_values(self._network.state_dict(), f"the anchor {self.source}")
             self._network.requires_grad_(False)
         if self._network.device != device:
             self._network.to(device)
@@ -518,6 +555,8 @@ def _read_card(files: AnchorFiles, source: str) -> AnchorCard | None:
     except TypeError as error:
         reason = str(error).removeprefix("AnchorCard.__init__() ")
         raise ValueError(f"the card {source}/{CARD} is incomplete: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"the card {source}/{CARD} is no card: {error}") from error
 
 
 def _full_anchor(

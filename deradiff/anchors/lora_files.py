@@ -11,7 +11,7 @@ Shapes: A is (rank, in, ...) and B (out, rank, ...), with the axes of a convolut
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,25 +23,19 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 from deradiff.anchors.float8 import plain_weights
+from deradiff.anchors.layer_settings import DEFAULT, LayerPatterns, check_alpha, check_rank
 from deradiff.anchors.locations import PEFT_CONFIG
 from deradiff.anchors.traced import plain, traced_state, unused_names
-from deradiff.anchors.weight_files import read_metadata, read_tensors
+from deradiff.anchors.weight_files import check_values, read_metadata, read_tensors
+from deradiff.files import parse_json
 from deradiff.models.family import unwrapped
 from deradiff.models.pipelines import denoiser_name, pipeline_label
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
-LAYER_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-)
-"""Settings of peft's LoraConfig that say what A and B mean."""
+SWITCHES = ("use_rslora", "use_dora", "lora_bias")
+"""Settings of peft's LoraConfig that say what A and B mean, besides their ranks and alphas."""
 
 UNSUPPORTED_SETTINGS = (
     "modules_to_save",
@@ -114,6 +108,7 @@ def read_lora(
     target = _Target(pipe, denoiser or denoiser_name(pipe))
     metadata = read_metadata(file)
     tensors = plain_weights(read_tensors(file, name), metadata, torch.float32, name)
+    check_values(tensors, name)
     tensors = _without_adapter_name(_without_zeros(tensors))
     tensors = _without_text_encoders(tensors, target, name)
     if config is not None:
@@ -135,10 +130,11 @@ def read_lora(
             "give a LoRA that was trained on one"
         )
     state = _in_the_shape_of_layers(state, target, name)
+    _check_pairs(state, name)
     state = _with_all_biases(state)
     if config is None:
         return LoraWeights(state, None)
-    return LoraWeights(state, _metadata(state, config, target.prefix))
+    return LoraWeights(state, _metadata(state, config, target.prefix, name))
 
 
 class _Target:
@@ -181,18 +177,26 @@ def check_config(config: dict[str, Any], name: str) -> None:
     Raises:
         ValueError: where it means more.
     """
-    if config.get("peft_type", "LORA") != "LORA":
+    kind = str(config.get("peft_type", "LORA"))[:40]
+    if kind != "LORA":
         raise ValueError(
-            f"{name} is a {config['peft_type']} adapter of peft, and realign reads LoRA: give a "
-            "LoRA, or full weights"
+            f"{name} is a {kind} adapter of peft, and realign reads LoRA: give a LoRA, or full "
+            "weights"
         )
-    start = str(config.get("init_lora_weights", "")).lower()
+    start = config.get("init_lora_weights")
+    start = start.lower() if isinstance(start, str) else ""
     if start.startswith(MOVES_BASE):
         raise ValueError(
             f"{name} began as {start}, which changes the base's own weights: convert it to a plain "
             "LoRA (save_pretrained with path_initial_model_for_weight_conversion) or give the "
             "merged network"
         )
+    for key in SWITCHES:
+        if not isinstance(config.get(key), bool | None):
+            raise ValueError(
+                f"{name} has {key}={reprlib.repr(config[key])} in its config, which is neither "
+                "true nor false"
+            )
     unsupported = [key for key in UNSUPPORTED_SETTINGS if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
@@ -203,10 +207,36 @@ def check_config(config: dict[str, Any], name: str) -> None:
         )
 
 
-def _metadata(state: dict[str, Tensor], config: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """What a LoraConfig has to say of these layers, by `<denoiser>.<setting>`."""
+def _metadata(
+    state: dict[str, Tensor], config: dict[str, Any], prefix: str, name: str
+) -> dict[str, Any]:
+    """What a LoraConfig has to say of these layers, by `<denoiser>.<setting>`.
+
+    Raises ValueError where the config says another rank than the matrices have.
+    """
+    ranks = {}
+    for key, value in state.items():
+        if key.endswith(".lora_A.weight"):
+            ranks[key.removesuffix(".lora_A.weight").removeprefix(prefix)] = value.shape[0]
+
+    # The rank and the alpha that the config says of each layer.
+    rank_patterns = LayerPatterns(config.get("rank_pattern"), "rank_pattern", name)
+    alpha_patterns = LayerPatterns(config.get("alpha_pattern"), "alpha_pattern", name)
+    alphas = {}
+    for layer, rank in ranks.items():
+        stated = check_rank(rank_patterns.value_of(layer, config.get("r") or DEFAULT), name)
+        if stated != rank:
+            raise ValueError(
+                f"{name} has the rank {stated} of {layer} in its config and {rank} in its "
+                "matrices: give the config that belongs to them"
+            )
+        alpha = config.get("lora_alpha")
+        alpha = alpha_patterns.value_of(layer, DEFAULT if alpha is None else alpha)
+        alphas[layer] = check_alpha(alpha, rank, name)
+
+    settings: dict[str, Any] = _by_layer(ranks, alphas)
+    settings |= {key: config[key] for key in SWITCHES if config.get(key) is not None}
     layers = {key.rpartition(".lora_")[0].removeprefix(prefix) for key in state}
-    settings = {key: config[key] for key in LAYER_SETTINGS if config.get(key) is not None}
     settings["target_modules"] = sorted(layers)
     return {f"{prefix}{key}": value for key, value in settings.items()}
 
@@ -373,8 +403,10 @@ def _config_in(metadata: Mapping[str, str], target: _Target) -> dict[str, Any]:
     A pipeline saves it with the denoiser before each setting, a network without.
     """
     try:
-        settings = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
+        settings = parse_json(metadata.get(DIFFUSERS_METADATA, "{}"), DIFFUSERS_METADATA)
     except ValueError:
+        return {}
+    if not isinstance(settings, dict):
         return {}
     if "r" in settings:
         return settings
@@ -426,25 +458,30 @@ def _config_of(state: dict[str, Tensor], alphas: dict[str, Any], target: _Target
     down_alphas = _peft_names(down_alphas)
 
     # Rank and alpha of each layer; without an alpha it is the rank.
-    layer_ranks = {}
-    layer_alphas = {}
+    layer_ranks: dict[str, int] = {}
+    layer_alphas: dict[str, float] = {}
     for key, value in state.items():
         if key.endswith(".lora_A.weight"):
-            layer = key.removesuffix(".lora_A.weight")
+            layer = key.removesuffix(".lora_A.weight").removeprefix(prefix)
             layer_ranks[layer] = value.shape[0]
             layer_alphas[layer] = down_alphas.get(key, float(value.shape[0]))
 
-    if not layer_ranks:
+    return _by_layer(layer_ranks, layer_alphas)
+
+
+def _by_layer(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    """The settings of a LoraConfig that give each layer its rank and alpha."""
+    if not ranks:
         return {}
 
     # A LoraConfig has one value, and a pattern for each layer with another one.
-    rank = _most_common(layer_ranks)
-    alpha = _most_common(layer_alphas)
+    rank = _most_common(ranks)
+    alpha = _most_common(alphas)
     return {
         "r": rank,
-        "rank_pattern": _exceptions(layer_ranks, rank, prefix),
+        "rank_pattern": _exceptions(ranks, rank),
         "lora_alpha": alpha,
-        "alpha_pattern": _exceptions(layer_alphas, alpha, prefix),
+        "alpha_pattern": _exceptions(alphas, alpha),
     }
 
 
@@ -452,13 +489,9 @@ def _most_common(values: dict[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def _exceptions(values: dict[str, Any], common: Any, prefix: str) -> dict[str, Any]:
+def _exceptions(values: dict[str, Any], common: Any) -> dict[str, Any]:
     """The layers whose value is not the common one, by the pattern that peft finds them with."""
-    patterns = {}
-    for layer, value in values.items():
-        if value != common:
-            patterns[f"^{layer.removeprefix(prefix)}"] = value
-    return patterns
+    return {f"^{layer}": value for layer, value in values.items() if value != common}
 
 
 def _only_denoiser(state: dict[str, Tensor], target: _Target, name: str) -> dict[str, Tensor]:
@@ -492,6 +525,19 @@ def _changes_other_part(name: str, part: str, key: str, target: _Target) -> str:
         f"{name} also changes the {part} ({key}), and realign mixes what the {target.denoiser} "
         f"says: give a LoRA on the {target.denoiser} alone"
     )
+
+
+def _check_pairs(state: Mapping[str, Tensor], name: str) -> None:
+    """Raise ValueError for a layer that has A or B alone, or of which these have two ranks."""
+    for key in state:
+        layer = key.rpartition(".lora_")[0]
+        down = state.get(f"{layer}.lora_A.weight")
+        up = state.get(f"{layer}.lora_B.weight")
+        if down is None or up is None or up.ndim < 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{name} holds {key} and no A and B of that layer that fit together: it is not "
+                "whole, so fetch or copy it again"
+            )
 
 
 def _with_all_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deradiff.anchors.layer_settings import LARGEST
 from deradiff.models.weight_headers import check_fetched, check_whole, short_reason
 
 SAFETENSORS = ".safetensors"
@@ -119,6 +120,27 @@ def read_tensors(file: Path, name: str) -> dict[str, Tensor]:
     if not is_pickle(file.name):
         return load_file(file)
     return _without_wrapper(_state_of(_unpickled(file, name), name))
+
+
+def check_values(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Check that weights are numbers that a network can have.
+
+    Args:
+        tensors: by name.
+        name: how an error names the anchor.
+
+    Raises:
+        ValueError: for NaN, for infinity, and for more than float16 can hold.
+    """
+    for key, value in tensors.items():
+        if not value.is_floating_point() or value.numel() == 0:
+            continue
+        for extreme in torch.aminmax(value):
+            if not abs(float(extreme)) <= LARGEST:
+                raise ValueError(
+                    f"{name} holds {float(extreme):g} ({key}), which no network's weight is: it is "
+                    "damaged, or its training overflowed, so give another"
+                )
 
 
 def _unpickled(file: Path, name: str) -> Any:

@@ -68,7 +68,7 @@ def text_table(text: str, file: Path) -> tuple[list[str], list[list[str]]]:
     # Between tabs, programs put in quotes what needs it, and people nothing: a prompt may begin
     # with a quoted word.
     if file.suffix.lower() == ".tsv":
-        rows = [[_unquoted(field) for field in line.split("\t")] for line in _lines(text)]
+        rows = [_fields(line) for line in _lines(text)]
     else:
         try:
             rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
@@ -78,9 +78,13 @@ def text_table(text: str, file: Path) -> tuple[list[str], list[list[str]]]:
     return (rows[0], rows[1:]) if rows else ([], [])
 
 
-def _unquoted(field: str) -> str:
-    quoted = QUOTED.fullmatch(field)
-    return quoted[1].replace('""', '"') if quoted else field
+def _fields(line: str) -> list[str]:
+    """The fields of a line of a .tsv."""
+    fields = []
+    for field in line.split("\t"):
+        quoted = QUOTED.fullmatch(field)
+        fields.append(quoted[1].replace('""', '"') if quoted else field)
+    return fields
 
 
 def _lines(text: str) -> list[str]:

@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deradiff.files import LFS_POINTER
+
 SMALL_COLUMNS = ("caption", "label_0", "has_label")
 """Read for all rows when the stream is opened."""
 
@@ -58,6 +60,11 @@ def _opened(address: str) -> Iterator[pq.ParquetFile]:
     system, path = fsspec.core.url_to_fs(address)
     try:
         with system.open(path) as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(
+                    f"{address} is a Git LFS pointer and not the table: run git lfs pull in its "
+                    "folder"
+                )
             yield pq.ParquetFile(file)
     # arrow's errors are of the first two classes; a torn text is no UTF-8.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

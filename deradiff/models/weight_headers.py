@@ -7,8 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that Git LFS leaves in the place of one that was not fetched."""
+from deradiff.files import LFS_POINTER
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 """Names of float8 in the header of a safetensors file."""

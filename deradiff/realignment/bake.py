@@ -28,7 +28,7 @@ from deradiff.anchors.anchor import (
     write_card,
 )
 from deradiff.anchors.model_card import README
-from deradiff.files import anchor_digest, sealed, unsealed, write_atomic, writing
+from deradiff.files import anchor_digest, read_json, sealed, unsealed, write_atomic, writing
 from deradiff.locks import is_running
 from deradiff.method.lambdas import validated
 from deradiff.models.base_model import BaseModel
@@ -156,7 +156,7 @@ def read_note(path: Path) -> dict[str, Any]:
         path: the folder of the bake.
     """
     try:
-        return unsealed(json.loads((path / NOTE).read_text()))
+        return unsealed(read_json(path / NOTE))
     except (FileNotFoundError, ValueError):
         return {}
 

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from deradiff.files import sealed, unsealed, write_atomic, writing
+from deradiff.files import read_json, sealed, unsealed, write_atomic, writing
 
 PROGRESS = "progress.json"  # written last: a folder without it is no checkpoint
 FILES = "files"  # its key of the checksums
@@ -179,7 +179,7 @@ def _loss(folder: Path) -> float | None:
 def _read(folder: Path) -> dict[str, Any]:
     """The content of `progress.json`. Raises ValueError where it is not what was written."""
     try:
-        values = unsealed(json.loads((folder / PROGRESS).read_text()))
+        values = unsealed(read_json(folder / PROGRESS))
     except ValueError as error:
         raise ValueError(f"{PROGRESS}: {error}") from error
     # Those of earlier versions have no digest, and no key that we do not know.

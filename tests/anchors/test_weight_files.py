@@ -71,7 +71,7 @@ def test_a_torn_index_of_several_files_is_named(tmp_path):
     denoiser_of("sd15").save_pretrained(tmp_path / "unet", max_shard_size="100KB")
     index = next((tmp_path / "unet").glob("*.index.json"))
     index.write_text(index.read_text()[:-9])
-    refused_at_once(tmp_path, f"{index.name} is no JSON file that can be read")
+    refused_at_once(tmp_path, f"{index.name} is no JSON that can be read")
 
 
 def test_a_file_that_is_missing_among_several_is_named(tmp_path):
@@ -90,7 +90,7 @@ def test_a_file_of_another_format_is_named(tmp_path):
 def test_a_torn_config_is_named(tmp_path):
     save_network(tmp_path)
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet')
-    refused_at_once(tmp_path, r"config.json is no JSON file that can be read")
+    refused_at_once(tmp_path, r"config.json is no JSON that can be read")
 
 
 @pytest.mark.parametrize(
