@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from deradiff.data.cache import images_at_once
 from deradiff.models.families import FAMILIES
-from deradiff.models.peak_memory import encoding_bytes
+from deradiff.models.peak_memory import encoding_bytes, weight_bytes
 from deradiff.models.published import (
     AUTOENCODER,
     COMPARED_GPUS,
@@ -21,16 +21,16 @@ from deradiff.models.published import (
     PUBLISHED_RUNS,
     published_dpo,
 )
-from deradiff.models.requirements import UTILISATION, Requirements, cache_bytes, dpo_requirements
+from deradiff.models.requirements import Requirements, cache_bytes, dpo_requirements
 
 RANK = 16
+UTILISATION = 0.4  # assumed
 PIXELS_PER_LATENT = 8
 DATA = DATA_SETS["pickapic_v2"]
-COUNTED_ON = GPUS["A100-80GB"]
 
 
 def requirements(family: str, method: str) -> Requirements:
-    """What the published run needs on an A100, one pair at a time, checkpointing as published."""
+    """What the published run needs one pair at a time, checkpointing as published."""
     run = PUBLISHED_RUNS[family]
     side = DENOISERS[family]["sample_size"]
     return dpo_requirements(
@@ -39,7 +39,6 @@ def requirements(family: str, method: str) -> Requirements:
         side,
         run.steps,
         run.pairs,
-        COUNTED_ON.tflops,
         method=method,
         lora=LoraConfig(r=RANK, target_modules=list(FAMILIES[family].lora_targets)),
         optimizer=run.optimizer if method == "full" else "adamw",
@@ -53,7 +52,7 @@ def encoding_memory(family: str) -> float:
         vae = AutoencoderKL.from_config(AUTOENCODER).type(torch.float16)
     resolution = PIXELS_PER_LATENT * DENOISERS[family]["sample_size"]
     images = images_at_once(resolution, vae.dtype)
-    return encoding_bytes(FAMILIES[family], vae, resolution, images)
+    return weight_bytes(vae) + encoding_bytes(FAMILIES[family], vae, resolution, images)
 
 
 def table_row(family: str, method: str) -> list[str]:
@@ -65,7 +64,7 @@ def table_row(family: str, method: str) -> list[str]:
 
     # Hours on each GPU, and the GPUs whose memory is large enough.
     gpus = {name: GPUS[name] for name in COMPARED_GPUS}
-    hours = [f"{needed.hours * COUNTED_ON.tflops / gpu.tflops:,.0f}" for gpu in gpus.values()]
+    hours = [f"{needed.hours(gpu.tflops, UTILISATION):,.0f}" for gpu in gpus.values()]
     encoding = encoding_memory(family)
     memory = max(needed.memory, encoding)
     fitting = [name for name, gpu in gpus.items() if memory < gpu.memory]
@@ -92,7 +91,7 @@ def main() -> None:
             print("| " + " | ".join(table_row(family, method)) + " |")
     print(
         f"\nGPU-hours at {UTILISATION:.0%} of the peak, which is assumed; memory without sharding, "
-        "a lower bound (see deradiff/models/requirements.py).\n"
+        "of training steps (see deradiff/models/requirements.py).\n"
         f"LoRA: rank {RANK}. Data: Pick-a-Pic v2, ties and unlabelled rows too.\n\n"
         f"The paper's row: {published_dpo().why}"
     )

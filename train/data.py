@@ -26,6 +26,7 @@ from deradiff.scorers.weighted_sum import WeightedSum
 from deradiff.worlds import shapes
 from train.build import DTYPES, frozen_dtype
 from train.config import SOURCES, DataConfig, TrainConfig
+from train.estimate import latent_side
 
 IMAGES_SEED = 0  # of the shapes world's images, and of its pairs
 PAIRS_SEED = 1
@@ -249,11 +250,6 @@ def in_units(count: float) -> str:
 def is_cached(config: TrainConfig) -> bool:
     """Whether the size of the run's cache is known beforehand: it has one, and a base model."""
     return config.data.cache and config.spec.trains_denoiser and config.model.base is not None
-
-
-def latent_side(config: TrainConfig, base: BaseModel) -> int:
-    """Rows, and columns, of the latents."""
-    return config.model.resolution // base.family.pixels_per_latent(base.vae_config)
 
 
 def cache_need(config: TrainConfig, base: BaseModel, rows: CaptionedImages) -> tuple[float, float]:

@@ -5,37 +5,29 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from configs.checks import section
-from deradiff.data.cache import images_at_once
 from deradiff.data.pairs import Examples, Item, Pairs
 from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
-from deradiff.models.autoencoders import encoding_precision, overflows
 from deradiff.models.base_model import BaseModel
-from deradiff.models.peak_memory import encoding_bytes
-from deradiff.models.published import GPUS
-from deradiff.models.requirements import dpo_requirements
-from train.build import lora_config
 from train.config import TrainConfig
 from train.data import (
     cache_need,
     check_disk,
     in_units,
     is_cached,
-    latent_side,
     open_data,
     row_counts,
 )
+from train.estimate import device_overhead, encoding_memory, estimate
 
 EXAMPLES = 3  # in the sheet
 SIDE = 256  # pixels of an image in the sheet
 LINE = 20  # pixels of a line of text
 LETTER = 6  # pixels of a letter, about
-GPU = "A100-80GB"  # on which the published costs are stated
 
 
 def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
@@ -81,9 +73,11 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
             f"train: disk below {config.runs}/cache: {in_units(encodings)} of latents and text "
             f"embeddings, {in_units(errors)} of reference errors"
         )
-        print(f"train: {_encoding_need(config, base)}")
+        print(f"train: {_caching_need(config, base, len(rows))}")
     if base is not None and config.spec.has_reference:
-        print(f"train: {_memory_need(config, base)}")
+        print("train: counting the memory of a step, which takes seconds", flush=True)
+        for line in _needs(config, base, len(rows)):
+            print(f"train: {line}")
     check_disk(config, base, rows)
     return file
 
@@ -127,52 +121,32 @@ def _data_need(config: TrainConfig, table: ParquetStream) -> str:
     return f"data: {size} of parquet, {copied}, or none with data.streaming=true"
 
 
-def _encoding_need(config: TrainConfig, base: BaseModel) -> str:
-    """The memory that one device needs while the cache is built."""
-    resolution = config.model.resolution
-    half = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    vae = base.describe_vae(half)
-    precision = "float32, because it overflows in fp16" if overflows(vae) else "half precision"
-    with encoding_precision(vae):
-        images = images_at_once(resolution, vae.dtype)
-        size = encoding_bytes(base.family, vae, resolution, images)
-    return (
-        f"memory of one device while images are encoded: {in_units(size)} in {precision} "
-        f"({images} images of {resolution} pixels at once)"
-    )
+def _caching_need(config: TrainConfig, base: BaseModel, rows: int) -> str:
+    """The memory of one device while the cache is built."""
+    size = in_units(encoding_memory(config, base, rows) + device_overhead(config))
+    return f"memory of one device while the cache is built: {size}"
 
 
-def _memory_need(config: TrainConfig, base: BaseModel) -> str:
-    """The memory, FLOPs and hours of the run on one device."""
-    # Counted on the networks' configs, for the published costs' GPU.
-    optim = config.optim
-    side = latent_side(config, base)
-    is_lora = config.finetune.method == "lora"
-    needs = dpo_requirements(
-        base.denoiser_config,
-        side,
-        side,
-        config.steps,
-        optim.pairs_per_step,
-        GPUS[GPU].tflops,
-        method=config.finetune.method,
-        optimizer="adamw8bit" if optim.name.startswith("adamw8bit") else optim.name,
-        checkpointing=config.model.gradient_checkpointing,
-        batch=optim.batch_size,
-        tokens=base.family.prompt_tokens,
-        lora=lora_config(config, base.family) if is_lora else None,
-    )
-
-    # The memory in all, with what it is made of.
+def _needs(config: TrainConfig, base: BaseModel, rows: int) -> list[str]:
+    """The memory of one device in training, the disk of the checkpoints, and FLOPs."""
+    found = estimate(config, base, rows)
+    needs = found.steps
     parts = {
         "weights": needs.weights,
+        "the reference": needs.reference,
         "gradients": needs.gradients,
         "optimiser": needs.optimizer,
-        f"activations of {optim.batch_size} pairs, at the least": needs.activations,
+        "moving average": needs.average,
+        f"the work of {config.optim.batch_size} pairs": max(needs.activations, needs.update),
+        "encoders": found.loop_encoders,
+        "CUDA's own": found.overhead,
     }
-    listed = ", ".join(f"{in_units(size)} {name}" for name, size in parts.items())
-    return (
-        f"memory of one device in half precision: {in_units(needs.memory)} ({listed}); "
-        f"{needs.flops / 1e18:.3g} EFLOPs, "
-        f"{needs.hours:.3g} A100-hours at 40 % of its peak, over all devices"
-    )
+    listed = ", ".join(f"{in_units(size)} {name}" for name, size in parts.items() if size)
+    panel = f"memory of one device while a panel is drawn: {in_units(found.panel)}"
+    return [
+        f"memory of one device in a step: {in_units(found.training)} ({listed})",
+        *([panel] if found.panel else []),
+        f"disk of the checkpoints: {in_units(found.checkpoints)}, "
+        f"{in_units(needs.checkpoint)} each, with one that is being written",
+        f"{needs.flops / 1e18:.3g} EFLOPs over all devices",
+    ]

@@ -56,7 +56,6 @@ def count(size: Size) -> Counts:
                 side,
                 work.steps,
                 work.pairs_per_step,
-                1.0,
                 method=method,
                 checkpointing=work.checkpointing,
                 batch=work.pairs_per_step,

@@ -97,6 +97,17 @@ def images_at_once(resolution: int, dtype: torch.dtype) -> int:
     return max(1, BYTES_AT_ONCE // (resolution**2 * dtype.itemsize))
 
 
+def examples_at_once(resolution: int, dtype: torch.dtype, images: int) -> int:
+    """How many examples are encoded at once while a cache is built.
+
+    Args:
+        resolution: pixels of an image's side.
+        dtype: of the autoencoder.
+        images: of an example.
+    """
+    return min(BATCH, max(1, images_at_once(resolution, dtype) // images))
+
+
 def encodings_key(encoders: str, data: CaptionedImages, resolution: int) -> str:
     """A text that names all that the encodings of a data set depend on.
 
@@ -190,9 +201,9 @@ class Cache:
 
         The latents of a broken example are those of grey images, and never read.
         """
+        images = self.data.images_per_example
         with encoding_precision(pipe().vae):
-            at_once = images_at_once(self.resolution, pipe().vae.dtype)
-        size = min(BATCH, max(1, at_once // self.data.images_per_example))
+            size = examples_at_once(self.resolution, pipe().vae.dtype, images)
         batches = []
         for examples in _batches(self._decoded_ahead(rows, flip, BATCHES_AHEAD * size), size):
             stacked = torch.stack(examples)

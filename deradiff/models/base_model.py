@@ -31,6 +31,9 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 AUTOENCODER = Component("", "diffusers", "AutoencoderKL")
 """An autoencoder with a folder or repository of its own, which it is the root of."""
 
+TEXT_ENCODER = "text_encoder"
+"""Beginning of the names of the components that read a prompt."""
+
 NEVER_LOADED = ("safety_checker",)
 """Components that are left out of every pipeline."""
 
@@ -216,6 +219,17 @@ class BaseModel:
         """The autoencoder without weights (meta device): shape, scale and precision of latents."""
         with torch.device("meta"):
             return self.autoencoder_type.from_config(self.vae_config).type(dtype)
+
+    def describe_text_encoders(self, dtype: torch.dtype) -> list[Any]:
+        """The text encoders without weights (meta device), whose sizes they say."""
+        encoders = []
+        for name, component in self.components.items():
+            if name.startswith(TEXT_ENCODER) and component.library == "transformers":
+                network_type = getattr(transformers, component.class_name)
+                config = network_type.config_class.from_dict(self.read_json(f"{name}/{CONFIG}"))
+                with torch.device("meta"):
+                    encoders.append(network_type(config).to(dtype))
+        return encoders
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         """The denoiser alone, in this precision."""

@@ -53,32 +53,40 @@ def denoiser_family(config: Mapping[str, Any]) -> Family:
 
 
 def denoiser_inputs(
-    config: Mapping[str, Any], height: int, width: int, tokens: int = 77
+    config: Mapping[str, Any], height: int, width: int, tokens: int = 77, images: int = 1
 ) -> dict[str, Any]:
-    """Meta tensors for one forward on one latent image, by argument of the denoiser's `forward`.
+    """Meta tensors for one forward on latent images, by argument of the denoiser's `forward`.
 
     Args:
         config: the denoiser's config.
         height: of the latents (an image's pixels / 8 for the published autoencoders).
         width: of the latents.
         tokens: of the prompt.
+        images: latent images, each with a prompt of its own.
 
     Raises:
         ValueError: for a network of no known family.
     """
-    shapes = denoiser_family(config).input_shapes(config, height, width, tokens)
-    return {name: _meta_argument(shape) for name, shape in shapes.items()}
+    family = denoiser_family(config)
+    inputs = {}
+    for name, shape in family.input_shapes(config, height, width, tokens).items():
+        rows = 1 if name in family.shared_arguments else images
+        inputs[name] = _meta_argument(shape, rows)
+    return inputs
 
 
-def _meta_argument(shape: Any) -> Any:
-    """An argument of a network, from what `deradiff.models.family.Shapes` says of it."""
-    if isinstance(shape, Plain):
-        return shape.value
+def _meta_argument(shape: Any, rows: int) -> Any:
+    """An argument of a network, from what `deradiff.models.family.Shapes` says of one image."""
     if isinstance(shape, Mapping):
-        return {name: _meta_argument(part) for name, part in shape.items()}
+        return {name: _meta_argument(part, rows) for name, part in shape.items()}
+    # A list has an entry for each image.
+    if isinstance(shape, Plain):
+        return rows * shape.value if isinstance(shape.value, list) else shape.value
     if isinstance(shape, list):
-        return [_meta_argument(part) for part in shape]
-    return torch.zeros(shape, device="meta")
+        return rows * [_meta_argument(part, 1) for part in shape]
+    if rows == 1:
+        return torch.zeros(shape, device="meta")
+    return torch.zeros(rows, *shape[1:], device="meta")
 
 
 def denoiser_flops(config: Mapping[str, Any], height: int, width: int, tokens: int = 77) -> float:

@@ -6,14 +6,13 @@ All of it is counted on the denoiser's config; no weight is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from deradiff.models.flops import (
     denoiser_family,
@@ -22,9 +21,7 @@ from deradiff.models.flops import (
     dpo_step_flops,
     meta_denoiser,
 )
-
-UTILISATION = 0.4
-"""Share of a GPU's peak, assumed; `python -m benchmarks.train` measures it on the GPU itself."""
+from deradiff.models.peak_memory import backward_bytes, weight_bytes
 
 HALF = 2
 """Bytes of a number in half precision."""
@@ -35,6 +32,12 @@ SINGLE = 4
 OPTIMIZER_BYTES = {"adamw": 2 * SINGLE, "adamw8bit": 2}
 """Bytes of optimiser state for each trained number."""
 
+CUDA_OVERHEAD = 1e9
+"""Bytes of a GPU beside the tensors, assumed: CUDA's context, workspaces, and gaps between tensors.
+
+A context alone has 0.3 to 0.6 GB.
+"""
+
 
 @dataclass(frozen=True)
 class Requirements:
@@ -44,28 +47,50 @@ class Requirements:
         parameters: numbers of the denoiser.
         trained: those of them, or of the LoRA, that are trained.
         flops: of the whole run, with recomputation.
-        hours: device-hours at the assumed utilisation.
-        weights: frozen ones in half precision, trained ones in single, and autocast's copies.
+        weights: of the denoiser, trained ones in single precision.
+        reference: of the frozen copy that a full fine-tune keeps.
         gradients: of the trained weights.
         optimizer: its state.
-        activations: what autograd keeps of one micro-batch for its backward, all of it in half
-            precision. This is a lower bound: autocast keeps norms in single precision, and kernels'
-            workspaces, the recomputation of one block and fragmentation come on top.
+        average: the moving average of the trained weights.
+        activations: what forward and backward of one micro-batch make at their peak, and autocast's
+            copies of weights.
+        update: what the optimiser makes on the way to new weights.
     """
 
     parameters: int
     trained: int
     flops: float
-    hours: float
     weights: float
+    reference: float
     gradients: float
     optimizer: float
+    average: float
     activations: float
+    update: float
+
+    @property
+    def held(self) -> float:
+        """Bytes on one device between two steps."""
+        return self.weights + self.reference + self.optimizer + self.average
 
     @property
     def memory(self) -> float:
-        """Bytes on one device without sharding."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """Bytes on one device at the peak of a step, without CUDA's own."""
+        return self.held + self.gradients + max(self.activations, self.update)
+
+    @property
+    def checkpoint(self) -> float:
+        """Bytes of one checkpoint on the disk."""
+        return SINGLE * self.trained + self.average + self.optimizer
+
+    def hours(self, tflops: float, utilisation: float) -> float:
+        """Device-hours of the run.
+
+        Args:
+            tflops: peak of a device, in 10^12 FLOP/s.
+            utilisation: share of the peak that is reached.
+        """
+        return self.flops / (tflops * 1e12 * utilisation) / 3600
 
 
 def dpo_requirements(
@@ -74,7 +99,6 @@ def dpo_requirements(
     width: int,
     steps: int,
     pairs: int,
-    tflops: float,
     *,
     method: str = "full",
     optimizer: str = "adamw",
@@ -83,9 +107,11 @@ def dpo_requirements(
     batch: int = 1,
     tokens: int = 77,
     lora: Any = None,
-    utilisation: float = UTILISATION,
+    average: bool = False,
+    half: torch.dtype | None = torch.bfloat16,
+    on_cuda: bool = True,
 ) -> Requirements:
-    """Requirements of Diffusion-DPO in mixed precision, latents and text embeddings cached.
+    """Requirements of Diffusion-DPO, latents and text embeddings cached.
 
     Args:
         config: of the denoiser.
@@ -93,7 +119,6 @@ def dpo_requirements(
         width: of the latents.
         steps: optimiser steps.
         pairs: of one optimiser step.
-        tflops: peak of a device, in 10^12 FLOP/s.
         method: `full` or `lora`.
         optimizer: `adamw`, `adafactor` (its second moment factored) or `adamw8bit`.
         checkpointing: gradient checkpointing.
@@ -101,43 +126,73 @@ def dpo_requirements(
         batch: pairs of one micro-batch.
         tokens: of a prompt.
         lora: a peft LoraConfig, for method `lora`.
-        utilisation: share of the peak that is reached.
+        average: a moving average of the weights is kept.
+        half: the precision of frozen weights and of autocast; None: single precision throughout.
+        on_cuda: on a GPU of CUDA, and not on a CPU.
 
     Raises:
         ValueError: for an unknown method or optimiser.
     """
     # The network, and what of it is trained
-    network = meta_denoiser(config)
+    network = meta_denoiser(config).train()
     parameters = sum(p.numel() for p in network.parameters())
+    network.requires_grad_(method == "full")
+    reference = 0.0
+    if method == "full" and not stored_reference:
+        reference = _reference_bytes(network, half)
     if method == "lora":
-        network.requires_grad_(False)
+        # diffusers' own `to` would warn of modules that it keeps in single precision
+        nn.Module.to(network, half or torch.float32)
         network.add_adapter(lora)
     trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
     count = sum(p.numel() for p in trained)
 
     # Arithmetic
     forward = denoiser_flops(config, height, width, tokens)
     flops = steps * dpo_step_flops(forward, pairs, method, checkpointing, stored_reference)
-    hours = flops / (tflops * 1e12 * utilisation) / 3600
 
-    # Memory. A LoRA's reference is the same network with the adapter off
-    if method == "lora":
-        weights = HALF * parameters + (HALF + SINGLE) * count
-    else:
-        reference = 0 if stored_reference else HALF * parameters
-        weights = (HALF + SINGLE) * parameters + reference
-    inputs = denoiser_inputs(network.config, height, width, tokens)
-    kept = activation_bytes(network, inputs, checkpointing)
+    # Memory
+    weights = weight_bytes(network)
+    shapes = [p.shape for p in trained]
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    inputs = denoiser_inputs(network.config, height, width, tokens, images=2 * batch)
     return Requirements(
         parameters=parameters,
         trained=count,
         flops=flops,
-        hours=hours,
         weights=weights,
+        reference=reference,
         gradients=SINGLE * count,
-        optimizer=optimizer_bytes([p.shape for p in trained], optimizer),
-        activations=2 * batch * kept,
+        optimizer=optimizer_bytes(shapes, optimizer),
+        average=SINGLE * count * average,
+        activations=backward_bytes(network, inputs, half, on_cuda),
+        update=update_bytes(shapes, optimizer, on_cuda),
     )
+
+
+def _reference_bytes(network: Any, half: torch.dtype | None) -> float:
+    """Bytes of a copy whose linear layers and convolutions are in half precision."""
+    size = SINGLE * sum(p.numel() for p in network.parameters())
+    if half is not None:
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                size -= HALF * sum(p.numel() for p in layer.parameters())
+    return float(size)
+
+
+def update_bytes(shapes: list[torch.Size], optimizer: str, on_cuda: bool) -> float:
+    """Bytes that an optimiser makes in a step beside its state, for weights of these shapes.
+
+    On a GPU torch's AdamW updates all weights at once, and makes a square root of each. All others
+    go from weight to weight.
+    """
+    sizes = [shape.numel() for shape in shapes]
+    if optimizer == "adamw" and on_cuda:
+        return float(SINGLE * sum(sizes))
+    return float(2 * SINGLE * max(sizes))
 
 
 def optimizer_bytes(shapes: list[torch.Size], optimizer: str) -> float:
@@ -157,66 +212,6 @@ def _factored_size(shape: torch.Size) -> int:
     if len(shape) < 2:
         return shape.numel()
     return shape.numel() // shape[-1] + shape.numel() // shape[-2]
-
-
-class FusedAttention(torch.autograd.Function):
-    """Stands for a fused attention kernel: it keeps query, key, value and its output."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
-        """An empty output of attention's shape."""
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out)
-        return out
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """torch's attention replaced by `FusedAttention`, which keeps no matrix of weights."""
-    original = F.scaled_dot_product_attention
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        return FusedAttention.apply(query, key, value)
-
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = original
-
-
-def activation_bytes(network: Any, inputs: dict[str, Any], checkpointing: bool) -> float:
-    """Bytes that one image's forward keeps for the backward, in half precision, attention fused.
-
-    Args:
-        network: on the meta device.
-        inputs: meta tensors by argument of its `forward`.
-        checkpointing: gradient checkpointing.
-    """
-    # diffusers' own `to` would warn of modules that it keeps in single precision
-    torch.nn.Module.to(network.train(), torch.bfloat16)
-    if checkpointing:
-        network.enable_gradient_checkpointing()
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    def take(tensor: Any) -> Any:
-        return tensor
-
-    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, take):
-        network(**_in_half_precision(inputs))
-    return float(sum(kept.values()))
-
-
-def _in_half_precision(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a network, with their tensors in half precision."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(torch.bfloat16), inputs)
 
 
 def cache_bytes(

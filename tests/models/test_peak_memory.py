@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from deradiff.models.families import FAMILIES
-from deradiff.models.peak_memory import PeakMemory, encoding_bytes
+from deradiff.models.peak_memory import PeakMemory, decoding_bytes, encoding_bytes
 from tests.support.tiny_pipelines import tiny_pipeline
 
 
@@ -34,6 +34,16 @@ def test_what_exists_before_counts_for_nothing():
     assert memory.alive == total.untyped_storage().nbytes() == 40
 
 
+def test_what_autograd_alone_holds_counts():
+    weight = torch.ones(100, device="meta", requires_grad=True)
+    with PeakMemory() as memory:
+        result = weight.exp().sum()
+        assert memory.alive == 404, "the exponential is kept for its own backward"
+        result.backward()
+        del result
+        assert memory.alive == 400, "the gradient"
+
+
 def test_sdxls_autoencoder_needs_what_was_measured():
     """86.5 GB for 64 images of 1024 pixels in half precision, on an H200."""
     with torch.device("meta"):
@@ -52,3 +62,5 @@ def test_every_familys_encoding_is_counted(name):
     vae = tiny_pipeline(name).vae.to("meta")
     one, two, four = (encoding_bytes(FAMILIES[name], vae, 64, count) for count in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one))
+    decoded = decoding_bytes(FAMILIES[name], vae, 64)
+    assert decoded > 4 * 3 * 64**2

@@ -49,8 +49,9 @@ def test_a_dry_run_counts_shows_and_estimates_and_loads_nothing(table, capsys, n
         "6 pairs with a winner; 0 ties, 0 unlabelled",
         "distinct captions",
         "of latents and text embeddings",
-        "memory of one device while images are encoded",
-        "memory of one device in half precision",
+        "memory of one device while the cache is built",
+        "memory of one device in a step",
+        "disk of the checkpoints",
     ):
         assert words in out
 
