@@ -46,7 +46,7 @@ from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from deradiff.models.flops import denoiser_flops
-from deradiff.models.published import MEASURED_TFLOPS
+from deradiff.models.gpus import MEASURED_TFLOPS
 from deradiff.realignment import context
 from deradiff.realignment.carriers import LostTrack
 from deradiff.realignment.modes import Mixed

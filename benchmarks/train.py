@@ -46,7 +46,8 @@ from deradiff.data.reference_errors import ReferenceErrors
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import family_of
 from deradiff.models.flops import denoiser_flops, dpo_step_flops
-from deradiff.models.published import DENOISERS, MEASURED_TFLOPS
+from deradiff.models.gpus import MEASURED_TFLOPS
+from deradiff.models.published import DENOISERS
 from deradiff.training.objectives.diffusion import DPO
 from deradiff.worlds.networks import make_tokenizer
 

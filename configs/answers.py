@@ -15,6 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from configs.keys import (
     LIKENESS,
+    command_of,
     groups_of,
     instead_of,
     is_list,
@@ -242,7 +243,7 @@ def _unknown(command: Command, name: str) -> str:
         return f"there is no setting {name}: {answer}"
     meant = command.key_like(name)
     if not meant:
-        return f"there is no setting {name}; python -m {command.stage} --help lists all"
+        return f"there is no setting {name}; {command_of(command.stage)} --help lists all"
     return (
         f"there is no setting {name}; did you mean "
         f"{command.assignment(meant, command.value_of(name))}?"
@@ -253,7 +254,7 @@ def _several_values(argument: str, command: Command) -> str:
     """Values with commas between them and no brackets around them."""
     key, _, value = argument.partition("=")
     as_list = shlex.quote(f"{key}=[{value}]")
-    swept = f"python -m {command.stage} --multirun {shlex.quote(argument)}"
+    swept = f"{command_of(command.stage)} --multirun {shlex.quote(argument)}"
     if is_list(key, command.schema):
         return f"{key} is a list: type {as_list}"
     if " " in value:

@@ -90,10 +90,15 @@ def _default_choice(group: str, configs: Path, stage: str) -> str | None:
     return found[1].strip() if found else None
 
 
+def command_of(stage: str) -> str:
+    """What starts a stage."""
+    return "python -m deradiff needs" if stage == "needs" else f"python -m {stage}"
+
+
 def help_text(stage: str, schema: type, configs: Path) -> str:
     """What `python -m <stage> --help` prints: groups with their choices, then every key."""
     # The groups that the stage's config takes a file from.
-    command = f"python -m {stage}"
+    command = command_of(stage)
     lines = [f"{command} key=value ...", "", "Sets of settings, group=choice:"]
     for name, files in groups_of(configs, stage).items():
         meaning = " | ".join(files)

@@ -1,4 +1,4 @@
-"""`deradiff train | sample | eval`: the stages' commands, wherever deradiff is installed.
+"""`deradiff train | sample | eval | needs`: the commands, wherever deradiff is installed.
 
 `deradiff train key=value` is `python -m train key=value` of a checkout. In a wheel the stages lie
 in `deradiff/commands/`; this module puts that folder on the path of its own process and of the
@@ -18,7 +18,11 @@ STAGES = {
     "train": "align a model at one beta: an anchor",
     "sample": "sample an anchor, realigned over a list of lambdas",
     "eval": "score samples, and write tables, figures and a report",
+    "needs": "what a training needs on 1 to 64 GPUs: hours, memory, disk and cost; nothing is run",
 }
+MODULES = {"needs": "train.needs"}
+"""Where a command is, if not in a package of its name."""
+
 PACKAGE = Path(__file__).parent
 
 
@@ -75,4 +79,4 @@ def run_stage(stage: str, arguments: list[str]) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     sys.path.insert(0, folder)
     sys.argv = [f"deradiff {stage}", *arguments]
-    runpy.run_module(stage, run_name="__main__", alter_sys=False)
+    runpy.run_module(MODULES.get(stage, stage), run_name="__main__", alter_sys=False)

@@ -26,7 +26,7 @@ from deradiff.scorers.weighted_sum import WeightedSum
 from deradiff.worlds import shapes
 from train.build import DTYPES, frozen_dtype
 from train.config import SOURCES, DataConfig, TrainConfig
-from train.estimate import latent_side
+from train.estimate import Base, latent_side
 
 IMAGES_SEED = 0  # of the shapes world's images, and of its pairs
 PAIRS_SEED = 1
@@ -265,16 +265,22 @@ def cache_need(config: TrainConfig, base: BaseModel, rows: CaptionedImages) -> t
     if config.data.flip:
         images *= 2
     captions = len({*rows.captions, ""})
+    return encodings_need(config, base, images, captions), errors_need(config)
+
+
+def encodings_need(config: TrainConfig, base: Base, images: int, captions: int) -> float:
+    """Bytes of the latents and text embeddings in the cache."""
     side = latent_side(config, base)
     tokens = base.family.prompt_tokens
     half = cache_bytes(base.denoiser_config, side, side, images, captions, tokens)
-    encodings = half * frozen_dtype(config).itemsize / 2
+    return half * frozen_dtype(config).itemsize / 2
 
-    # A record of errors for every pair that the run is trained on.
-    errors = 0.0
-    if config.stores_reference_errors:
-        errors = float(config.steps * config.optim.pairs_per_step * RECORD.itemsize)
-    return encodings, errors
+
+def errors_need(config: TrainConfig) -> float:
+    """Bytes of the reference's errors: a record for every pair that the run is trained on."""
+    if not config.stores_reference_errors:
+        return 0.0
+    return float(config.steps * config.optim.pairs_per_step * RECORD.itemsize)
 
 
 def check_disk(config: TrainConfig, base: BaseModel | None, rows: CaptionedImages) -> None:

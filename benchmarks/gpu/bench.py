@@ -21,7 +21,7 @@ from benchmarks.sample import ANCHORS, Stopwatch, embeddings, parse_arguments
 from benchmarks.train import CAPTIONS, Materials
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import Pairs
-from deradiff.models.published import peak_tflops
+from deradiff.models.gpus import peak_tflops
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """By the name that accelerate has for them."""

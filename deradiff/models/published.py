@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from deradiff.models.families import FAMILIES
+from deradiff.models.family import Family
 from deradiff.models.flops import denoiser_flops, dpo_step_flops, encoder_flops
+from deradiff.models.gpus import GPUS
 
 DENOISERS: dict[str, dict[str, Any]] = {
     "sd15": {
@@ -38,6 +45,66 @@ AUTOENCODER: dict[str, Any] = {
 }
 """The autoencoder's config of both."""
 
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+CLIP_BIG_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+"""The text encoders' configs, where they differ from the defaults of their class."""
+
+PUBLISHED_MODELS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+"""The families of the repositories whose configs stand here."""
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A published base model, described as `BaseModel` does it, without a file.
+
+    Attributes:
+        name: of the family.
+    """
+
+    name: str
+
+    @property
+    def family(self) -> Family:
+        """Its family."""
+        return FAMILIES[self.name]
+
+    @property
+    def denoiser_config(self) -> dict[str, Any]:
+        """The config of its denoiser."""
+        return DENOISERS[self.name]
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        """The config of its autoencoder."""
+        return AUTOENCODER
+
+    def describe_vae(self, dtype: torch.dtype) -> Any:
+        """Its autoencoder without weights (meta device)."""
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(AUTOENCODER).type(dtype)
+
+    def describe_text_encoders(self, dtype: torch.dtype) -> list[Any]:
+        """Its text encoders without weights (meta device)."""
+        with torch.device("meta"):
+            encoders: list[Any] = [CLIPTextModel(CLIPTextConfig(**CLIP_L))]
+            if self.name == "sdxl":
+                encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIG_G)))
+        return [encoder.to(dtype) for encoder in encoders]
+
 
 @dataclass(frozen=True)
 class PublishedRun:
@@ -60,48 +127,6 @@ PUBLISHED_RUNS = {
     "sd15": PublishedRun(steps=2000, pairs=2048, optimizer="adamw", checkpointing=False),
     "sdxl": PublishedRun(steps=2000, pairs=2048, optimizer="adafactor", checkpointing=True),
 }
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A GPU, by its maker's data sheet.
-
-    Attributes:
-        tflops: 10^12 FLOP/s of dense 16-bit matrix products, accumulated in 32 bits.
-        memory: bytes.
-        reported_name: a part of the name that CUDA reports.
-    """
-
-    tflops: float
-    memory: float
-    reported_name: str
-
-
-# A name that contains another one's stands before it.
-GPUS = {
-    "A100-80GB": GPU(312.0, 80e9, "A100"),
-    "H100-PCIe": GPU(756.0, 80e9, "H100 PCIe"),
-    "H100-SXM": GPU(989.4, 80e9, "H100"),
-    "H200": GPU(989.4, 141e9, "H200"),
-    "L40S": GPU(362.0, 48e9, "L40S"),
-    "A40": GPU(149.7, 48e9, "A40"),
-    "V100": GPU(125.0, 32e9, "V100"),
-    "RTX-4090": GPU(165.2, 24e9, "4090"),
-}
-
-MEASURED_TFLOPS = {"H200": 790.0}
-"""10^12 FLOP/s that large bfloat16 matrix products were measured to reach."""
-
-COMPARED_GPUS = ("A100-80GB", "H100-SXM", "H200", "L40S", "RTX-4090")
-"""Those that tables of hours compare."""
-
-
-def peak_tflops(reported_name: str) -> float | None:
-    """10^12 FLOP/s of a GPU by the name that CUDA reports; None for an unknown GPU."""
-    for gpu in GPUS.values():
-        if gpu.reported_name in reported_name:
-            return gpu.tflops
-    return None
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Requirements:
         parameters: numbers of the denoiser.
         trained: those of them, or of the LoRA, that are trained.
         flops: of the whole run, with recomputation.
+        useful: of the whole run, without recomputation.
         weights: of the denoiser, trained ones in single precision.
         reference: of the frozen copy that a full fine-tune keeps.
         gradients: of the trained weights.
@@ -60,6 +61,7 @@ class Requirements:
     parameters: int
     trained: int
     flops: float
+    useful: float
     weights: float
     reference: float
     gradients: float
@@ -88,9 +90,9 @@ class Requirements:
 
         Args:
             tflops: peak of a device, in 10^12 FLOP/s.
-            utilisation: share of the peak that is reached.
+            utilisation: share of the peak that is reached, recomputation not counted.
         """
-        return self.flops / (tflops * 1e12 * utilisation) / 3600
+        return self.useful / (tflops * 1e12 * utilisation) / 3600
 
 
 def dpo_requirements(
@@ -152,6 +154,7 @@ def dpo_requirements(
     # Arithmetic
     forward = denoiser_flops(config, height, width, tokens)
     flops = steps * dpo_step_flops(forward, pairs, method, checkpointing, stored_reference)
+    useful = steps * dpo_step_flops(forward, pairs, method, stored_reference=stored_reference)
 
     # Memory
     weights = weight_bytes(network)
@@ -163,6 +166,7 @@ def dpo_requirements(
         parameters=parameters,
         trained=count,
         flops=flops,
+        useful=useful,
         weights=weights,
         reference=reference,
         gradients=SINGLE * count,

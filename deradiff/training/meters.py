@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deradiff.files import append_line, write_atomic
-from deradiff.models.published import peak_tflops
+from deradiff.models.gpus import peak_tflops
 from deradiff.training.objectives.base import Batch
 from deradiff.training.options import TrainingOptions
 

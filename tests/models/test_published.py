@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 
 from deradiff.models.families import FAMILIES
+from deradiff.models.gpus import COMPARED_GPUS, GPUS, MEASURED_TFLOPS, peak_tflops
 from deradiff.models.published import (
-    COMPARED_GPUS,
     DATA_SETS,
     DENOISERS,
-    GPUS,
-    MEASURED_TFLOPS,
     PUBLISHED_RUNS,
-    peak_tflops,
     published_dpo,
 )
 

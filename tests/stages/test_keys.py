@@ -8,8 +8,9 @@ from configs.keys import keys_of
 from eval.config import EvalConfig
 from sample.config import SampleConfig
 from train.config import TrainConfig
+from train.needs_config import NeedsConfig
 
-SCHEMAS = [TrainConfig, SampleConfig, EvalConfig]
+SCHEMAS = [TrainConfig, SampleConfig, EvalConfig, NeedsConfig]
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
