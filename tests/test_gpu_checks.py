@@ -2,6 +2,7 @@
 tiny networks."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,13 @@ def test_random_networks_have_the_published_sizes(network, denoiser, texts):
 
 def _plain(value):
     return list(value) if isinstance(value, tuple) else value
+
+
+def test_tiny_sizes_are_counted():
+    size = SIZES["tiny"]
+    counted = counts.count(replace(size, works={"sd15": size.works["sd15"]}))
+    assert counted.costs["sd15"].forward > 0 and counted.costs["sd15"].encoding > 0
+    assert counted.memory["sd15", "full"] > counted.memory["sd15", "lora"] > 0
 
 
 @pytest.mark.slow
@@ -265,16 +273,24 @@ def test_a_run_that_does_not_resume_is_found(bench, monkeypatch):
     assert "differ" in training.resume(bench, "lora").problem
 
 
+def test_a_step_is_timed_in_the_loop_of_the_train_stage(bench):
+    first = training.pace(bench, "lora", training.FIRST_BETA)
+    assert first.seconds > 0 and first.beside == "train lora: published"
+    # One pair a step, two images: ours, its backward pass and the reference's.
+    assert first.forwards == 2 * 3
+    assert not list(bench.folder.glob("pace-*/checkpoints/step-*"))
+
+
 @pytest.mark.slow
-def test_known_errors_are_those_of_the_first_beta(bench):
+def test_known_errors_are_those_of_the_first_beta(tmp_path):
+    bench = Bench("sd15 bf16", "cpu", "tiny", tmp_path)
     with pytest.raises(CannotRun, match="has left no errors"):
         training.pace(bench, "lora", training.KNOWN)
-    first = training.pace(bench, "lora", training.FIRST_BETA)
+    training.pace(bench, "lora", training.FIRST_BETA)
     # Another method's first beta does not forget them.
     training.pace(bench, "full", training.FIRST_BETA)
     known = training.pace(bench, "lora", training.KNOWN)
-    # One pair a step, two images: the reference's evaluation is saved.
-    assert first.forwards == 2 * 3
+    # The reference's evaluation is saved.
     assert known.forwards == 2 * 2
 
 

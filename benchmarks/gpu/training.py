@@ -114,7 +114,7 @@ def pace(bench: Bench, method: str, name: str) -> Finding:
         raise CannotRun("the row of the first beta has left no errors of the reference")
 
     # No checkpoint is written: the weights of SDXL with their optimiser take 31 GB.
-    options = _options(work.steps, work.pairs_per_step)
+    options = _options(work.steps, work.pairs_per_step, work.pairs_per_step)
     times = _StepTimes(bench, options)
     with patch.object(Checkpoints, "write"):
         train(objective, Examples(bench.data, 0), options, folder, _accelerator(bench), times.log)
@@ -158,7 +158,7 @@ class _StepTimes:
             self._profiler.stop()
             self.busy = busy_seconds(self._profiler) / seconds
             return
-        self._times.append(self.options.batch_size / metrics["pairs_per_second"])
+        self._times.append(self.options.pairs_per_step / metrics["pairs_per_second"])
         if self._profiler and step == self.options.steps - 1:
             self._profiler.start()
             self._start = time.perf_counter()
@@ -180,12 +180,20 @@ def _check_precision(bench: Bench) -> None:
         raise CannotRun("accelerate trains in fp16 on GPUs only")
 
 
-def _options(steps: int, pairs_per_step: int, **more: Any) -> TrainingOptions:
-    settings: dict[str, Any] = {"log_every": 1, "checkpoint_every": NEVER, "keep_last": 1}
-    return TrainingOptions(steps, pairs_per_step, LEARNING_RATE, **settings | more)
+def _options(steps: int, pairs_per_step: int, batch_size: int) -> TrainingOptions:
+    """Options with which each step is logged, and none but the last is kept."""
+    return TrainingOptions(
+        steps=steps,
+        pairs_per_step=pairs_per_step,
+        batch_size=batch_size,
+        learning_rate=LEARNING_RATE,
+        log_every=1,
+        checkpoint_every=NEVER,
+        keep_last=1,
+    )
 
 
-def _accelerator(bench: Bench, accumulation: int = 1) -> Accelerator:
+def _accelerator(bench: Bench) -> Accelerator:
     """As the train stage makes it; several ranks on one GPU talk through gloo."""
     handlers: list[Any] = []
     if "RANK" in os.environ:
@@ -194,7 +202,6 @@ def _accelerator(bench: Bench, accumulation: int = 1) -> Accelerator:
     return Accelerator(
         cpu=bench.device.type == "cpu",
         mixed_precision=bench.precision,
-        gradient_accumulation_steps=accumulation,
         kwargs_handlers=handlers,
     )
 
@@ -222,7 +229,7 @@ def resume(bench: Bench, method: str) -> Finding:
         # The checkpoint of SD1.5 with its optimiser takes 10 GB, that of SDXL 31.
         bench = Bench(bench.group, bench.device.type, "tiny", bench.folder / "tiny")
         note += "; a tiny network, because a checkpoint of this one is too large"
-    options = _options(RESUMED_STEPS, 1)
+    options = _options(RESUMED_STEPS, 1, 1)
     whole_folder = _fresh(bench.folder / f"whole-{method}")
     stopped_folder = _fresh(bench.folder / f"stopped-{method}")
 
@@ -259,16 +266,24 @@ def _trained(
     options: TrainingOptions,
     folder: Path,
     log: Callable[[Metrics, int], None] | None = None,
-    accumulation: int = 1,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train as the options say; returns the trained weights before and after, on the CPU."""
     variant = "adapter" if method == "lora" else "cache"
     objective = make_objective(variant, method, bench.materials(), bench.work.pairs)
     before = _weights(objective.network)
-    arguments = [objective, Examples(bench.data, 0), options, folder]
-    accelerator = _accelerator(bench, accumulation)
-    train(*arguments, accelerator, *([log] if log else []))
+    train(
+        objective,
+        Examples(bench.data, 0),
+        options,
+        folder,
+        _accelerator(bench),
+        log or _ignore,
+    )
     return before, _weights(objective.network)
+
+
+def _ignore(metrics: Metrics, step: int) -> None:
+    """Metrics that nobody waits for."""
 
 
 def _weights(network: Any) -> dict[str, Tensor]:
@@ -290,17 +305,16 @@ def _unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> str:
 
 
 def two_processes(bench: Bench) -> Finding:
-    """Two ranks on one device train what one process with twice the accumulation does."""
+    """Two ranks on one device train what one process does."""
     _check_precision(bench)
     if bench.device.type == "cuda" and not torch.distributed.is_gloo_available():
         raise CannotRun("torch has no gloo here, and NCCL takes one process a GPU")
     bench.full_cache()
 
     # One process.
-    options = _options(RANK_STEPS, 1, accumulation=RANKS)
     with deterministic():
         folder = _fresh(bench.folder / "one-process")
-        before, alone = _trained(bench, "lora", options, folder, accumulation=RANKS)
+        before, alone = _trained(bench, "lora", _options(RANK_STEPS, RANKS, 1), folder)
     forget_peak(bench.device)
 
     # Two, which leave a checkpoint.
@@ -369,7 +383,7 @@ def main() -> None:
     group, device, size, folder, run_dir = json.loads(sys.argv[1])
     bench = Bench(group, device, size, Path(folder))
     with deterministic():
-        _trained(bench, "lora", _options(RANK_STEPS, 1), Path(run_dir))
+        _trained(bench, "lora", _options(RANK_STEPS, RANKS, 1), Path(run_dir))
 
 
 if __name__ == "__main__":
