@@ -93,8 +93,8 @@ class Pace:
 
 
 PACES = {
-    "sd15": Pace(load=1.0, cache=4.0, step=0.4, image=0.4, lora=0.7, compilation=12.0),
-    "sdxl": Pace(load=2.5, cache=7.0, step=1.3, image=0.65, lora=1.2, compilation=20.0),
+    "sd15": Pace(load=1.0, cache=4.0, step=0.4, image=0.4, lora=0.7, compilation=10.0),
+    "sdxl": Pace(load=2.5, cache=7.0, step=1.3, image=0.65, lora=1.2, compilation=15.0),
 }
 
 
