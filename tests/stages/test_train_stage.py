@@ -194,8 +194,8 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
     ),
     ("objective=pretrain data=shapes_images", "add finetune=full"),
     ("model=tiny", "objective=dpo needs a base model"),
-    ("model.base=runs/nowhere", "there is no pipeline folder runs/nowhere"),
-    ("model.vae=nowhere model.base={base}", "model.vae=nowhere is no autoencoder's folder"),
+    ("model.base=runs/nowhere", "model.base=runs/nowhere is not there"),
+    ("model.vae=nowhere model.base={base}", "model.vae=nowhere is not there: give an autoencoder"),
     ("model.resolution=30", "model.resolution must be a multiple of 8, not 30"),
     ("data.scorer=colourful", "labelled by vivid or crisp, not 'colourful'"),
     ("data.scorer={vivid:1,dull:1}", "labelled by vivid or crisp, not 'dull'"),
@@ -205,7 +205,7 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
     ("data.scorer={}", "data.scorer must be a scorer's name or the weights of several, as in"),
     ("data.scorer=[vivid,crisp]", "as in data.scorer={vivid:0.5,crisp:0.5}, not ['vivid'"),
     (
-        "data=scored_pairs data.path=nowhere data.scorer={vivid:1,dull:1} model.base={base}",
+        "data=scored_pairs data.path={base} data.scorer={vivid:1,dull:1} model.base={base}",
         "there is no scorer 'dull'",
     ),
     (
@@ -214,7 +214,7 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
     ),
     (
         "data=table data.path=nowhere.parquet model.base={base}",
-        "data.path=nowhere.parquet does not exist",
+        "data.path=nowhere.parquet is not there",
     ),
     (
         "runs=/dev/null/runs model.base={base}",
@@ -225,7 +225,7 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
         "finetune.targets=[to_q,to_z] model.base={base}",
         "finetune.targets: to_z matches no layer of {base}; those of",
     ),
-    ("finetune.targets=to_q", "finetune.targets is a list: give finetune.targets=[to_q]"),
+    ("finetune.targets=to_q", "finetune.targets is a list: give 'finetune.targets=[to_q]'"),
     (
         "optim.name=adamw8bit_torchao",
         "adamw8bit_torchao needs a package that is not installed: type pip install torchao",
@@ -272,10 +272,10 @@ def test_the_help_lists_every_key_with_its_meaning_and_the_groups_with_their_cho
     monkeypatch.setattr("sys.argv", ["train", "--help"])
     main()
     out = capsys.readouterr().out
-    assert "  finetune=full | lora\n" in out
-    assert "  tracking=none | tensorboard | wandb\n" in out
-    assert "scorers=" not in out
-    keys = {line.split("=")[0].strip() for line in out.splitlines() if "=" in line}
+    assert "which weights are trained: full | lora (default: lora)\n" in out
+    assert "where numbers and images go: none | tensorboard | wandb" in out
+    assert "\n  scorers" not in out
+    keys = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     assert {
         "optim.lr",
         "finetune.targets",
@@ -284,7 +284,7 @@ def test_the_help_lists_every_key_with_its_meaning_and_the_groups_with_their_cho
         "keep_best",
         "data.path",
     } <= keys
-    assert "dpo.beta=2000.0" in out
+    assert "(default: 2000.0)" in out
     assert "KL strength" in out
 
 
