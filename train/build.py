@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from deradiff.models.families import family_of
 from deradiff.models.family import Family
 from deradiff.models.flops import meta_denoiser
 from deradiff.scorers import check_scorer
+from deradiff.training import zero
 from deradiff.training.noising import noising_of
 from deradiff.training.objectives.base import Objective
 from deradiff.training.options import check_optimizer
@@ -57,6 +59,7 @@ def check(config: TrainConfig, base: BaseModel | None, run_dir: Path) -> None:
     # What the run needs besides its model.
     _check_writable(run_dir)
     check_optimizer(config.optim.name)
+    _check_launch(config)
     if config.hub.push_to:
         with section("hub"):
             check_push(config.hub.push_to)
@@ -86,6 +89,23 @@ def _check_writable(run_dir: Path) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(
             f"{run_dir} cannot be written, because of {nearest}: give runs=<a folder of yours>"
+        )
+
+
+def _check_launch(config: TrainConfig) -> None:
+    """Refuse what DeepSpeed cannot do, where the run was launched with it."""
+    if not zero.asked_for():
+        return
+    if config.cpu:
+        raise ValueError(
+            "cpu=true trains without DeepSpeed, with which this run was launched: remove cpu=true "
+            "(DS_ACCELERATOR=cpu in the environment has DeepSpeed train on CPUs)"
+        )
+    zero.check_deepspeed(config.optim.name, config.precision)
+    if find_spec("deepspeed") is None:
+        raise ValueError(
+            "this run was launched with DeepSpeed, which is not installed: type "
+            "pip install 'deradiff[deepspeed]'"
         )
 
 

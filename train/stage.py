@@ -18,6 +18,7 @@ from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.files import claim, slug
 from deradiff.locks import run_lock
 from deradiff.models.base_model import BaseModel
+from deradiff.training import zero
 from deradiff.training.dpo import learning_rate
 from deradiff.training.loop import train
 from deradiff.training.objectives.base import AnchorObjective
@@ -163,11 +164,27 @@ def _changeable(config: TrainConfig) -> tuple[str, ...]:
 
 def _accelerator(config: TrainConfig) -> Accelerator:
     # Without an accelerator several processes form a group only where they are told so.
-    return Accelerator(
-        cpu=config.cpu or not torch.accelerator.is_available(),
+    on_cpu = config.cpu or not torch.accelerator.is_available()
+    deepspeed = zero.asked_for()
+    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    if on_cpu and deepspeed:
+        group.backend = "gloo"
+
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,
         mixed_precision=config.precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[group],
     )
+    if deepspeed:
+        zero.load_networks_whole()
+        zero.check_config(accelerator.deepspeed_plugin.deepspeed_config)
+        other = accelerator.mixed_precision
+        if other != config.precision:
+            raise ValueError(
+                f"precision={config.precision}, and DeepSpeed's own config file says {other}: give "
+                f"precision={other}, or remove it from that file"
+            )
+    return accelerator
 
 
 def _options(config: TrainConfig) -> TrainingOptions:

@@ -6,12 +6,13 @@ The tensors are whole wherever their shards lie: under FSDP2 and DeepSpeed too.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from deradiff.training import zero
 from deradiff.training.objectives.base import Objective
 from deradiff.training.optimizers import Average, make_optimizer
 from deradiff.training.options import TrainingOptions
@@ -56,14 +58,15 @@ class TrainedNetwork:
         # Copied now: once the network is sharded, a plain copy of it cannot be made.
         skeleton = empty_copy(objective.network)
 
-        # DeepSpeed asks for what it would have read off a data loader of accelerate's.
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin is not None:
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+        # DeepSpeed has a config of its own, which is told of the run's options.
+        self.zero = None
+        if accelerator.state.deepspeed_plugin is not None:
+            self.zero = zero.Zero(accelerator, options)
 
         # The optimiser gets the plain parameters; accelerate replaces them where it shards.
         parameters = [p for p in objective.network.parameters() if p.requires_grad]
         optimizer = make_optimizer(parameters, options)
+        self._groups = optimizer.state_dict()["param_groups"]
         self.network, self.optimizer = accelerator.prepare(objective.network, optimizer)
 
         # The weights are read now: FSDP2 has put shards in their place.
@@ -71,10 +74,20 @@ class TrainedNetwork:
         self.weights: dict[str, Tensor] = {
             name: p for name, p in whole.named_parameters() if p.requires_grad
         }
-        self.average = Average(self.weights, options.ema) if options.ema else None
+        self.average = Average(self.shards, options.ema) if options.ema else None
         self.sharded = any(_is_shard(tensor) for tensor in self.weights.values())
         self.skeleton = skeleton if self.sharded else None
-        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def shards(self) -> dict[str, Tensor]:
+        """What this rank holds of the weights, by name."""
+        return {name: shard_of(tensor) for name, tensor in self.weights.items()}
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of a forward pass, of frozen networks too."""
+        if self.zero is not None:
+            return self.zero.autocast()
+        return self.accelerator.autocast()
 
     def step(self, max_norm: float) -> None:
         """Clip the gradient and step; in the middle of an accumulation accelerate does nothing."""
@@ -90,57 +103,79 @@ class TrainedNetwork:
     def update_average(self, step: int) -> None:
         """Take the weights into the average; step: the number of steps done."""
         if self.average is not None:
-            self.average.update(self.weights, step)
+            self.average.update(self.shards, step)
 
     def save(self, folder: Path) -> None:
-        """Write weights, average and optimiser into a folder that exists.
-
-        The main process writes; DeepSpeed writes its own state on every rank.
-        """
+        """Write weights, average and optimiser into a folder that exists; the main process does."""
         # Weights and average, gathered one by one.
-        parts = {"weights": self.weights}
+        parts = {"weights": self.shards}
         if self.average is not None:
             parts["average"] = self.average.weights
-        for name, tensors in parts.items():
-            gathered = {key: gather(tensor) for key, tensor in tensors.items()}
+        for name, shards in parts.items():
+            gathered = self._gathered(shards)
             if self.accelerator.is_main_process:
-                on_cpu = {key: t.detach().cpu().contiguous() for key, t in gathered.items()}
-                save_file(on_cpu, folder / f"{name}.safetensors")
+                save_file(gathered, folder / f"{name}.safetensors")
 
         # The optimiser, and fp16's scaler.
-        if self.deepspeed:
-            self.network.save_checkpoint(folder, tag="deepspeed")
-            return
-        inner = self.optimizer.optimizer
-        if self.sharded:
-            state = get_optimizer_state_dict(self.network, inner, options=WHOLE)
-        else:
-            state = inner.state_dict()
+        state = self._optimizer_state()
         if self.accelerator.is_main_process:
             torch.save(state, folder / "optimizer.pt")
             if self.accelerator.scaler:
                 torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
 
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state of whole tensors, as a plain one's `state_dict`; collective.
+
+        It is the main process's; the others may get nothing.
+        """
+        if self.zero is not None:
+            state = zero.optimizer_state(self.network, self.weights)
+            return {"state": state, "param_groups": self._groups}
+        inner = self.optimizer.optimizer
+        if self.sharded:
+            by_name = get_optimizer_state_dict(self.network, inner, options=WHOLE)
+            if not self.accelerator.is_main_process:
+                return {}
+            return renamed(by_name, {name: i for i, name in enumerate(self.weights)})
+        return inner.state_dict()
+
+    def _gathered(self, shards: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, of the weights or of their average; collective."""
+        gathered = {}
+        for name, shard in shards.items():
+            gathered[name] = gather(self.weights[name], shard).detach().cpu().contiguous()
+        return gathered
+
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, in place, on every rank."""
         # Weights and average.
-        assign(self.weights, load_file(folder / "weights.safetensors"))
+        weights = load_file(folder / "weights.safetensors")
+        if self.zero is not None:
+            zero.load_weights(self.network, self.weights, weights)
+        else:
+            self._assign(self.shards, weights)
         if self.average is not None:
-            assign(self.average.weights, load_file(folder / "average.safetensors"))
+            self._assign(self.average.weights, load_file(folder / "average.safetensors"))
 
-        # The optimiser, and fp16's scaler. DeepSpeed reads its own state on every rank.
-        if self.deepspeed:
-            self.network.load_checkpoint(folder, tag="deepspeed")
-            return
+        # The optimiser, and fp16's scaler.
         inner = self.optimizer.optimizer
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        if self.sharded:
-            set_optimizer_state_dict(self.network, inner, state, options=WHOLE)
+        if self.zero is not None:
+            zero.load_optimizer_state(self.network, self.weights, state["state"])
+        elif self.sharded:
+            by_name = renamed(state, dict(enumerate(self.weights)))
+            set_optimizer_state_dict(self.network, inner, by_name, options=WHOLE)
         else:
             inner.load_state_dict(state)
         if self.accelerator.scaler:
             scaler = torch.load(folder / "scaler.pt", map_location="cpu", weights_only=True)
             self.accelerator.scaler.load_state_dict(scaler)
+
+    @torch.no_grad()
+    def _assign(self, shards: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        """Copy whole tensors into the shards of the weights, or of their average, in place."""
+        for name, shard in shards.items():
+            shard.copy_(part_of(self.weights[name], values[name]))
 
     def snapshot(self) -> nn.Module:
         """The plain network as it stands now.
@@ -150,8 +185,7 @@ class TrainedNetwork:
         """
         if self.skeleton is None:
             return self.objective.network
-        gathered = {name: gather(tensor).detach().cpu() for name, tensor in self.weights.items()}
-        self.skeleton.load_state_dict(gathered, strict=False, assign=True)
+        self.skeleton.load_state_dict(self._gathered(self.shards), strict=False, assign=True)
         return self.skeleton
 
     def finish(self) -> None:
@@ -163,50 +197,56 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def _take_average(self, average: Average) -> None:
-        for name, tensor in self.weights.items():
-            tensor.copy_(average.weights[name])
+        for name, shard in self.shards.items():
+            shard.copy_(average.weights[name])
 
 
-def _is_shard(tensor: Tensor) -> bool:
-    """Whether FSDP2 (DTensor) or DeepSpeed ZeRO 3 (ds_id) has split a tensor."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+def _is_shard(weight: Tensor) -> bool:
+    """Whether FSDP2 or ZeRO 3 has split a weight."""
+    return isinstance(weight, DTensor) or zero.is_split(weight)
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """A sharded tensor as a whole; collective. Other tensors are returned as they are."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if hasattr(tensor, "ds_id"):
-        # An optional package, which is there where a tensor is DeepSpeed's.
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor
+def shard_of(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight: a shard of it, or all of it."""
+    return zero.own_part(weight) if zero.is_split(weight) else weight
 
 
-@torch.no_grad()
-def assign(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy whole tensors in place, by name; each rank takes its shard.
+def gather(weight: Tensor, shard: Tensor) -> Tensor:
+    """A whole tensor of the ranks' shards; collective, where the weight is split.
 
     Args:
-        into: tensors or shards.
-        values: whole tensors, with at least the same names.
+        weight: of which `shard` is the shard, or whose average it is.
+        shard: of this rank.
     """
-    for name, tensor in into.items():
-        value: Any = values[name]
-        # FSDP2: this rank's part of the value. ZeRO 3: rank 0 writes the whole tensor.
-        if isinstance(tensor, DTensor):
-            value = value.to(tensor.device)
-            tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
-        elif hasattr(tensor, "ds_id"):
-            # An optional package, which is there where a tensor is DeepSpeed's.
-            from deepspeed.zero import GatheredParameters
+    if isinstance(shard, DTensor):
+        return shard.full_tensor()
+    if zero.is_split(weight):
+        return zero.whole(weight, shard)
+    return shard
 
-            with GatheredParameters([tensor], modifier_rank=0):
-                tensor.copy_(value)
-        else:
-            tensor.copy_(value)
+
+def part_of(weight: Tensor, value: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor, split as a weight is."""
+    if isinstance(weight, DTensor):
+        value = value.to(weight.device)
+        return distribute_tensor(value, weight.device_mesh, weight.placements)
+    if zero.is_split(weight):
+        return zero.part_of(weight, value)
+    return value
+
+
+def renamed(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """The state of an optimiser, its weights called otherwise.
+
+    Args:
+        state: a `state_dict`.
+        names: the new name, or position, of each weight.
+    """
+    groups = []
+    for group in state["param_groups"]:
+        groups.append(group | {"params": [names[name] for name in group["params"]]})
+    of_weights = {names[name]: values for name, values in state["state"].items()}
+    return {"state": of_weights, "param_groups": groups}
 
 
 def empty_copy(module: nn.Module) -> nn.Module:

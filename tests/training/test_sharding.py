@@ -81,11 +81,11 @@ class Sharding(Accelerator):
         optimizer = make_optimizer(list(network.parameters()), options())
         return network, self.prepare_optimizer(optimizer)
 
-def go(name, stop_at=None):
+def go(name, stop_at=None, kind=Sharding):
     objective = Regression(stop_at)
     run_dir = Path(sys.argv[1], name)
     try:
-        train(objective, examples(), options(batch_size=2, ema=0.5), run_dir, Sharding(cpu=True))
+        train(objective, examples(), options(batch_size=2, ema=0.5), run_dir, kind(cpu=True))
     except KeyboardInterrupt:
         return None
     return type(objective.network).__name__, weights(objective).tolist()
@@ -94,6 +94,12 @@ name, whole = go("whole")
 go("stopped", stop_at=15)
 again = go("stopped")
 assert again == (name, whole) and name == "Linear", (again, name, whole)
+
+# What shards have begun goes on whole, and the other way round.
+for first, last in ((Sharding, Accelerator), (Accelerator, Sharding)):
+    go(first.__name__, 15, first)
+    _, moved = go(first.__name__, None, last)
+    torch.testing.assert_close(torch.tensor(moved), torch.tensor(whole), rtol=1e-5, atol=1e-6)
 Path(sys.argv[1], "sharded.json").write_text(json.dumps(whole))
 """
     run_on_ranks(script, tmp_path, str(tmp_path))

@@ -186,7 +186,8 @@ class Pretrain(DenoiserObjective):
         return (output.float() - target.float()).square().mean(), {}
 
     def save(self, folder: Path) -> None:
-        """Write the pipeline."""
+        """Write the pipeline, with the network as training has left it."""
+        setattr(self.pipe, self.family.denoiser, self.network)
         self.pipe.save_pretrained(folder)
 
 
