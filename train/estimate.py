@@ -152,25 +152,27 @@ def encoding_memory(config: TrainConfig, base: Base, rows: int) -> float:
 
 def panel_memory(config: TrainConfig, base: Base, needs: Requirements) -> float:
     """Bytes while a panel is drawn: what the run holds, and a pipeline with the anchor at work."""
-    # The pipeline, and a full anchor beside it or a LoRA in it.
+    # The encoders of the prompts, which are gone when the images are sampled.
     dtype = frozen_dtype(config)
+    vae = base.describe_vae(dtype)
+    weights = weight_bytes(vae)
+    encoders = weights + _text_encoder_bytes(base, dtype)
+
+    # The anchor: a LoRA in the network that is trained, or a network beside the reference's.
     network = nn.Module.to(meta_denoiser(base.denoiser_config), dtype).eval()
-    own = weight_bytes(network)
-    is_full = config.finetune.method == "full"
-    anchor = own if is_full else dtype.itemsize * needs.trained
+    is_lora = config.finetune.method == "lora"
+    networks = dtype.itemsize * needs.trained if is_lora else 2 * weight_bytes(network)
 
     # A guided evaluation, and then the image's decoding.
     side = latent_side(config, base)
     rows = 1 if base.family.guidance_distilled else 2
     tokens = base.family.prompt_tokens
     inputs = denoiser_inputs(network.config, side, side, tokens, images=rows)
-    vae = base.describe_vae(dtype)
-    weights = weight_bytes(vae)
     with encoding_precision(vae):
         decoding = decoding_bytes(base.family, vae, config.model.resolution)
         decoding += weight_bytes(vae) - weights
     work = max(forward_bytes(network, inputs), decoding)
-    return needs.held + own + anchor + _text_encoder_bytes(base, dtype) + weights + work
+    return needs.held + max(encoders, networks + weights + work)
 
 
 def _text_encoder_bytes(base: Base, dtype: torch.dtype) -> float:
