@@ -28,8 +28,16 @@ from benchmarks.random_pipelines import PUBLISHED, random_pipeline
 from deradiff.models.flops import meta_denoiser
 from deradiff.models.published import DENOISERS
 from deradiff.realignment.registry import MODES
+from tests.support.train_runs import own_process
 
 GROUPS = ("sdxl bf16", "sd15 bf16", "sdxl fp16", "sd15 fp16")
+
+
+@pytest.fixture(autouse=True)
+def process():
+    """A section is a process of its own; these tests share one."""
+    with own_process():
+        yield
 
 
 def test_the_plan_fits_into_its_time():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -39,10 +41,15 @@ def small_run(base: Path, runs: Path) -> TrainConfig:
 
 def go(config: TrainConfig) -> Path:
     """Run the stage as `python -m train` does; returns the folder of what was trained."""
-    # A run is a process of its own; the runs of the tests share one. Nor may later tests compute in
-    # this run's precision.
+    with own_process():
+        return run(config, Path(config.runs) / "train" / config.run_name())
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """As in a process of its own: in no precision of another run's, and leaving none."""
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return run(config, Path(config.runs) / "train" / config.run_name())
+        yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
