@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 
 
 def choice(key: str, value: str | None, allowed: Iterable[str | None]) -> None:
@@ -29,6 +30,17 @@ def not_negative(key: str, value: float) -> None:
     """Raises ValueError where `value` is not a finite number of at least 0."""
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{key} must be at least 0, not {value}")
+
+
+def check_run_name(name: str) -> None:
+    """Raises ValueError where a run's name would lead out of the folder of runs."""
+    path = PurePath(name)
+    is_inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    if not is_inside or not name.isprintable():
+        raise ValueError(
+            f"name={name!r} is no folder below the runs of this stage: give a name such as first, "
+            "and with runs=<folder> another place"
+        )
 
 
 @contextmanager

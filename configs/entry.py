@@ -22,10 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.answers import Command, check_arguments, sentence
+from configs.checks import check_run_name
 from configs.functions import function_at
 from configs.keys import help_text
 from configs.tracking import ABANDONED
 from deradiff.hub import is_hub_error
+from deradiff.texts import printable
 from deradiff.training.preemption import REQUEUE, Preempted
 
 CONFIGS = str(Path(__file__).parent)
@@ -63,7 +65,9 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
         typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg))
         config: Any = OmegaConf.to_object(typed)
         config.check_paths()
-        run_dir = Path(config.runs) / stage / config.run_name()
+        name = config.run_name()
+        check_run_name(name)
+        run_dir = Path(config.runs) / stage / name
         function_at(run)(config, run_dir)
 
     # Hydra only composes. The stage runs outside of it, because Hydra would add lines to our errors
@@ -119,7 +123,7 @@ def _status_of(work: Callable[[], None], command: Command) -> int:
     except Exception as error:
         if not isinstance(error, MISTAKES) and not is_hub_error(error):
             raise
-        print(f"{stage}: {sentence(error, command)}", file=sys.stderr)
+        print(f"{stage}: {printable(sentence(error, command))}", file=sys.stderr)
         return MISTAKE_STATUS
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +22,10 @@ FINISH_SECONDS = 300.0
 """Time that W&B has, when a stage ends, to upload what is left."""
 
 LONGEST_NAME = 128
-"""Characters that W&B takes for a group or an id."""
+"""Characters that W&B takes for a group, an id or an artifact's name."""
+
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+"""What W&B takes in no artifact's name, whatever a folder is called."""
 
 
 class WandbTracker(Tracker):
@@ -68,7 +72,7 @@ class WandbTracker(Tracker):
             return
 
         # A new version of it, in this run.
-        artifact = wandb.Artifact(name, type=kind)
+        artifact = wandb.Artifact(NOT_IN_NAMES.sub("-", name)[:LONGEST_NAME], type=kind)
         if path.is_dir():
             artifact.add_dir(str(path))
         else:

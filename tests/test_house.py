@@ -55,6 +55,7 @@ SHARED_FILES = {
     "images",
     "locks",
     "progress",
+    "texts",
     "command_line",
     "__init__",
     "__main__",

@@ -148,10 +148,10 @@ class AnchorCard:
     def __post_init__(self) -> None:
         # A card is somebody's file: what is printed, compared and multiplied has its type.
         for key in CARD_TEXTS:
-            _check_card(key, getattr(self, key), isinstance(getattr(self, key), str), "a text")
+            _check_card(key, getattr(self, key), _is_line(getattr(self, key)), "a line of text")
         for key in CARD_OPTIONAL_TEXTS:
             value = getattr(self, key)
-            _check_card(key, value, isinstance(value, str | None), "a text or null")
+            _check_card(key, value, value is None or _is_line(value), "a line of text or null")
         for key in CARD_NUMBERS:
             value = getattr(self, key)
             _check_card(key, value, _is_number(value) and value >= 0, "a number of at least 0")
@@ -161,13 +161,18 @@ class AnchorCard:
         _check_card("beta", self.beta, is_beta, "a number above 0, or null where it is unknown")
         is_reward = self.reward is None or _maps_texts_to(self.reward, _is_number)
         _check_card("reward", self.reward, is_reward, "numbers by scorer, or null")
-        are_versions = _maps_texts_to(self.versions, lambda value: isinstance(value, str))
+        are_versions = _maps_texts_to(self.versions, _is_line)
         _check_card("versions", self.versions, are_versions, "texts by package")
 
 
 def _check_card(key: str, value: Any, is_right: bool, kind: str) -> None:
     if not is_right:
         raise ValueError(f"an anchor's {key} is {kind}, not {reprlib.repr(value)}")
+
+
+def _is_line(value: Any) -> bool:
+    """Whether a value is text that a terminal can show: no line ends, and no escape sequences."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def _is_number(value: Any) -> bool:
@@ -181,7 +186,7 @@ def _maps_texts_to(values: Any, is_right: Callable[[Any], bool]) -> bool:
     """Whether something is right values by text."""
     if not isinstance(values, dict):
         return False
-    return all(isinstance(key, str) and is_right(value) for key, value in values.items())
+    return all(_is_line(key) and is_right(value) for key, value in values.items())
 
 
 @dataclass

@@ -10,6 +10,7 @@ from deradiff.files import write_atomic
 from deradiff.hub import is_hub_id
 from deradiff.models.families import FAMILIES
 from deradiff.models.family import Family
+from deradiff.texts import in_markdown, in_python, in_yaml
 
 README = "README.md"
 GRID = "grid.png"
@@ -80,28 +81,34 @@ def write_model_card(
     family = FAMILIES[card.family]
     place = repo or LOCAL
     beta = "unknown" if card.beta is None else f"{card.beta:g}"
-    title = place.split("/")[-1] if repo else f"{card.family}, beta {beta}"
+    title = place.split("/")[-1] if repo else f"{in_markdown(card.family)}, beta {beta}"
     grid = ""
     if (folder / GRID).is_file():
         grid = f"![Prompts down, lambda across]({GRID})\n\n"
     text = TEMPLATE.format(
         front_matter=_front_matter(card),
         title=title,
-        base=card.base_model,
-        objective=OBJECTIVE_NAMES.get(card.objective, f"the objective `{card.objective}`"),
+        base=in_markdown(card.base_model),
+        objective=_objective_name(card),
         beta=beta,
         grid=grid,
         place=place,
         load_base=_load_base(card, family),
         load_anchor=_load_anchor(card, family, place),
-        convention=card.beta_convention,
+        convention=card.beta_convention.replace("`", ""),
         explanation=EXPLANATIONS.get(card.beta_convention, ""),
         recipe=_recipe_rows(card, recipe),
         hours=card.gpu_hours,
-        device=card.device,
+        device=in_markdown(card.device),
         flops=card.flops,
     )
     write_atomic(folder / README, text)
+
+
+def _objective_name(card: AnchorCard) -> str:
+    """The objective as a sentence calls it."""
+    code = card.objective.replace("`", "")
+    return OBJECTIVE_NAMES.get(card.objective, f"the objective `{code}`")
 
 
 def _front_matter(card: AnchorCard) -> str:
@@ -115,7 +122,7 @@ def _front_matter(card: AnchorCard) -> str:
         lines += [f"base_model: {card.base_model}", f"base_model_relation: {relation}"]
 
     objective = OBJECTIVE_NAMES.get(card.objective, card.objective).lower()
-    lines += ["tags:", "- deradiff", f"- {objective}", f"- {card.family}"]
+    lines += ["tags:", "- deradiff", f"- {in_yaml(objective)}", f"- {in_yaml(card.family)}"]
     if card.method == "lora":
         lines.append("- lora")
     return "\n".join(lines)
@@ -124,12 +131,12 @@ def _front_matter(card: AnchorCard) -> str:
 def _load_base(card: AnchorCard, family: Family) -> str:
     """The lines of Python that load the base model."""
     lines = ["import deradiff"]
-    source = f'"{card.base_model}"'
+    source = in_python(card.base_model)
     if card.base_model.startswith("asset:"):
         lines.append("from deradiff.files import locate")
         source = f"locate({source})"
     lines.append(f"from diffusers import {family.pipeline}")
-    revision = f', revision="{card.base_revision}"' if card.base_revision else ""
+    revision = f", revision={in_python(card.base_revision)}" if card.base_revision else ""
     lines += ["", f"pipe = {family.pipeline}.from_pretrained({source}{revision})"]
     return "\n".join(lines)
 
@@ -155,4 +162,7 @@ def _recipe_rows(card: AnchorCard, recipe: Mapping[str, object]) -> str:
         "code": card.git_commit or "not a checkout",
         **card.versions,
     }
-    return "\n".join(f"| {key} | {value} |" for key, value in values.items())
+    rows = []
+    for key, value in values.items():
+        rows.append(f"| {in_markdown(str(key))} | {in_markdown(str(value))} |")
+    return "\n".join(rows)

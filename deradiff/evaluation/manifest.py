@@ -7,7 +7,8 @@ belongs together.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard, read_card
+from deradiff.files import is_encodable, parse_json, read_text
+from deradiff.models.weight_headers import short_reason
 from deradiff.realignment.registry import full_name, is_one_network
 
 MANIFEST = "manifest.jsonl"
@@ -26,6 +29,10 @@ SAMPLING_COLUMNS = ["sampler", "eta", "steps", "guidance_scale", "height", "widt
 
 OPTIONAL = {"eta": 0.0, "evaluations": None, "shares": None}
 """Keys that older manifests lack, with what they mean there."""
+
+
+POSITIVE = ("steps", "height", "width")
+"""Keys whose values are at least 1."""
 
 
 @dataclass(kw_only=True)
@@ -111,7 +118,7 @@ def read_manifest(run: str) -> list[dict[str, Any]]:
         )
     newest: dict[str, dict[str, Any]] = {}
     # Not splitlines: a prompt may hold U+2028
-    lines = manifest.read_text(encoding="utf-8").split("\n")
+    lines = read_text(manifest).split("\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             record = _read_line(line, f"{manifest} line {number}")
@@ -124,10 +131,10 @@ def read_manifest(run: str) -> list[dict[str, Any]]:
 def _read_line(line: str, where: str) -> dict[str, Any]:
     """One line of a manifest, checked, with its mode's label in place of the mode."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line, where)
+    except ValueError as error:
         raise ValueError(
-            f"{where} is not JSON ({error.msg}); run the sample stage's command again to "
+            f"{where} is not JSON ({short_reason(error)}); run the sample stage's command again to "
             f"complete it"
         ) from None
     if not isinstance(record, dict):
@@ -140,9 +147,38 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
         if not isinstance(value, types) or isinstance(value, bool):
             names = " or ".join(one.__name__ for one in types)
             raise ValueError(
-                f"{where} has {key}={value!r}, which is no {names}; sample that run again"
+                f"{where} has {key}={reprlib.repr(value)}, which is no {names}; sample that run "
+                "again"
+            )
+        if not _is_usable(key, value):
+            raise ValueError(
+                f"{where} has {key}={reprlib.repr(value)}, which no image has; sample that run "
+                "again"
             )
     return record | {"mode": full_name(record)}
+
+
+def _is_usable(key: str, value: Any) -> bool:
+    """Whether a value of the right type can be computed with, printed and drawn."""
+    if key == "prompt":
+        return is_encodable(value)
+    if isinstance(value, str):
+        return value.isprintable()
+    if isinstance(value, dict):
+        are_lines = all(isinstance(name, str) and name.isprintable() for name in value)
+        return are_lines and all(_is_number(share) for share in value.values())
+    if value is None or (key == "path_kl" and value != value):
+        return True
+    if key in POSITIVE and value < 1:
+        return False
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a table of numbers holds."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def read_samples(runs: Sequence[str], references: Sequence[str] = ()) -> pd.DataFrame:

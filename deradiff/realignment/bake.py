@@ -36,6 +36,7 @@ from deradiff.models.families import FAMILIES, family_of
 from deradiff.models.family import Family
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.full_anchor import FullAnchor
+from deradiff.texts import in_markdown
 
 log = logging.getLogger(__name__)
 
@@ -292,10 +293,10 @@ def _readme(note: dict[str, Any]) -> str:
     if note["beta_target"]:
         target = f", which stands for beta {note['beta_target']:g}"
     lines = [
-        f"# {note['anchor']} at lambda {note['lam']:g}{target}",
+        f"# {in_markdown(note['anchor'])} at lambda {note['lam']:g}{target}",
         "",
-        f"Written by deradiff for {note['base_model']}: its mode `weights`, the first order of the "
-        "realigned chain.",
+        f"Written by deradiff for {in_markdown(note['base_model'])}: its mode `weights`, the first "
+        "order of the realigned chain.",
         "",
     ]
     family = FAMILIES[note["family"]]

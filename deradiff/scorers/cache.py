@@ -101,7 +101,7 @@ def _parse(line: bytes) -> tuple[ScoreKey, float] | None:
     try:
         image, prompt, score = json.loads(line)
         is_finite = math.isfinite(score)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     are_digests = isinstance(image, str) and isinstance(prompt, str)
     if not are_digests or not is_finite:

@@ -195,5 +195,5 @@ def _is_up_to(line: bytes, step: int) -> bool:
     """Whether a line is a whole one, of a step up to this."""
     try:
         return json.loads(line)["step"] <= step
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False

@@ -30,6 +30,25 @@ from deradiff.training.options import TrainingOptions
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def read_tensors(file: Path) -> Any:
+    """The tensors and numbers that torch.save has written; nothing else is unpickled.
+
+    Args:
+        file: of a checkpoint.
+
+    Raises:
+        ValueError: for a file that is torn, or holds anything else.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    # Besides UnpicklingError the reader fails with whatever a torn file leads it to.
+    except Exception as error:
+        raise ValueError(
+            f"{file} is no state of an optimiser that can be read ({type(error).__name__}): remove "
+            "its folder, and the same command goes on from an earlier checkpoint"
+        ) from error
+
+
 class TrainedNetwork:
     """The objective's network and its optimiser, as accelerate wrapped them.
 
@@ -159,7 +178,7 @@ class TrainedNetwork:
 
         # The optimiser, and fp16's scaler.
         inner = self.optimizer.optimizer
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        state = read_tensors(folder / "optimizer.pt")
         if self.zero is not None:
             zero.load_optimizer_state(self.network, self.weights, state["state"])
         elif self.sharded:
@@ -168,7 +187,7 @@ class TrainedNetwork:
         else:
             inner.load_state_dict(state)
         if self.accelerator.scaler:
-            scaler = torch.load(folder / "scaler.pt", map_location="cpu", weights_only=True)
+            scaler = read_tensors(folder / "scaler.pt")
             self.accelerator.scaler.load_state_dict(scaler)
 
     @torch.no_grad()

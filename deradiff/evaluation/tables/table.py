@@ -18,6 +18,7 @@ import pandas as pd
 from deradiff.anchors.mixtures import lam_text
 from deradiff.evaluation.statistics import Estimate
 from deradiff.files import write_atomic
+from deradiff.texts import printable
 
 Row = dict[str, Any]
 NOT_THERE = "–"
@@ -139,7 +140,7 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+    return printable(cell.replace("|", "\\|").replace("\n", " ")).replace("<", "&lt;")
 
 
 def flatten(row: Row) -> Row:
