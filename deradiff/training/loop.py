@@ -13,13 +13,14 @@ from tqdm import tqdm
 from deradiff.data.pairs import Examples
 from deradiff.training.batches import loader, to_device
 from deradiff.training.checkpoints import Checkpoints, Progress
-from deradiff.training.meters import Metrics, MetricsFile, Window
+from deradiff.training.meters import EndedStep, Metrics, MetricsFile, Window
 from deradiff.training.objectives.base import Batch, Objective
 from deradiff.training.optimizers import learning_rate_at, set_learning_rate
 from deradiff.training.options import TrainingOptions
 from deradiff.training.preemption import Listening, Preempted
 from deradiff.training.sharding import TrainedNetwork
 from deradiff.training.shares import Shares
+from deradiff.training.step_flags import Exchange
 
 IN_PROGRESS_BAR = ("loss", "implicit_accuracy", "accuracy", "psnr")
 
@@ -81,6 +82,7 @@ def train(
     report = _Report(run_dir, options, progress, accelerator, log)
     window = Window(options, accelerator)
     checkpoint_loss = _MeanLoss()
+    flags = Exchange(accelerator)
     lap = time.perf_counter()
 
     with Listening() as signals:
@@ -98,12 +100,13 @@ def train(
                     window.add(loss, terms, batch)
                     checkpoint_loss.add(loss)
 
-            # All ranks agree whether a number is bad, and whether a signal asked for a stop.
-            problem = window.end_step(trained.norm)
-            failed, stop_signal = _over_all_ranks(problem, signals.signal_number, accelerator)
-            if failed:
-                raise FloatingPointError(_failure(progress.step, problem, checkpoints.newest()))
+            # All ranks hear whether a number is bad, and whether a signal asked for a stop.
+            ended = window.end_step(progress.step, trained.norm)
+            flags.send(ended, signals.signal_number)
             progress.step += 1
+            failed, stop_signal = flags.read(all_steps=_is_written(progress.step, options))
+            if failed is not None:
+                raise FloatingPointError(_failure(failed, checkpoints.newest()))
             now = time.perf_counter()
             progress.count_time(now - lap, shares.ranks)
             lap = now
@@ -157,20 +160,17 @@ def _micro_step(
     return loss, terms, batch
 
 
-def _over_all_ranks(problem: str, signal_number: int, accelerator: Accelerator) -> tuple[bool, int]:
-    """Whether any rank has a problem, and the largest signal number of all ranks; collective."""
-    if accelerator.num_processes == 1:
-        return bool(problem), signal_number
-    own = torch.tensor([[float(bool(problem)), float(signal_number)]], device=accelerator.device)
-    flags = accelerator.gather(own)
-    return bool(flags[:, 0].any()), int(flags[:, 1].max())
+def _is_written(step: int, options: TrainingOptions) -> bool:
+    """Whether something is made of the weights or the numbers after so many steps."""
+    periods = [options.log_every, options.checkpoint_every, options.show_every]
+    return step == options.steps or any(period and step % period == 0 for period in periods)
 
 
-def _failure(step: int, problem: str, newest: Path | None) -> str:
-    what = problem or "another rank has a loss or gradient that is not finite"
+def _failure(failed: EndedStep, newest: Path | None) -> str:
+    what = f"step {failed.step}: {failed.problem()}"
     if newest is None:
-        return f"step {step}: {what}; there is no checkpoint yet"
-    return f"step {step}: {what}; {newest} holds the last good weights"
+        return f"{what}; there is no checkpoint yet"
+    return f"{what}; {newest} holds the last good weights"
 
 
 def _show(

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deradiff.training.options import TrainingOptions
 Metrics = dict[str, float]
 BANDS = 4  # of time; their names count timesteps, from 0 (data) to 1000 (noise)
 BLAMED = 4  # pairs that an error names at most
+NAMING = ("index", "time")  # the tensors of a batch that name its pairs
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -38,6 +40,42 @@ def peak_memory(device: torch.device) -> float:
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return largest * unit / 1e9
+
+
+@dataclass(frozen=True)
+class EndedStep:
+    """An optimiser step that was taken, on this rank.
+
+    Attributes:
+        step: its number, from 0.
+        bad: whether a loss or the gradient is not finite; a scalar on the device.
+        losses: of each micro-batch, one per example where the objective gives them, with the
+            tensors of NAMING.
+    """
+
+    step: int
+    bad: Tensor
+    losses: list[tuple[Tensor, Batch]]
+
+    def problem(self) -> str:
+        """What was not finite: the pairs and the times of a loss, or the gradient."""
+        if not bool(self.bad):
+            return "another rank has a loss or gradient that is not finite"
+        for rows, batch in self.losses:
+            wrong = (~rows.flatten().isfinite()).nonzero().flatten().tolist()
+            if not wrong:
+                continue
+            if not set(NAMING) <= set(batch):
+                return "the loss is not finite"
+            # A scalar loss does not tell which example it was: all are named.
+            positions = wrong if rows.dim() else range(len(batch["index"]))
+            pairs = []
+            for i in positions:
+                timestep = 1000 * float(batch["time"][i])
+                pairs.append(f"{int(batch['index'][i])} at t {timestep:.0f}")
+            named = ", ".join(pairs[:BLAMED])
+            return f"the loss is not finite, from pair {named} (row of those used)"
+        return "the gradient is not finite"
 
 
 class Window:
@@ -81,8 +119,9 @@ class Window:
         if accuracy is not None and accuracy.dim() == 1 and "time" in batch:
             self._sum_bands("implicit_accuracy", accuracy, batch["time"])
 
-        # Kept until the end of the step, to find the pair behind a loss that is not finite.
-        self._losses.append((values["loss"], batch))
+        # Kept until it is known to be finite, to find the pair behind it if it is not.
+        named = {name: batch[name] for name in NAMING if name in batch}
+        self._losses.append((values["loss"], named))
 
     def _sum(self, name: str, values: Tensor, counts: Tensor | None = None) -> None:
         """Add values to a metric's sum. All stays on the device: nothing waits for it.
@@ -106,43 +145,22 @@ class Window:
             stop = (band + 1) * 1000 // BANDS
             self._sum(f"{name}/t{start}-{stop}", values, (bands == band).to(values.dtype))
 
-    def end_step(self, norm: Tensor | float | None) -> str:
-        """End an optimiser step.
+    def end_step(self, step: int, norm: Tensor | float | None) -> EndedStep:
+        """End an optimiser step. Nothing is read from the device.
 
         Args:
+            step: its number, from 0.
             norm: of the gradient; None: unknown.
-
-        Returns:
-            What was not finite on this rank, or "". With fp16 the gradient may overflow: the
-            scaler then skips the step.
         """
         losses = torch.cat([rows.flatten() for rows, _ in self._losses])
-        # A gradient that counts: one that is known, and that no scaler looks at.
-        unscaled = norm is not None and self.accelerator.mixed_precision != "fp16"
-        gradient = torch.tensor(float(norm) if unscaled else 1.0)  # type: ignore[arg-type]
-        finite = bool(losses.isfinite().all() and gradient.isfinite())
-        problem = "" if finite else self._blame()
+        bad = ~losses.isfinite().all()
+        # With fp16 the gradient may overflow: the scaler then skips the step.
+        if norm is not None and self.accelerator.mixed_precision != "fp16":
+            bad = bad | ~torch.as_tensor(norm, device=bad.device).isfinite()
+        ended = EndedStep(step, bad, self._losses)
         self._losses = []
         self._steps += 1
-        return problem
-
-    def _blame(self) -> str:
-        """Name the pairs and the times of a loss that is not finite."""
-        for rows, batch in self._losses:
-            wrong = (~rows.flatten().isfinite()).nonzero().flatten().tolist()
-            if not wrong:
-                continue
-            if not {"index", "time"} <= set(batch):
-                return "the loss is not finite"
-            # A scalar loss does not tell which example it was: all are named.
-            positions = wrong if rows.dim() else range(len(batch["index"]))
-            pairs = []
-            for i in positions:
-                timestep = 1000 * float(batch["time"][i])
-                pairs.append(f"{int(batch['index'][i])} at t {timestep:.0f}")
-            named = ", ".join(pairs[:BLAMED])
-            return f"the loss is not finite, from pair {named} (row of those used)"
-        return "the gradient is not finite"
+        return ended
 
     def close(self, **more: float) -> Metrics:
         """The means since the last call, over all ranks; collective. more: metrics to add."""

@@ -94,7 +94,7 @@ class TrainedNetwork:
             name: p for name, p in whole.named_parameters() if p.requires_grad
         }
         self.average = Average(self.shards, options.ema) if options.ema else None
-        self.sharded = any(_is_shard(tensor) for tensor in self.weights.values())
+        self.sharded = any(is_shard(tensor) for tensor in self.weights.values())
         self.skeleton = skeleton if self.sharded else None
 
     @property
@@ -111,7 +111,8 @@ class TrainedNetwork:
     def step(self, max_norm: float) -> None:
         """Clip the gradient and step; in the middle of an accumulation accelerate does nothing."""
         if self.accelerator.sync_gradients:
-            self.norm = self.accelerator.clip_grad_norm_(self.weights.values(), max_norm)
+            norm = self.accelerator.clip_grad_norm_(self.weights.values(), max_norm)
+            self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -220,7 +221,7 @@ class TrainedNetwork:
             shard.copy_(average.weights[name])
 
 
-def _is_shard(weight: Tensor) -> bool:
+def is_shard(weight: Tensor) -> bool:
     """Whether FSDP2 or ZeRO 3 has split a weight."""
     return isinstance(weight, DTensor) or zero.is_split(weight)
 

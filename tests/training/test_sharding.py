@@ -155,3 +155,29 @@ def assert_same_end(run_dir, whole):
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == 4
+
+
+@pytest.mark.slow
+def test_ranks_talk_once_a_step_besides_their_gradients(tmp_path):
+    script = """
+from tests.support.collectives import Collectives
+
+calls = {}
+for turns in (1, 4):
+    run = options(
+        steps=3, pairs_per_step=2 * turns, batch_size=1, log_every=99, checkpoint_every=99
+    )
+    run_dir = Path(sys.argv[1], str(turns))
+    with Collectives() as counter:
+        train(Regression(), examples(), run, run_dir, Accelerator(cpu=True))
+    calls[turns] = dict(counter.calls)
+Path(sys.argv[1], f"{Accelerator(cpu=True).process_index}.json").write_text(json.dumps(calls))
+"""
+    run_on_ranks(script, tmp_path, str(tmp_path))
+    for rank in (0, 1):
+        calls = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert calls["1"] == calls["4"]
+        # The flags of three steps, and what DDP asks before the first one.
+        assert calls["1"]["allgather_"] == 3 + 1
+        # The gradients of three steps, the sums of one row and the loss of one checkpoint.
+        assert calls["1"]["allreduce_"] == 3 + 2

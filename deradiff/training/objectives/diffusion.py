@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from deradiff.models.flops import denoiser_flops, dpo_step_flops
 from deradiff.training.dpo import dpo_terms, kl_strength, pair_error
 from deradiff.training.noising import noising_of
 from deradiff.training.objectives.base import Batch, Parts
+from deradiff.training.sharding import is_shard
 
 
 class DenoiserObjective:
@@ -329,8 +331,7 @@ class DPO(DenoiserObjective):
         self, batch: Batch, noisy: Tensor, target: Tensor, conditioning: dict[str, Tensor]
     ) -> Tensor:
         """The reference's errors (2, B) on a batch, read from the store where they are known."""
-        # Ranks agree whether to evaluate: a sharded network must be called by all of them.
-        if self.errors is not None and _true_on_every_rank(batch["known"], noisy.device):
+        if self.errors is not None and batch["known"] and not self._all_ranks_evaluate:
             return batch["reference_error"]
 
         # The reference is evaluated on the whole batch, also where a part of it is known.
@@ -344,6 +345,17 @@ class DPO(DenoiserObjective):
         if not batch["known"]:
             self.errors.add(batch["epoch_indices"], errors)
         return torch.where(batch["reference_error"].isnan(), errors, batch["reference_error"])
+
+    @cached_property
+    def _all_ranks_evaluate(self) -> bool:
+        """Whether the reference is evaluated on known pairs, too.
+
+        So it is where it lies in shards and some of the run's errors are unknown: all ranks must
+        call a sharded network together, and to ask each time who needs it would cost more.
+        """
+        if self.copy is not None or self.stored_reference:
+            return False
+        return any(is_shard(weight) for weight in self.network.parameters())
 
     def prepare_checkpoint(self) -> None:
         """Write the reference's errors of the steps so far."""
@@ -378,12 +390,3 @@ class DPO(DenoiserObjective):
     def kl_strength(self) -> float:
         """The KL strength of the run's beta, on its latents and noise schedule."""
         return kl_strength(self.beta, math.prod(self.latent_shape), self.noising)
-
-
-def _true_on_every_rank(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is true on all ranks; collective where there are several."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    agreed = torch.full((), int(flag), device=device)
-    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
-    return bool(agreed)
