@@ -23,6 +23,7 @@ SOURCES = {  # data.source: whether it gives pairs; None: the columns of the tab
 }
 SHAPES_REWARDS = ("vivid", "crisp")
 DEFAULT_SCORER = "vivid"
+AUTO = "auto"  # optim.batch_size that follows from memory
 DATA = "a parquet file, a folder of captioned images, or a data set of the hub such as org/name"
 
 
@@ -236,14 +237,21 @@ class OptimConfig:
     pairs_per_step: int = setting(
         2048, "pairs of one optimiser step on all GPUs; accumulation follows from it"
     )
-    batch_size: int = setting(1, "pairs of one forward pass on one GPU")
+    batch_size: Any = setting(  # int | str, a union that Hydra's schemas do not have
+        1, "pairs of one forward pass on one GPU; auto: as many as fit, a power of two"
+    )
 
     def __post_init__(self) -> None:
         choice("optim.name", self.name, OPTIMIZERS)
         choice("optim.rule", self.rule, LEARNING_RATE_RULES)
         choice("optim.decay", self.decay, DECAYS)
-        for key in ("lr", "pairs_per_step", "batch_size"):
+        for key in ("lr", "pairs_per_step"):
             positive(f"optim.{key}", getattr(self, key))
+        is_number = isinstance(self.batch_size, int) and not isinstance(self.batch_size, bool)
+        if self.batch_size != AUTO and not (is_number and self.batch_size > 0):
+            raise ValueError(
+                f"optim.batch_size must be a number of pairs or auto, not {self.batch_size}"
+            )
         for key in ("warmup", "weight_decay", "clip"):
             not_negative(f"optim.{key}", getattr(self, key))
         if not 0 <= self.ema < 1:
@@ -251,13 +259,14 @@ class OptimConfig:
         self.shares(ranks=1)
 
     def shares(self, ranks: int) -> Shares:
-        """How the ranks share the pairs of a step.
+        """How the ranks share the pairs of a step; one by one, while the batch size is not chosen.
 
         Raises:
             ValueError: where they cannot.
         """
         with section("optim"):
-            return Shares(self.pairs_per_step, self.batch_size, ranks)
+            batch_size = 1 if self.batch_size == AUTO else self.batch_size
+            return Shares(self.pairs_per_step, batch_size, ranks)
 
 
 @dataclass
@@ -344,6 +353,11 @@ class TrainConfig:
             raise ValueError(
                 f"hub.push_to uploads anchors, and objective={self.objective} makes none: remove "
                 "hub.push_to"
+            )
+        if self.optim.batch_size == AUTO and not self.spec.has_reference:
+            raise ValueError(
+                "optim.batch_size=auto is for objective=dpo, whose memory can be estimated: give "
+                "optim.batch_size=<number>"
             )
         self._check_data()
         self._check_model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from configs.checks import section
@@ -13,7 +14,7 @@ from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
 from deradiff.models.base_model import BaseModel
-from train.config import TrainConfig
+from train.config import AUTO, TrainConfig
 from train.data import (
     cache_need,
     check_disk,
@@ -23,6 +24,7 @@ from train.data import (
     row_counts,
 )
 from train.estimate import device_overhead, encoding_memory, estimate
+from train.memory import device_memory, sizes_that_may_fit, with_batch_size
 
 EXAMPLES = 3  # in the sheet
 SIDE = 256  # pixels of an image in the sheet
@@ -129,6 +131,11 @@ def _caching_need(config: TrainConfig, base: BaseModel, rows: int) -> str:
 
 def _needs(config: TrainConfig, base: BaseModel, rows: int) -> list[str]:
     """The memory of one device in training, the disk of the checkpoints, and FLOPs."""
+    if config.optim.batch_size == AUTO:
+        # What a GPU would try first.
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        memory = device_memory(device)
+        config = with_batch_size(config, sizes_that_may_fit(config, base, 1, memory)[0])
     found = estimate(config, base, rows)
     needs = found.steps
     parts = {

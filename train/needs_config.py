@@ -8,7 +8,7 @@ from typing import ClassVar
 from configs.checks import choice, positive
 from configs.settings import setting
 from deradiff.models.gpus import COMPARED_GPUS, GPUS
-from train.config import TrainConfig
+from train.config import AUTO, TrainConfig
 
 
 @dataclass
@@ -59,3 +59,11 @@ class NeedsConfig(TrainConfig):
         "data.path",
     )
     needs: ScaleConfig = field(default_factory=ScaleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optim.batch_size == AUTO:
+            raise ValueError(
+                "optim.batch_size=auto follows from one device, and here several are compared: "
+                "give optim.batch_size=<number>"
+            )

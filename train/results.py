@@ -84,7 +84,7 @@ def training_summary(config: TrainConfig, learning_rate: float) -> dict[str, obj
     optim = config.optim
     rate = f"{learning_rate:.4g} ({optim.rule}), {optim.decay} after {optim.warmup} steps"
     summary: dict[str, object] = {
-        "pairs per step": optim.pairs_per_step,
+        "pairs per step": f"{optim.pairs_per_step}, in batches of {optim.batch_size}",
         "learning rate": rate,
         "optimiser": f"{optim.name}, weight decay {optim.weight_decay:g}, clip {optim.clip:g}",
         "precision": config.precision,

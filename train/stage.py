@@ -24,9 +24,10 @@ from deradiff.training.loop import train
 from deradiff.training.objectives.base import AnchorObjective
 from deradiff.training.options import TrainingOptions
 from train import build, results
-from train.config import TrainConfig
+from train.config import AUTO, TrainConfig
 from train.data import make_data
 from train.dry_run import dry_run
+from train.memory import check_auto, choose_batch_size, with_batch_size
 from train.panels import Panels
 
 COSMETIC = (  # keys that a resumed run may change
@@ -60,6 +61,7 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
         return dry_run(config, base)
     accelerator = _accelerator(config)
     config.optim.shares(accelerator.num_processes)
+    check_auto(config, accelerator)
     data = make_data(config, base, accelerator)
     with run_lock(run_dir, accelerator.is_main_process):
         return _run_alone(config, base, data, run_dir, accelerator)
@@ -103,16 +105,21 @@ def _train(
     accelerator: Accelerator,
 ) -> Path:
     """Train the objective of a run, and leave its results; returns their folder."""
-    per_step = config.optim.pairs_per_step
-    shares = config.optim.shares(accelerator.num_processes)
-    options = _options(config)
-
     # The objective, with its networks.
     card = None
     if config.spec.makes_anchor and base is not None:
         card = results.make_card(config, base, _device_name(accelerator))
     objective = build.make_objective(build.RunParts(config, base, data, accelerator, card))
     anchor = cast(AnchorObjective, objective) if card is not None else None
+
+    # How it is trained.
+    examples = Examples(data, config.seed, in_blocks=not config.data.cache)
+    if config.optim.batch_size == AUTO and base is not None:
+        size = choose_batch_size(config, base, objective, examples, run_dir, accelerator)
+        config = with_batch_size(config, size)
+    per_step = config.optim.pairs_per_step
+    shares = config.optim.shares(accelerator.num_processes)
+    options = _options(config)
     accelerator.print(
         f"train: {run_dir}: {config.steps} steps of {per_step} examples ({shares}), "
         f"learning rate {options.learning_rate:.4g}"
@@ -129,7 +136,6 @@ def _train(
     is_main = accelerator.is_main_process
     group = slug(config.model.base or config.model.name)
     with tracker(config.tracking, "train", run_dir, asdict(config), is_main, group) as track:
-        examples = Examples(data, config.seed, in_blocks=not config.data.cache)
         panels = Panels(config, base, run_dir, card, data.captions, track, accelerator.device)
         if anchor is not None and is_main:
             step_flops = results.flops_of_step(anchor, config, run_dir)

@@ -1,0 +1,97 @@
+"""`optim.batch_size=auto`: what it takes, says, records and refuses."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from deradiff.worlds import shapes
+from tests.support.train_runs import go
+from train import memory
+from train.build import base_model
+from train.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from train.estimate import step_requirements
+from train.needs_config import NeedsConfig
+
+
+@pytest.fixture
+def auto(train_config):
+    """A run whose batch size follows from memory."""
+    return replace(train_config, optim=replace(train_config.optim, batch_size="auto"))
+
+
+def chosen(folder):
+    return json.loads((folder.parent / "batch_size.json").read_text())["batch_size"]
+
+
+def test_on_a_cpu_it_follows_from_the_estimate_and_stays_with_the_run(auto, capsys, monkeypatch):
+    folder = go(auto)
+    assert "batches of 4 pairs, by the estimate and the free memory" in capsys.readouterr().out
+    assert chosen(folder) == 4
+
+    # The run goes on with less memory.
+    (folder.parent / "finished.json").unlink()
+    monkeypatch.setattr(memory, "device_memory", lambda device: 1.0)
+    go(auto)
+    assert "batches of 4 pairs, as this run has begun" in capsys.readouterr().out
+    other = go(replace(auto, name="other"))
+    assert chosen(other) == 1
+
+
+def test_the_estimate_grows_with_the_batch(auto):
+    base = base_model(auto)
+    memories = []
+    for size in (1, 2, 4):
+        memories.append(step_requirements(memory.with_batch_size(auto, size), base).memory)
+    assert memories[0] < memories[1] < memories[2]
+    assert memory.sizes_that_may_fit(auto, base, 1, 1.01 * memories[1]) == [2, 1]
+    assert memory.sizes_that_may_fit(auto, base, 1, 1.01 * memories[0]) == [1]
+
+
+def test_a_device_with_an_allocator_is_tried(auto, monkeypatch, capsys):
+    def attempt(objective, examples, accelerator, reserved, size):
+        assert reserved > 0
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(memory, "attempt", attempt)
+    monkeypatch.setattr(memory, "device_memory", lambda device: 1e12)
+    monkeypatch.setattr(memory, "_agreed", lambda number, accelerator: number)
+    accelerator = SimpleNamespace(
+        device=device, num_processes=1, is_main_process=False, print=print
+    )
+    network = torch.nn.Linear(2, 2)
+    choose = partial(memory.choose_batch_size, auto, base_model(auto))
+    objective = SimpleNamespace(network=network)
+    assert choose(objective, None, Path(auto.runs), accelerator) == 2
+    assert "batches of 2 pairs, the most that fit, of 4 at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_network_in_shards_is_refused(auto, kind):
+    with pytest.raises(ValueError, match=r"optim\.batch_size=auto tries the whole network"):
+        memory.check_auto(auto, SimpleNamespace(distributed_type=kind))
+
+
+def test_what_is_no_batch_size_is_refused():
+    for wrong in ("many", 0, 1.5, True):
+        with pytest.raises(ValueError, match="must be a number of pairs or auto, not"):
+            OptimConfig(batch_size=wrong)
+    with pytest.raises(ValueError, match=r"optim\.batch_size=auto is for objective=dpo"):
+        TrainConfig(objective="contrastive", optim=OptimConfig(batch_size="auto"))
+    base = ModelConfig(base="asset:shapes/base")
+    with pytest.raises(ValueError, match="and here several are compared"):
+        NeedsConfig(model=base, optim=OptimConfig(batch_size="auto"))
+
+
+def test_a_dry_run_says_what_would_be_tried_first(auto, tmp_path, capsys):
+    shapes.write_pairs(tmp_path / "pairs.parquet", 6, seed=0)
+    data = DataConfig(source="table", path=str(tmp_path / "pairs.parquet"), dry_run=True)
+    go(replace(auto, data=data))
+    assert "the work of 4 pairs" in capsys.readouterr().out
