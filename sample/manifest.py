@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from deradiff.files import write_atomic
+from deradiff.files import append_line, sealed, unsealed, write_atomic
 
 Record = dict[str, Any]
 
@@ -57,11 +57,8 @@ def save_image(run_dir: Path, rank: int, png: bytes, record: Record) -> None:
         record: the line without the file's digest.
     """
     write_atomic(run_dir / record["image"], png)
-    line = json.dumps(record | {"sha256": hashlib.sha256(png).hexdigest()})
-    with open(run_dir / f"manifest.{rank}.part", "a") as part:
-        part.write(line + "\n")
-        part.flush()
-        os.fsync(part.fileno())
+    line = sealed(record | {"sha256": hashlib.sha256(png).hexdigest()})
+    append_line(run_dir / f"manifest.{rank}.part", json.dumps(line))
 
 
 def merge(run_dir: Path) -> list[Record]:
@@ -79,8 +76,8 @@ def merge(run_dir: Path) -> list[Record]:
         for record in _read(file):
             newest[record["image"]] = record
     records = [record for record in newest.values() if (run_dir / record["image"]).is_file()]
-    records.sort(key=lambda record: (record["prompt_id"], record["seed"], record["lam"]))
-    lines = [json.dumps(record) + "\n" for record in records]
+    records.sort(key=_order)
+    lines = [json.dumps(sealed(record)) + "\n" for record in records]
     write_atomic(run_dir / MANIFEST, "".join(lines))
     for part in parts:
         part.unlink()
@@ -91,7 +88,7 @@ def intact(run_dir: Path) -> set[str]:
     """The images of the manifest whose file has the bytes that the manifest says."""
     images = set()
     for record in _read(run_dir / MANIFEST):
-        if _sha256(run_dir / record["image"]) == record["sha256"]:
+        if _sha256(run_dir / record["image"]) == record.get("sha256"):
             images.add(record["image"])
     return images
 
@@ -102,12 +99,32 @@ def _sha256(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _read(file: Path) -> list[Record]:
-    """The complete lines of a manifest or a part.
+def _order(record: Record) -> tuple[Any, ...]:
+    """Where a record stands in the manifest."""
+    return record["prompt_id"], record["seed"], record["lam"], record["image"]
 
-    A line counts once its end was written. What a kill cut short is sampled again.
+
+def _read(file: Path) -> list[Record]:
+    """The lines of a manifest or a part that are as they were written.
+
+    Another one is named on stderr, and its image is sampled again. A line that a kill has cut
+    short is nothing to speak of.
     """
     if not file.is_file():
         return []
-    lines = file.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    lines = file.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = unsealed(json.loads(line))
+            _order(record)
+            records.append(record)
+        except (ValueError, KeyError) as error:
+            if number < len(lines):
+                print(
+                    f"sample: {file} line {number} cannot be used ({error}), and its image is "
+                    "sampled again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return records

@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from deradiff import realign
-from deradiff.anchors.anchor import Anchor
+from deradiff.anchors.anchor import Anchor, cards_digest
 from deradiff.anchors.mixtures import MixedAnchor, as_one_anchor, mixed_beta
 from deradiff.data.prompts import Prompt
 from deradiff.image_tables import encode_png
@@ -38,6 +38,11 @@ class PromptSeed(NamedTuple):
 
     prompt: Prompt
     seed: int
+
+    @property
+    def name(self) -> str:
+        """It tells the images of a run apart, of one lambda."""
+        return f"{self.prompt.prompt_id}-s{self.seed}"
 
     def image(self, lams: Lams) -> str:
         """The image's file at the lambda of each anchor, relative to the run directory."""
@@ -154,10 +159,13 @@ class Images:
         self.done = done
         self.family = family_of(pipe)
 
-    def sample(self, wanted: Sequence[PromptSeed]) -> Iterator[tuple[bytes, Record]]:
-        """Yield the PNG and the record of each wanted image that is not there, over all lambdas."""
+    def sample(self, batches: Iterable[Sequence[PromptSeed]]) -> Iterator[tuple[bytes, Record]]:
+        """Yield the PNG and the record of each image that is not there, over all lambdas.
+
+        Args:
+            batches: what is sampled together.
+        """
         config = self.config
-        assert config.batch_size and config.steps  # decided before
         with realign(
             self.pipe,
             self.anchors,
@@ -172,33 +180,34 @@ class Images:
             memory=config.memory,
             compile=config.compile,
         ) as dial:
-            for start in range(0, len(wanted), config.batch_size):
-                batch = wanted[start : start + config.batch_size]
+            for batch in batches:
                 yield from self._sample_batch(dial, batch)
 
     def _sample_batch(
         self, dial: Dial, batch: Sequence[PromptSeed]
     ) -> Iterator[tuple[bytes, Record]]:
-        """One batch of prompts and seeds, at each lambda."""
+        """One batch of prompts and seeds, at each lambda at which one of them is missing.
+
+        The whole batch is sampled: in a smaller one, images would differ by rounding.
+        """
         embeddings = self._encode(batch)  # once for all lambdas
         for lams in self.config.points:
-            rows = [i for i, image in enumerate(batch) if image.image(lams) not in self.done]
-            if not rows:
+            if all(one.image(lams) in self.done for one in batch):
                 continue
 
             # One call of the pipeline
             dial.lam = dial_value(lams, self.config)
             started = time.monotonic()
-            missing = [batch[i] for i in rows]
-            of_rows = {name: select(value, rows) for name, value in embeddings.items()}
-            images = self._call(of_rows, self._generators(missing))
-            seconds = (time.monotonic() - started) / len(rows)
+            images = self._call(embeddings, self._generators(batch))
+            seconds = (time.monotonic() - started) / len(batch)
 
             # What was measured: of particles the mean, an estimate of what the steps spent before
             # they were weighed
-            path_kl = dial.path_kl.view(len(rows), -1).mean(1).tolist()
-            ess = dial.ess.tolist() if self.config.particles > 1 else [None] * len(rows)
-            for one, image, kl, size in zip(missing, images, path_kl, ess, strict=True):
+            path_kl = dial.path_kl.view(len(batch), -1).mean(1).tolist()
+            ess = dial.ess.tolist() if self.config.particles > 1 else [None] * len(batch)
+            for one, image, kl, size in zip(batch, images, path_kl, ess, strict=True):
+                if one.image(lams) in self.done:
+                    continue
                 measured = {
                     "timesteps_sha256": timesteps_digest(self.pipe.scheduler),
                     "evaluations": dial.evaluations,
@@ -249,6 +258,11 @@ class Images:
         )
         return output.images[::particles]
 
+    def _anchors_of(self, model: MixedAnchor) -> list[Anchor]:
+        """The anchors that a model is realigned to, one or the parts of a mixture."""
+        names = [model.anchor] if model.shares is None else list(model.shares)
+        return [a for name, a in zip(self.config.anchors, self.anchors) if name in names]
+
     def _record(self, one: PromptSeed, lams: Lams, image: Any) -> Record:
         """An image's line in the manifest (`evaluation.manifest.ImageRecord`), not yet measured."""
         config = self.config
@@ -274,4 +288,5 @@ class Images:
             "height": image.height,
             "width": image.width,
             "generator_seed": one.generator_seed,
+            "cards": cards_digest(anchor.card for anchor in self._anchors_of(model)),
         }

@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from configs.tracking import Tracker, tracker
-from deradiff.anchors.anchor import Anchor
+from deradiff.anchors.anchor import Anchor, cards_digest
 from deradiff.data.prompts import Prompt
-from deradiff.files import anchor_digest, claim, slug
+from deradiff.files import anchor_digest, claim, slug, write_atomic
 from deradiff.image_files import read_image
+from deradiff.image_tables import encode_png
 from deradiff.images import labelled_grid
 from deradiff.models.base_model import BaseModel
 from deradiff.progress import progress_bar
 from deradiff.realignment.dial import BeyondAnchorWarning, NegativeLambdaWarning
 from deradiff.realignment.resampling import GuidedParticlesWarning
 from sample.announce import announcement, cost, lams_text
+from sample.batches import Batch, batches_to_sample, plan, wanted_images
 from sample.config import SampleConfig
 from sample.manifest import Lams, Record, image_path, intact, merge, save_image
 from sample.sampling import Images, PromptSeed, load_sampler, mode_options
@@ -96,8 +99,10 @@ class Sweep:
         settings = asdict(self.config) | mode_options(self.config)
         settings["anchor_sha256"] = _digest(self.anchors)
         if state.is_main_process:
+            for anchor in self.anchors:
+                anchor.check_weights()
             claim(self.run_dir, settings, EXTENDS)
-            merge(self.run_dir)
+            self._check_cards(merge(self.run_dir))
             device = f"{state.num_processes} x {state.device}"
             count = len(self.prompts)
             print(announcement(self.config, self.base, self.anchors, count, device), flush=True)
@@ -105,29 +110,53 @@ class Sweep:
 
         # Nobody writes before everybody has seen the same images, and so shares out the same rest
         done = intact(self.run_dir)
+        if state.is_main_process:
+            self._plan(done)
         state.wait_for_everyone()
-        missing = self._missing(done)
+        batches = batches_to_sample(self.run_dir, self._wanted, self._is_missing(done))
         group = slug(self.base.source)
         with tracker(
             self.config.tracking, "sample", self.run_dir, settings, state.is_main_process, group
         ) as track:
             self._declare_anchors(track)
-            share = missing[state.process_index :: state.num_processes]
+            share = batches[state.process_index :: state.num_processes]
             count, seconds = sample_share(self, share, done)
             state.wait_for_everyone()
             if state.is_main_process:
                 self._finish(track, count, seconds)
         state.wait_for_everyone()
 
-    def _missing(self, done: set[str]) -> list[PromptSeed]:
-        """Prompts and seeds of which at least one lambda is missing."""
-        missing = []
-        for prompt in self.prompts:
-            for seed in self.config.seeds:
-                one = PromptSeed(prompt, seed)
-                if any(one.image(lams) not in done for lams in self.config.points):
-                    missing.append(one)
-        return missing
+    def _check_cards(self, records: Sequence[Record]) -> None:
+        """Raise ValueError where images were sampled under another card of the same anchor."""
+        for record in records:
+            names = record["shares"] or [record["anchor"]]
+            ours = [a for n, a in zip(self.config.anchors, self.anchors) if n in names]
+            sampled_under = record.get("cards")
+            is_same = sampled_under == cards_digest(anchor.card for anchor in ours)
+            if sampled_under and len(ours) == len(names) and not is_same:
+                raise ValueError(
+                    f"the card of {' or '.join(names)} is another than when {self.run_dir} was "
+                    "sampled: restore it, or choose another name for this run"
+                )
+
+    @cached_property
+    def _wanted(self) -> Batch:
+        return wanted_images(self.prompts, self.config.seeds)
+
+    def _is_missing(self, done: set[str]) -> Callable[[PromptSeed], bool]:
+        """A function: whether at least one lambda of a prompt and seed is missing."""
+        return lambda one: any(one.image(lams) not in done for lams in self.config.points)
+
+    def _plan(self, done: set[str]) -> None:
+        """Decide which of the missing images are sampled together."""
+        assert self.config.batch_size  # decided before
+        plan(
+            self.run_dir,
+            self._wanted,
+            self._is_missing(done),
+            self.config.batch_size,
+            self.state.num_processes,
+        )
 
     def _declare_anchors(self, track: Tracker) -> None:
         """Tell the tracker which training runs the anchors are from, under their names there."""
@@ -152,8 +181,8 @@ class Sweep:
         return f"{mixing}\n{last}" if mixing else last
 
 
-def sample_share(sweep: Sweep, share: Sequence[PromptSeed], done: set[str]) -> tuple[int, float]:
-    """Sample this process's share.
+def sample_share(sweep: Sweep, share: Sequence[Batch], done: set[str]) -> tuple[int, float]:
+    """Sample this process's share of the batches.
 
     Returns:
         How many images it made, and in how many seconds, loading aside.
@@ -163,8 +192,9 @@ def sample_share(sweep: Sweep, share: Sequence[PromptSeed], done: set[str]) -> t
     config = sweep.config
     state = sweep.state
     count = 0
-    for one in share:
-        count += sum(one.image(lams) not in done for lams in config.points)
+    for batch in share:
+        for one in batch:
+            count += sum(one.image(lams) not in done for lams in config.points)
     pipe = load_sampler(config, sweep.base, state.device)
     images = Images(pipe, config, sweep.anchors, done)
     start = time.monotonic()
@@ -196,7 +226,7 @@ def show(config: SampleConfig, prompts: Sequence[Prompt], run_dir: Path, track: 
     for text, files in rows[::spacing]:
         opened.append((text, [read_image(file) for file in files]))
     heads = [_head(lams) for lams in config.points]
-    labelled_grid(opened, heads, GRID_TILE).save(run_dir / GRID)
+    write_atomic(run_dir / GRID, encode_png(labelled_grid(opened, heads, GRID_TILE)))
 
     track.image("grid", run_dir / GRID)
     columns = ["prompt", *(f"lam={lams_text(lams)}" for lams in config.points)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -286,6 +287,9 @@ class PanelConfig:
             raise ValueError(
                 "panel.lambdas is empty: give at least one, as in panel.lambdas=[0,1,2]"
             )
+        for lam in self.lambdas:
+            if not math.isfinite(lam):
+                raise ValueError(f"panel.lambdas must be finite numbers, not {lam}")
 
 
 @dataclass

@@ -7,10 +7,11 @@ file with a whole network; each in a folder or on the hub.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,26 @@ class Anchor:
         if Path(self.root).is_dir():
             return Path(self.root) / name
         return hub.fetch(self.root, name, self.revision)
+
+
+PLACES = ("base_model", "base_revision", "vae")
+"""Keys of a card that say where something lies. It may be moved."""
+
+
+def cards_digest(cards: Iterable[AnchorCard | None]) -> str | None:
+    """16 hexadecimal digits that tell whether anchors' cards say the same later; None: no card.
+
+    Args:
+        cards: in any order. Where a base model lies does not count.
+    """
+    texts = []
+    for card in cards:
+        values = asdict(card) if card else {}
+        stated = {key: value for key, value in values.items() if key not in PLACES}
+        texts.append(json.dumps(stated, sort_keys=True))
+    if not any(text != "{}" for text in texts):
+        return None
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16]
 
 
 def save_anchor(path: Path, denoiser: nn.Module, card: AnchorCard) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,8 +17,8 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pandas as pd
 
-from deradiff.anchors.anchor import AnchorCard, read_card
-from deradiff.files import is_encodable, parse_json, read_text
+from deradiff.anchors.anchor import AnchorCard, cards_digest, read_card
+from deradiff.files import is_encodable, parse_json, read_text, unsealed
 from deradiff.models.weight_headers import short_reason
 from deradiff.realignment.registry import full_name, is_one_network
 
@@ -27,7 +27,7 @@ MANIFEST = "manifest.jsonl"
 SAMPLING_COLUMNS = ["sampler", "eta", "steps", "guidance_scale", "height", "width"]
 """How images were sampled. Images that differ in any of these are never compared."""
 
-OPTIONAL = {"eta": 0.0, "evaluations": None, "shares": None}
+OPTIONAL = {"eta": 0.0, "evaluations": None, "shares": None, "cards": None}
 """Keys that older manifests lack, with what they mean there."""
 
 
@@ -61,6 +61,8 @@ class ImageRecord:
         path_kl: to the reference's chain, in nats; None where it is not known.
         evaluations: network evaluations a step.
         sha256: of the image's file.
+        cards: digest of the cards of its anchors (`deradiff.anchors.anchor.cards_digest`); None:
+            they have none, or it is not known.
     """
 
     image: str
@@ -82,6 +84,7 @@ class ImageRecord:
     path_kl: float | None
     evaluations: float | None
     sha256: str
+    cards: str | None
 
 
 def _accepted_types() -> dict[str, tuple[type, ...]]:
@@ -139,7 +142,13 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
         ) from None
     if not isinstance(record, dict):
         raise ValueError(f"{where} is not a JSON object; sample that run again")
-    record = OPTIONAL | record
+    try:
+        record = OPTIONAL | unsealed(record)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} cannot be used ({error}); run the sample stage's command again, it makes "
+            "that image anew"
+        ) from None
     for key, types in ACCEPTED_TYPES.items():
         if key not in record:
             raise ValueError(f"{where} lacks {key!r}; sample that run again with this version")
@@ -170,6 +179,8 @@ def _is_usable(key: str, value: Any) -> bool:
     if value is None or (key == "path_kl" and value != value):
         return True
     if key in POSITIVE and value < 1:
+        return False
+    if key == "beta" and not value > 0:
         return False
     return _is_number(value)
 
@@ -268,6 +279,9 @@ def read_cards(table: pd.DataFrame) -> dict[str, AnchorCard]:
     """The cards of the anchors that are local folders with a card, by the anchor's name.
 
     Those of a mixture's anchors are among them.
+
+    Raises:
+        ValueError: where a card says something else than when images were sampled.
     """
     anchors = dict.fromkeys(table["anchor"])
     for shares in table["shares"].dropna():
@@ -277,4 +291,19 @@ def read_cards(table: pd.DataFrame) -> dict[str, AnchorCard]:
         card = read_card(anchor) if Path(anchor).is_dir() else None
         if card is not None:
             cards[anchor] = card
+    _check_cards(table, cards)
     return cards
+
+
+def _check_cards(table: pd.DataFrame, cards: Mapping[str, AnchorCard]) -> None:
+    """Raise ValueError where images were sampled under other cards than there are now."""
+    sampled = table[table["cards"].notna()]
+    for row in sampled.drop_duplicates(["run", "anchor", "cards"]).to_dict("records"):
+        anchors = row["shares"] or [row["anchor"]]
+        own_cards = [cards.get(anchor) for anchor in anchors]
+        is_known = all(card is not None for card in own_cards)
+        if is_known and cards_digest(own_cards) != row["cards"]:
+            raise ValueError(
+                f"the card of {' or '.join(anchors)} is another than when {row['run']} was "
+                "sampled: restore it, or sample that run again under another name"
+            )

@@ -132,7 +132,8 @@ class Dial:
     def evaluations(self) -> float:
         """Network evaluations for each one that the pipeline asked for; 1 is a plain model's cost.
 
-        Of the last call of the pipeline, or of the one that is running.
+        Of the last call of the pipeline, or of the one that is running. A first step that
+        `shared_start` remembers counts as every other.
         """
         return self._cost.rows_evaluated / max(self._cost.rows_requested, 1)
 

@@ -154,7 +154,7 @@ class Cost:
 
     Attributes:
         rows_requested: by the pipeline.
-        rows_evaluated: by the reference and the anchors.
+        rows_evaluated: by the reference and the anchors, or answered from memory for them.
     """
 
     rows_requested: int = 0
@@ -293,7 +293,8 @@ class Networks:
         missing = [model for model in models if (model, model in merged) not in known]
         for model, output in self._evaluate(call, missing, merged).items():
             known[model, model in merged] = output
-        self.cost.rows_evaluated += len(missing) * call.rows
+        # What the memory answers counts, too: what a chain costs does not depend on others.
+        self.cost.rows_evaluated += len(models) * call.rows
 
         outputs: list[Output | None] = [None] * len(wanted)
         for model in models:

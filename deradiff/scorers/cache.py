@@ -9,11 +9,12 @@ import hashlib
 import json
 import math
 import uuid
+import zlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from deradiff.files import slug, write_atomic
+from deradiff.files import append_line, slug, write_atomic
 from deradiff.scorers.base import Scorer, digest
 
 ScoreKey = tuple[str, str]
@@ -91,19 +92,21 @@ class ScoreCache:
         """
         new_scores = dict(zip(keys, scores, strict=True))
         self.scores |= new_scores
-        with open(self.file, "a", encoding="ascii") as file:
-            for key, score in new_scores.items():
-                file.write(json.dumps([*key, score]) + "\n")
+        lines = []
+        for key, score in new_scores.items():
+            lines.append(json.dumps([*key, score, _checksum(key, score)]))
+        append_line(self.file, "\n".join(lines))
+
+
+def _checksum(key: ScoreKey, score: float) -> int:
+    return zlib.crc32(json.dumps([*key, score]).encode())
 
 
 def _parse(line: bytes) -> tuple[ScoreKey, float] | None:
-    """The key and the score of a line; None for a line that is cut off or holds no finite score."""
+    """The key and the score of a line; None for one that is not as it was written."""
     try:
-        image, prompt, score = json.loads(line)
-        is_finite = math.isfinite(score)
+        image, prompt, score, checksum = json.loads(line)
+        is_whole = math.isfinite(score) and checksum == _checksum((image, prompt), score)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
-    are_digests = isinstance(image, str) and isinstance(prompt, str)
-    if not are_digests or not is_finite:
-        return None
-    return (image, prompt), float(score)
+    return ((image, prompt), float(score)) if is_whole else None

@@ -181,6 +181,10 @@ def test_a_card_names_the_weights_of_a_mixed_reward(tmp_path):
     ("change", "message"),
     [
         ({"beta": 0}, "beta is a number above 0"),
+        ({"beta": float("inf")}, "beta is a number above 0"),
+        ({"beta": float("nan")}, "beta is a number above 0"),
+        ({"beta": 10**400}, "beta is a number above 0"),
+        ({"beta": True}, "beta is a number above 0"),
         ({"beta": "big"}, "beta is a number"),
         ({"method": "dora"}, "lora or full"),
     ],

@@ -153,6 +153,19 @@ def test_a_kill_costs_no_more_than_a_batch(tmp_path, scored):
     assert len(killed.seen) == 4 and len(again.seen) == 2
 
 
+def test_a_score_that_a_bit_has_changed_is_computed_again(tmp_path, scored):
+    samples = grey_samples(tmp_path)
+    scored(samples, Level())
+    file = next((tmp_path / "cache").rglob("*.jsonl"))
+    before = file.read_text()
+    file.write_text(before.replace(", 3.0, ", ", 7.0, "))
+    assert file.read_text() != before
+    again = Level()
+    table = scored(samples, again)
+    assert table["score"].tolist() == [i // 2 + 2 for i in range(12)]
+    assert len(again.seen) == 1
+
+
 @pytest.mark.parametrize(
     "torn",
     [
@@ -160,7 +173,8 @@ def test_a_kill_costs_no_more_than_a_batch(tmp_path, scored):
         b"\xff\xfe\n",
         b'{"a": 1}\n',
         b"[1, 2, 3]\n",
-        b'["a", "b", NaN]\n',
+        b'["a", "b", NaN, 1]\n',
+        b'["a", "b", 1.0]\n',
         b'["a", "b", "c"]\n',
         b"null\n",
         b"\n\n",

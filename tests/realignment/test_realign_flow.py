@@ -71,7 +71,7 @@ def test_reuse_and_the_first_step(flow):
         exact = sample(flow.pipe, num_inference_steps=8)
         dial.lam = 0.6
         sample(flow.pipe, num_inference_steps=8)
-        assert dial.evaluations == pytest.approx(2 * 7 / 8)
+        assert dial.evaluations == 2
         dial.lam = 0
         reference = sample(flow.pipe, num_inference_steps=8)
     with realign(flow.pipe, flow.anchors["full1"], 0.3, mode="reuse", every=2) as dial:

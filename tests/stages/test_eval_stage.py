@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 
 import eval.__main__  # noqa: F401 (it registers the schema)
 from configs.entry import CONFIGS
+from deradiff.evaluation.manifest import read_samples
+from deradiff.files import sealed
 from eval.config import EvalConfig, ScorerConfig, SelectConfig
 from eval.stage import run
 from tests.support.sampled_runs import Colourful, configured, evaluate, read, write_run
@@ -283,6 +285,31 @@ def spoil_manifest(manifest, lines, how):
         manifest.write_text(
             "\n".join([lines[0].replace('"prompt": "a ', '"prompt": "an '), *lines[1:]])
         )
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"path_kl": 3.25}', r"line 1 cannot be used \(it is not what was written\); run the"),
+        ('{"lam": NaN}', "line 1 has lam=nan, which no image"),
+        ('{"beta": -2000}', "line 1 has beta=-2000, which no image"),
+        ('{"beta": Infinity}', "line 1 has beta=inf, which no image"),
+        ('{"steps": 0}', "line 1 has steps=0, which no image"),
+        (b"\xff", "line 1 is not JSON"),
+    ],
+)
+def test_a_line_that_no_run_has_written_is_refused(tmp_path, line, sentence):
+    manifest = Path(write_run(tmp_path, 2000)) / "manifest.jsonl"
+    first = manifest.read_text().split("\n")[0]
+    if isinstance(line, bytes):
+        manifest.write_bytes(line)
+    else:
+        record = json.loads(first)
+        is_damaged = "path_kl" in line
+        sealed_record = sealed(record) if is_damaged else record
+        manifest.write_text(json.dumps(sealed_record | json.loads(line)))
+    with pytest.raises(ValueError, match=f"manifest.jsonl {sentence}"):
+        read_samples([str(manifest.parent)])
 
 
 @pytest.mark.parametrize(

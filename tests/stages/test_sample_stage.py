@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs.tracking import Tracker, TrackingConfig
-from deradiff.anchors.anchor import AnchorCard, save_anchor
+from deradiff.anchors.anchor import LORA_FILE, AnchorCard, load_anchor, save_anchor, write_card
 from deradiff.data.prompts import Prompt
-from deradiff.evaluation.manifest import ImageRecord
+from deradiff.evaluation.manifest import ImageRecord, read_cards, read_samples
 from deradiff.files import anchor_digest, slug
 from deradiff.method.schedulers import make_scheduler
+from sample.batches import batches_to_sample, plan
 from sample.config import SampleConfig
 from sample.manifest import image_path, intact, merge, save_image
 from sample.resolve import resolve
@@ -39,6 +40,7 @@ from tests.support.tiny_pipelines import tiny_lora, tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red fox", "🦊/../fox", "a red fox"]
+NO_DIGEST = {"weights_digest": None}
 FOX = prompt_seed("a red fox", 0)
 
 
@@ -288,32 +290,105 @@ def test_a_complete_run_loads_no_weights_again(config, tmp_path, monkeypatch):
     assert (tmp_path / "manifest.jsonl").read_bytes() == before
 
 
-# What a batch of another size changes.
-MEASURED = ("seconds", "evaluations", "path_kl", "sha256")
+def without_pace(records):
+    return [{key: one[key] for key in one if key not in ("seconds", "digest")} for one in records]
 
 
-def without_measures(record):
-    return {key: value for key, value in record.items() if key not in MEASURED}
-
-
-def test_what_is_there_is_kept_and_what_is_damaged_or_new_is_made(config, tmp_path):
+def test_what_is_there_is_kept_and_what_is_damaged_or_new_is_made(config, tmp_path, capsys):
     run(config, tmp_path)
     records = read_manifest(tmp_path)
-    images = read_images(tmp_path)
-    damaged, removed, kept = (tmp_path / record["image"] for record in records[:3])
+    whole = [(tmp_path / record["image"]).read_bytes() for record in records]
+    damaged, removed, kept, torn, flipped = (tmp_path / record["image"] for record in records[:5])
     damaged.write_bytes(b"damaged")
     removed.unlink()
     time = kept.stat().st_mtime_ns
 
+    # Two lines of the manifest are not as they were written.
+    lines = (tmp_path / "manifest.jsonl").read_bytes().split(b"\n")
+    lines[3] = lines[3][:50] + b"\xff"
+    lines[4] = lines[4].replace(b'"seed": 0', b'"seed": 4')
+    (tmp_path / "manifest.jsonl").write_bytes(b"\n".join(lines))
+    capsys.readouterr()
+
     run(replace(config, lambdas=[0.25, 1.0], seeds=[0, 1]), tmp_path)
+    err = capsys.readouterr().err
+    assert "manifest.jsonl line 4 cannot be used" in err
+    assert "manifest.jsonl line 5 cannot be used (it is not what was written), and its" in err
     run(config, tmp_path)
     assert kept.stat().st_mtime_ns == time
     after = read_manifest(tmp_path)
     assert len(after) == 9 + 3 + 6
-    first = [one for one in after if one["lam"] != 0.25 and one["seed"] == 0]
-    assert [without_measures(one) for one in first] == [without_measures(one) for one in records]
-    images_after = read_images(tmp_path)
-    assert difference(images, {name: images_after[name] for name in images}) <= 1
+
+    # What was made again was so in its batch, to the same bytes.
+    again = [one for one in after if one["lam"] != 0.25 and one["seed"] == 0]
+    assert without_pace(again) == without_pace(records)
+    assert [(tmp_path / record["image"]).read_bytes() for record in again] == whole
+    assert torn.is_file() and flipped.is_file()
+
+
+def test_an_interrupted_run_ends_with_the_images_of_a_whole_one(config, tmp_path, monkeypatch):
+    config = replace(config, batch_size=2, seeds=[0, 1])
+    run(config, tmp_path / "whole")
+
+    # Interrupted in the middle of a batch, several times.
+    for images in (1, 4, 2, 7):
+        made = []
+
+        def save(*arguments, made=made, images=images):
+            if len(made) == images:
+                raise KeyboardInterrupt
+            made.append(save_image(*arguments))
+
+        monkeypatch.setattr("sample.sweep.save_image", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "stopped")
+    monkeypatch.undo()
+    run(config, tmp_path / "stopped")
+    records, of_whole = (read_manifest(tmp_path / name) for name in ("stopped", "whole"))
+    assert without_pace(records) == without_pace(of_whole)
+    for name in [record["image"] for record in records] + ["grid.png", ".batches.json"]:
+        assert (tmp_path / "stopped" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes()
+
+
+def test_a_plan_of_batches_that_cannot_be_kept_is_made_anew(config, tmp_path, capsys):
+    run(replace(config, prompts=PROMPTS[:2]), tmp_path)
+    plan = tmp_path / ".batches.json"
+    assert [len(batch) for batch in json.loads(plan.read_text())["batches"]] == [2]
+
+    # Batches of an earlier command that are too large now, and a damaged file.
+    run(replace(config, batch_size=1), tmp_path)
+    assert [len(batch) for batch in json.loads(plan.read_text())["batches"]] == [1]
+    plan.write_text("{torn")
+    run(config, tmp_path)
+    assert f"{plan} is written again" in capsys.readouterr().err
+    assert json.loads(plan.read_text())["batches"] == []
+
+
+def test_processes_have_a_batch_each(tmp_path):
+    wanted = [prompt_seed(text, seed) for text in ("a", "b", "c") for seed in range(2)]
+    plan(tmp_path, wanted, lambda one: True, limit=16, processes=4)
+    batches = batches_to_sample(tmp_path, wanted, lambda one: True)
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+
+
+def test_a_card_that_was_edited_after_sampling_is_noticed(tiny, config, tmp_path):
+    folder = tmp_path / "anchor"
+    shutil.copytree(tiny / "sd15-lora/anchor", folder)
+    config = replace(config, anchor=str(folder), lambdas=[0.0, 1.0], prompts=["a red fox"])
+    run(config, tmp_path / "run")
+    read_cards(read_samples([str(tmp_path / "run")]))
+
+    card = load_anchor(folder).card
+    write_card(folder, replace(card, base_model="elsewhere"), folder / LORA_FILE)
+    read_cards(read_samples([str(tmp_path / "run")]))
+    write_card(folder, replace(card, steps=7), folder / LORA_FILE)
+    message = f"the card of {folder} is another than when {tmp_path / 'run'} was sampled"
+    with pytest.raises(ValueError, match=message):
+        read_cards(read_samples([str(tmp_path / "run")]))
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path / "run")
 
 
 # Schedulers and anchors
@@ -418,6 +493,8 @@ def test_a_pickled_anchor_is_sampled_where_the_key_allows_it(tiny, config, tmp_p
     weights = load_file(file)
     file.unlink()
     torch.save(weights, file.with_suffix(".bin"))
+    card = load_anchor(tmp_path / "pickled", read_pickled_tensors=True).card
+    (tmp_path / "pickled/anchor.json").write_text(json.dumps(asdict(replace(card, **NO_DIGEST))))
     small = replace(config, lambdas=[1.0], prompts=["a red fox"])
     pickled = replace(small, anchor=str(tmp_path / "pickled"))
 

@@ -22,7 +22,7 @@ from deradiff.worlds import shapes
 from tests.support.processes import start
 from tests.support.train_runs import go
 from train.__main__ import main
-from train.config import DataConfig, FinetuneConfig, ModelConfig, TrainConfig
+from train.config import DataConfig, FinetuneConfig, ModelConfig, PanelConfig, TrainConfig
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -298,6 +298,11 @@ def settings_without_help(schema, prefix=""):
         elif not field.metadata.get("help"):
             found.append(f"{prefix}{field.name}")
     return found
+
+
+def test_a_panels_lambdas_are_numbers():
+    with pytest.raises(ValueError, match=r"panel.lambdas must be finite numbers, not nan"):
+        PanelConfig(lambdas=[0.0, float("nan")])
 
 
 def test_every_setting_has_a_help_text():
