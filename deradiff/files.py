@@ -6,6 +6,7 @@ import codecs
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError
+
+log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "worlds" / "assets"
 LFS_POINTER = b"version https://git-lfs"
@@ -175,6 +178,40 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_with_digest(path: Path, data: bytes) -> None:
+    """As `write_atomic`, with a digest in a hidden file beside it, for `is_as_written`.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    write_atomic(_digest_file(path), hashlib.sha256(data).hexdigest() + "\n")
+    write_atomic(path, data)
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file of `write_with_digest` is there, and is what was written.
+
+    The whole file is read. One that is damaged is named in the log and removed, so that it is made
+    again. One without a digest, of an earlier version, is taken as it is.
+    """
+    if not path.is_file():
+        return False
+    try:
+        stated = _digest_file(path).read_text().strip()
+    except FileNotFoundError:
+        return True
+    with open(path, "rb") as file:
+        is_same = hashlib.file_digest(file, "sha256").hexdigest() == stated
+    if not is_same:
+        log.warning("%s is not what was written, and is made again", path)
+        path.unlink(missing_ok=True)
+    return is_same
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
 
 
 def append_line(path: Path, line: str) -> None:

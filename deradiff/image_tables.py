@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from deradiff.files import write_atomic
+from deradiff.files import write_with_digest
 from deradiff.image_files import UnreadableImage, decode_image, read_image
 
 DATA_ADDRESS = re.compile(r"data:image/[a-z.+-]{1,20};base64,")
@@ -20,7 +20,7 @@ DATA_ADDRESS = re.compile(r"data:image/[a-z.+-]{1,20};base64,")
 
 
 def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
-    """Write a parquet file; a reader, or a crash, never finds a part of it.
+    """Write a parquet file and its digest; a reader, or a crash, never finds a part of it.
 
     Args:
         path: the file.
@@ -28,7 +28,7 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
     """
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
-    write_atomic(path, buffer.getvalue())
+    write_with_digest(path, buffer.getvalue())
 
 
 def write_pair_table(

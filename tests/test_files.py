@@ -16,12 +16,14 @@ from deradiff.files import (
     anchor_digest,
     append_line,
     claim,
+    is_as_written,
     locate,
     sealed,
     slug,
     sort_metadata,
     unsealed,
     write_atomic,
+    write_with_digest,
     writing,
 )
 
@@ -65,6 +67,19 @@ def test_a_disk_without_room_is_named_with_the_file(tmp_path):
         message = r"a.bin cannot be written \(No space left on device.*\): make room"
         with pytest.raises(OSError, match=message), writing(file):
             raise error
+
+
+def test_a_file_with_a_digest_is_as_written_or_removed(tmp_path, caplog):
+    file = tmp_path / "a.parquet"
+    assert not is_as_written(file)
+    write_with_digest(file, b"abc")
+    assert is_as_written(file)
+    file.write_bytes(b"abd")
+    assert not is_as_written(file)
+    assert not file.exists()
+    assert f"{file} is not what was written, and is made again" in caplog.text
+    (tmp_path / "older").touch()
+    assert is_as_written(tmp_path / "older")
 
 
 def test_a_line_stands_alone_also_behind_a_torn_one(tmp_path):

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from configs.checks import section
 from deradiff.data import synthetic_pairs
 from deradiff.data.pairs import CaptionedImages, Pairs
+from deradiff.data.part_files import Advance, PartFiles
 from deradiff.data.prompts import load_prompts
 from deradiff.data.reference_errors import RECORD
 from deradiff.files import nearest_folder, slug
@@ -154,12 +155,16 @@ def _draw_shapes(data: DataConfig, folder: Path) -> Path:
     code = _digest(Path(shapes.__file__).read_text())
     kind = "images" if data.source == "shapes_images" else f"pairs-{data.scorer_name}"
     path = folder / f"shapes-{kind}-{data.count}-{code}.parquet"
-    if path.is_file():
-        return path
-    if data.source == "shapes_images":
-        shapes.write_images(path, data.count, seed=IMAGES_SEED)
-    else:
-        shapes.write_pairs(path, data.count, seed=PAIRS_SEED, reward=data.scorer_weights)
+
+    def write(rows: range, file: Path, advance: Advance) -> None:
+        if data.source == "shapes_images":
+            shapes.write_images(file, data.count, seed=IMAGES_SEED)
+        else:
+            shapes.write_pairs(file, data.count, seed=PAIRS_SEED, reward=data.scorer_weights)
+
+    # One part: of several runs at once, one draws it.
+    whole = PartFiles(folder / ".lock", lambda number: path, rows=1, size=1)
+    whole.write_missing(write, "drawing", progress=False)
     return path
 
 

@@ -3,7 +3,8 @@
 A cache is a folder of safetensors files, its shards. The folder's name is a digest of all that the
 encodings depend on, so encodings are never read for other data or other encoders. A shard is
 written completely or not at all, so an interrupted build continues where it stopped. Ranks, and
-runs that build the same cache, share the work.
+runs that build the same cache, share the work. Each row has a checksum, which is checked whenever
+the row is read.
 
 Shapes: N examples of a shard, P images of an example (pairs: 2, the winner first), latents of C
 channels, H rows and W columns; R pixels of an image's side.
@@ -15,6 +16,7 @@ import functools
 import hashlib
 import logging
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,6 +61,9 @@ LATENTS = "latents"
 FLIPPED_LATENTS = "flipped"
 EMBEDDINGS = "texts"
 """The kinds of shards; their files are named `<kind>-<number>.safetensors`."""
+
+CHECKSUMS = ".crc32"
+"""How the name of a tensor ends that holds a checksum of each row of another."""
 
 Encode = Callable[[range, Advance], dict[str, Tensor]]
 """From numbers of examples, or of captions, to tensors with a row for each."""
@@ -179,6 +184,9 @@ class Cache:
         def write(rows: range, file: Path, advance: Advance) -> None:
             encoded = encode(rows, advance)
             tensors = {name: part.contiguous().cpu() for name, part in encoded.items()}
+            for name, part in list(tensors.items()):
+                checksums = [_checksum(value, file, row) for row, value in enumerate(part)]
+                tensors[name + CHECKSUMS] = torch.tensor(checksums)
             write_atomic(file, save(tensors))
 
         self._shards(kind, count).write_missing(
@@ -188,11 +196,11 @@ class Cache:
     def _skip_broken(self) -> None:
         """Skip the examples that the shards mark as broken."""
         for number in self._shards(LATENTS, len(self.data)).numbers:
-            broken = self._shard(LATENTS, number).get_tensor("broken")
-            for offset in broken.nonzero().flatten().tolist():
-                index = number * SHARD + offset
-                reason = f"row {self.data.rows[index]} of {self.data.path} has a broken image"
-                self.data.skip(index, reason)
+            start = number * SHARD
+            for index in range(start, min(start + SHARD, len(self.data))):
+                if self._row(LATENTS, index, "broken"):
+                    reason = f"row {self.data.rows[index]} of {self.data.path} has a broken image"
+                    self.data.skip(index, reason)
 
     def _encode_latents(
         self, pipe: Callable[[], Any], flip: bool, rows: range, advance: Advance
@@ -268,25 +276,27 @@ class Cache:
         Args:
             index: number of the example.
             flip: those of the mirrored images.
+
+        Raises:
+            ValueError: where they are not what was written.
         """
-        number, row = divmod(index, SHARD)
-        return self._shard(_latents_kind(flip), number).get_slice("latents")[row]
+        return self._row(_latents_kind(flip), index, "latents")
 
     def embeddings(self, captions: list[str]) -> dict[str, Tensor]:
         """The text embeddings of captions, as `Family.encode_prompts` gives them.
 
         Args:
             captions: of the data set, or "".
+
+        Raises:
+            ValueError: where they are not what was written.
         """
         numbers = [self._caption_numbers[caption] for caption in captions]
         embeddings = {}
         for name in self._embedding_names:
-            embeddings[name] = torch.stack([self._embedding(name, number) for number in numbers])
+            rows = [self._row(EMBEDDINGS, number, name) for number in numbers]
+            embeddings[name] = torch.stack(rows)
         return embeddings
-
-    def _embedding(self, name: str, caption_number: int) -> Tensor:
-        number, row = divmod(caption_number, SHARD)
-        return self._shard(EMBEDDINGS, number).get_slice(name)[row]
 
     @cached_property
     def _caption_numbers(self) -> dict[str, int]:
@@ -294,7 +304,31 @@ class Cache:
 
     @cached_property
     def _embedding_names(self) -> list[str]:
-        return list(self._shard(EMBEDDINGS, 0).keys())
+        names = self._shard(EMBEDDINGS, 0).keys()
+        return [name for name in names if not name.endswith(CHECKSUMS)]
+
+    def _row(self, kind: str, index: int, name: str) -> Tensor:
+        """One tensor of an example or a caption, checked against its checksum.
+
+        Raises:
+            ValueError: where it is not what was written. The shard is removed, so that the next
+                build makes it again.
+        """
+        number, row = divmod(index, SHARD)
+        file = self._file(kind, number)
+        try:
+            shard = self._shard(kind, number)
+            value = shard.get_slice(name)[row]
+            is_whole = int(shard.get_slice(name + CHECKSUMS)[row]) == _checksum(value, file, row)
+        except (SafetensorError, KeyError, IndexError, RuntimeError):
+            is_whole = False
+        if not is_whole:
+            file.unlink(missing_ok=True)
+            raise ValueError(
+                f"{file} is not what was written (row {row}, {name}), and has been removed: the "
+                "same command makes it again and goes on"
+            )
+        return value
 
     # Shards
 
@@ -313,6 +347,13 @@ class Cache:
     def _open_shards(self) -> dict[str, Any]:
         files = sorted(self.folder.glob("*.safetensors"))
         return {file.name: safe_open(file, "pt") for file in files}
+
+
+def _checksum(value: Tensor, file: Path, row: int) -> int:
+    """CRC-32 of one row of a tensor; a row of another place, shape or kind has another one."""
+    text = f"{file.parent.name}/{file.name}/{row}/{value.dtype}/{tuple(value.shape)}"
+    data = value.contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(memoryview(data), zlib.crc32(text.encode()))
 
 
 def _latents_kind(flip: bool) -> str:

@@ -120,8 +120,17 @@ class CaptionedImages:
 
         # What a run reads of these rows, and what names them.
         self.captions: list[str] = [captions[row] for row in self.rows]
-        rows_digest = hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]
-        self.fingerprint = f"{self.table.fingerprint}-{rows_digest}"
+        self.fingerprint = f"{self.table.fingerprint}-{self._digest()}"
+
+    def _digest(self) -> str:
+        """A digest of the rows that are used, and of what the small columns say of them.
+
+        A file may be changed and keep its size and time.
+        """
+        digest = hashlib.sha256(self.rows.tobytes())
+        for caption in self.captions:
+            digest.update(f"{len(caption)} {caption}".encode(errors="surrogatepass"))
+        return digest.hexdigest()[:16]
 
     def _columns(self) -> tuple[str, ...]:
         """The first of the column forms that the table has."""
@@ -294,6 +303,10 @@ class Pairs(CaptionedImages):
                 f"{self.path}: {name} of row {row} is {reprlib.repr(value)}, and the column has "
                 f"the values {found}: {MEANINGS[name]}"
             )
+
+    def _digest(self) -> str:
+        winners = hashlib.sha256(self.label[self.rows].tobytes()).hexdigest()[:8]
+        return f"{super()._digest()}-{winners}"
 
     def image_columns(self, index: int) -> Sequence[str]:
         """The columns of the winner and of the loser of an example."""

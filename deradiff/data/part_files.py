@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deradiff.files import is_as_written
 from deradiff.locks import Locks
 from deradiff.progress import progress_bar
 
@@ -49,7 +50,7 @@ class PartFiles:
         *,
         unit: str = "row",
         progress: bool = True,
-        is_complete: Callable[[Path], bool] = Path.is_file,
+        is_complete: Callable[[Path], bool] = is_as_written,
     ) -> None:
         """Write the parts that are missing; return when all are there, whoever wrote them.
 
@@ -71,6 +72,9 @@ class PartFiles:
                 if file.is_file():
                     bar.update(len(rows))
                 else:
+                    # Nobody else writes it now: what is aside was left by a kill.
+                    for left in file.parent.glob(f".{file.name}.*.part"):
+                        left.unlink(missing_ok=True)
                     write(rows, file, bar.update)
 
     def _rows_of(self, number: int) -> range:

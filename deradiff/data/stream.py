@@ -89,7 +89,7 @@ def _read_footer(address: str) -> Shard:
     return Shard(address, str(version), info["size"], groups, columns)
 
 
-def _read_small_columns(shard: Shard) -> pa.Table:
+def read_small_columns(shard: Shard) -> pa.Table:
     """The small columns of all rows of a file."""
     names = [name for name in SMALL_COLUMNS if name in shard.columns]
     with _opened(shard.address) as parquet:
@@ -142,7 +142,7 @@ class ParquetStream:
         # Footers and small columns of all files.
         self.shards = read_shards(addresses)
         with ThreadPoolExecutor(THREADS) as pool:
-            self._small = list(pool.map(_read_small_columns, self.shards))
+            self._small = list(pool.map(read_small_columns, self.shards))
         self.columns = list(self.shards[0].columns)
         self.size = sum(shard.size for shard in self.shards)
         lines = [f"{shard.address} {shard.version} {shard.size}\n" for shard in self.shards]

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import glob
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 
 from deradiff.data.sources import parquet_files
-from deradiff.data.stream import LARGE_COLUMNS, SMALL_COLUMNS, ParquetStream, read_shards
+from deradiff.data.stream import (
+    LARGE_COLUMNS,
+    SMALL_COLUMNS,
+    ParquetStream,
+    Shard,
+    read_shards,
+    read_small_columns,
+)
+
+log = logging.getLogger(__name__)
 
 PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
 """Of Pick-a-Pic: two images, and which of them is preferred."""
@@ -147,6 +160,34 @@ def _load(path: str, split: str, revision: str | None, files: list[str] | None) 
         return datasets.load_dataset("imagefolder", data_dir=folder, split=split)
     if files is None:
         return datasets.load_dataset(path, split=split, revision=revision)
-    if Path(files[0]).is_file():
-        files = [glob.escape(shard.address) for shard in read_shards(files)]
-    return datasets.load_dataset("parquet", data_files=files, split="train")
+    if not Path(files[0]).is_file():
+        return datasets.load_dataset("parquet", data_files=files, split="train")
+
+    # The copy in arrow's format is told apart by size and time, which a changed file may keep.
+    shards = read_shards(files)
+    files = [glob.escape(shard.address) for shard in shards]
+    table = datasets.load_dataset("parquet", data_files=files, split="train")
+    if not _has_small_columns_of(table, shards):
+        log.warning("%s has changed since it was copied, and is copied again", path)
+        mode = datasets.DownloadMode.FORCE_REDOWNLOAD
+        table = datasets.load_dataset(
+            "parquet", data_files=files, split="train", download_mode=mode
+        )
+    return table
+
+
+def _has_small_columns_of(table: datasets.Dataset, shards: Sequence[Shard]) -> bool:
+    """Whether a copy has the captions and labels of the files that it was made from."""
+    small = pa.concat_tables([read_small_columns(shard) for shard in shards])
+    for name in small.column_names:
+        copied = table.data.column(name)
+        if not _comparable(copied).equals(_comparable(small.column(name).cast(copied.type))):
+            return False
+    return True
+
+
+def _comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column in which every NaN, which equals nothing, is null."""
+    if not pa.types.is_floating(column.type):
+        return column
+    return pc.if_else(pc.is_nan(column), None, column)

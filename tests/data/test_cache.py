@@ -68,6 +68,47 @@ def test_an_incomplete_shard_is_made_again(tmp_path, pair_file, caplog):
     assert caplog.text.count("is incomplete") == 3
 
 
+def test_no_changed_byte_of_a_shard_is_trained_on(tmp_path, pair_file):
+    def built():
+        cache = Cache(tmp_path, "sd15", Pairs(str(pair_file)), resolution=64)
+        cache.build(lambda: tiny_pipeline("sd15"))
+        return cache
+
+    def content(cache):
+        parts = [cache.latents(index) for index in range(len(cache.data))]
+        parts += cache.embeddings(cache.captions).values()
+        return b"".join(part.contiguous().numpy().tobytes() for part in parts)
+
+    cache = built()
+    expected = content(cache)
+    for shard in sorted(cache.folder.glob("*.safetensors")):
+        whole = shard.read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little")
+        names = shard.name.encode()
+        for place in (header - 20, header + 1, len(whole) // 2, len(whole) - 1):
+            spoilt = bytearray(whole)
+            spoilt[place] ^= 4
+            shard.write_bytes(spoilt)
+            try:
+                assert content(built()) == expected, (names, place)
+            except ValueError as error:
+                assert f"{shard} is not what was written" in str(error)
+                assert not shard.exists()
+            built()
+            assert shard.read_bytes() == whole
+
+
+def test_a_shard_in_the_place_of_another_is_refused(tmp_path, pair_file):
+    cache = Cache(tmp_path, "sd15", Pairs(str(pair_file)), resolution=64, flip=True)
+    cache.build(lambda: tiny_pipeline("sd15"))
+    shard = next(cache.folder.glob("flipped-*"))
+    shard.write_bytes((cache.folder / shard.name.replace("flipped", "latents")).read_bytes())
+    again = Cache(tmp_path, "sd15", Pairs(str(pair_file)), resolution=64, flip=True)
+    again.build(lambda: tiny_pipeline("sd15"))
+    with pytest.raises(ValueError, match="is not what was written"):
+        again.latents(0, flip=True)
+
+
 def test_a_cache_holds_mirrored_images_where_they_are_asked_for(tmp_path, pair_file):
     pipe = tiny_pipeline("sd15")
     pairs = Pairs(str(pair_file))

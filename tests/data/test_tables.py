@@ -1,6 +1,7 @@
 """Tables of every kind, opened: what is read, and what is refused by name."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,20 @@ def test_a_folder_of_captioned_images(tmp_path):
     assert sorted(images.captions) == ["dark", "light"]
     (light,) = images.images(images.captions.index("light"))
     assert np.asarray(light).max() == 50
+
+
+@both_readers
+def test_labels_turned_round_under_the_same_size_and_time_are_noticed(tmp_path, streaming):
+    path = write_pairs(tmp_path / "a.parquet", label_0=[1.0, 0.0], caption=["a", None])
+    times = os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns
+    size = os.stat(path).st_size
+    first = Pairs(path, streaming=streaming)
+    write_pairs(tmp_path / "a.parquet", label_0=[0.0, 1.0], caption=["a", None])
+    os.utime(path, ns=times)
+    assert os.stat(path).st_size == size
+    second = Pairs(path, streaming=streaming)
+    assert first.fingerprint != second.fingerprint
+    assert [grey_value(pairs.images(0)[0]) for pairs in (first, second)] == [0, 100]
 
 
 @pytest.mark.parametrize("name", ["[v2] pairs", "a*b", "a?b", "{a,b}"])
