@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test test-all gpu check docs reproduce mixtures base
+.PHONY: help install demo test test-all test-faults gpu check docs reproduce mixtures base
 
 help:
 	@echo "make install    deradiff and what its tests need, into .venv"
@@ -11,6 +11,7 @@ help:
 	@echo "make test       install, then the default tests"
 	@echo "make test-all   the slow tests too"
 	@echo "make gpu        every check that needs a GPU, in eight minutes; it installs nothing"
+	@echo "make test-faults  kills, full disks and spoilt files by a seed, and what became of them"
 	@echo "make check      lint, format and types"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make reproduce  the paper's experiment on the shapes world: six betas from scratch"
@@ -44,6 +45,9 @@ test: install
 
 test-all: install
 	$(RUN) -m pytest -m "slow or not slow"
+
+test-faults: install
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 0 tests/faults
 
 # Without the network: the Python of .venv where there is one, else that of the machine.
 gpu:

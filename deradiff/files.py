@@ -67,6 +67,10 @@ def slug(text: str, limit: int = 80) -> str:
     return f"{safe or 'x'}-{digest}"
 
 
+class CannotWrite(OSError):
+    """A file cannot be written; the sentence names it."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Name the file where a disk is full, or a file cannot be written for another reason.
@@ -75,16 +79,18 @@ def writing(path: Path) -> Iterator[None]:
         path: what the block writes.
 
     Raises:
-        OSError: in one sentence, for what the system, safetensors or torch raise.
+        CannotWrite: in one sentence, for what the system, safetensors or torch raise.
     """
     try:
         yield
+    except CannotWrite:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
         is_of_torch = isinstance(error, RuntimeError)
         if is_of_torch and not any(sign in str(error) for sign in TORCH_CANNOT_WRITE):
             raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise OSError(
+        raise CannotWrite(
             f"{path} cannot be written ({reason}): make room, or give a folder that can be "
             "written, and the same command goes on"
         ) from error

@@ -352,8 +352,8 @@ class Cache:
 def _checksum(value: Tensor, file: Path, row: int) -> int:
     """CRC-32 of one row of a tensor; a row of another place, shape or kind has another one."""
     text = f"{file.parent.name}/{file.name}/{row}/{value.dtype}/{tuple(value.shape)}"
-    data = value.contiguous().flatten().view(torch.uint8).numpy()
-    return zlib.crc32(memoryview(data), zlib.crc32(text.encode()))
+    data: Any = value.contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(data, zlib.crc32(text.encode()))
 
 
 def _latents_kind(flip: bool) -> str:

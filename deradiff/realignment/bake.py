@@ -28,7 +28,15 @@ from deradiff.anchors.anchor import (
     write_card,
 )
 from deradiff.anchors.model_card import README
-from deradiff.files import anchor_digest, read_json, sealed, unsealed, write_atomic, writing
+from deradiff.files import (
+    anchor_digest,
+    read_json,
+    remove_parts,
+    sealed,
+    unsealed,
+    write_atomic,
+    writing,
+)
 from deradiff.locks import is_running
 from deradiff.method.lambdas import validated
 from deradiff.models.base_model import BaseModel
@@ -179,6 +187,7 @@ def _holds_bake(path: Path, origin: dict[str, Any]) -> bool:
     except ValueError as error:
         log.warning("%s, and is baked again", error)
         return False
+    remove_parts(path)
     return True
 
 

@@ -100,7 +100,8 @@ class Checkpoints:
                 save(part)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                self._complete(part, progress)
+                with writing(part):
+                    self._complete(part, progress)
         except OSError:
             # What did not fit makes room again.
             shutil.rmtree(part, ignore_errors=True)
