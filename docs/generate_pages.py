@@ -46,7 +46,11 @@ ROOMS = {
 lies in none."""
 
 NOT_LISTED = {"deradiff.__main__"}
-REPOSITORY_PAGES = {"RESULTS.md": "results.md", "CONTRIBUTING.md": "contributing.md"}
+REPOSITORY_PAGES = {
+    "RESULTS.md": "results.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 
 
 def public_modules(package: griffe.Module) -> Iterator[griffe.Module]:

@@ -167,12 +167,13 @@ def test_no_fault_is_lost(base_folder, tmp_path_factory, capfd):
             table[stage.name, kind.__name__, outcome] += 1
             if outcome == "lost":
                 lost.append(f"{stage.name} {number} {kind.__name__}: {why}")
+                with capfd.disabled():
+                    print(f"lost: {lost[-1]}", flush=True)
         # The next stage goes on where an undisturbed run of this one ended.
         shutil.rmtree(work)
         os.rename(done, work)
     with capfd.disabled():
-        print(text_of(table))
-        print(*lost, sep="\n")
+        print(text_of(table), flush=True)
     assert not lost, "\n".join(lost)
 
 
