@@ -41,10 +41,6 @@ def make_card(config: TrainConfig, base: BaseModel, device: str) -> AnchorCard:
         base: its base model.
         device: number and name of the devices.
     """
-    # What was installed, so that a result can be explained later.
-    versions = {library.__name__: library.__version__ for library in LIBRARIES}
-    versions["python"] = platform.python_version()
-
     return AnchorCard(
         base_model=base.source,
         base_revision=base.revision,
@@ -60,9 +56,15 @@ def make_card(config: TrainConfig, base: BaseModel, device: str) -> AnchorCard:
         reward=reward_of(config.data),
         seed=config.seed,
         git_commit=git_commit(),
-        versions=versions,
+        versions=versions(),
         device=device,
     )
+
+
+def versions() -> dict[str, str]:
+    """What is installed, so that a result can be explained later."""
+    found = {library.__name__: library.__version__ for library in LIBRARIES}
+    return found | {"python": platform.python_version()}
 
 
 def git_commit() -> str | None:

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +21,9 @@ from deradiff.models.base_model import BaseModel
 from deradiff.training import zero
 from deradiff.training.dpo import learning_rate
 from deradiff.training.loop import train
-from deradiff.training.objectives.base import AnchorObjective
+from deradiff.training.objectives.base import AnchorObjective, Objective
 from deradiff.training.options import TrainingOptions
+from deradiff.training.same_run import check_same, flattened, network_checksum
 from train import build, results
 from train.config import AUTO, TrainConfig
 from train.data import make_data
@@ -45,6 +46,18 @@ COSMETIC = (  # keys that a resumed run may change
     "data.max_broken",
     "dpo.reference_errors",
 )
+OF_A_MACHINE = (  # keys that ranks on other machines may have other values of
+    "runs",
+    "tracking",
+    "hub",
+    "panel",
+    "cpu",
+    "data.path",
+    "data.workers",
+    "model.base",
+    "model.clip",
+    "model.vae",
+)
 PATIENCE = timedelta(hours=24)  # ranks wait while one labels pairs or writes the last of a cache
 
 
@@ -60,9 +73,11 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     if config.data.dry_run:
         return dry_run(config, base)
     accelerator = _accelerator(config)
+    check_same(_start(config), accelerator)
     config.optim.shares(accelerator.num_processes)
     check_auto(config, accelerator)
     data = make_data(config, base, accelerator)
+    check_same({"the digest of the data's rows": data.rows_digest}, accelerator)
     with run_lock(run_dir, accelerator.is_main_process):
         return _run_alone(config, base, data, run_dir, accelerator)
 
@@ -110,6 +125,7 @@ def _train(
     if config.spec.makes_anchor and base is not None:
         card = results.make_card(config, base, _device_name(accelerator))
     objective = build.make_objective(build.RunParts(config, base, data, accelerator, card))
+    _check_weights(objective, accelerator)
     anchor = cast(AnchorObjective, objective) if card is not None else None
 
     # How it is trained.
@@ -161,6 +177,30 @@ def _next_command(config: TrainConfig, folder: Path) -> str:
     if not config.spec.makes_anchor:
         return ""
     return f"; next: {shlex.join(['python', '-m', 'sample', f'anchor={folder}'])}"
+
+
+def _start(config: TrainConfig) -> dict[str, Any]:
+    """What all ranks have to start with: the config, the code and the packages."""
+    facts: dict[str, Any] = {}
+    for key, value in flattened(asdict(config)).items():
+        names = (key, key.partition(".")[0])
+        if not any(name in OF_A_MACHINE for name in names):
+            facts[key] = value
+    facts["the commit of deradiff"] = results.git_commit()
+    for name, version in results.versions().items():
+        facts[f"the version of {name}"] = version
+    return facts
+
+
+def _check_weights(objective: Objective, accelerator: Accelerator) -> None:
+    """Raise ValueError where ranks have loaded different networks; collective."""
+    if accelerator.num_processes == 1:
+        return
+    facts = {"the checksum of the network": network_checksum(objective.network)}
+    for number, network in enumerate(objective.frozen, start=1):
+        name = f"the checksum of frozen network {number} ({type(network).__name__})"
+        facts[name] = network_checksum(network)
+    check_same(facts, accelerator)
 
 
 def _changeable(config: TrainConfig) -> tuple[str, ...]:

@@ -83,6 +83,8 @@ class CaptionedImages:
         captions: of the N examples.
         missing_captions: number of rows without a caption; they are not usable.
         fingerprint: a digest of the table's content and of the rows that are used.
+        rows_digest: of the rows that are used and what the small columns say of them; it is the
+            same on every machine that has a copy of the table.
         broken: skipped examples, with the reason.
 
     Raises:
@@ -120,7 +122,8 @@ class CaptionedImages:
 
         # What a run reads of these rows, and what names them.
         self.captions: list[str] = [captions[row] for row in self.rows]
-        self.fingerprint = f"{self.table.fingerprint}-{self._digest()}"
+        self.rows_digest = self._digest()
+        self.fingerprint = f"{self.table.fingerprint}-{self.rows_digest}"
 
     def _digest(self) -> str:
         """A digest of the rows that are used, and of what the small columns say of them.

@@ -18,6 +18,7 @@ from deradiff.training.objectives.base import Batch, Objective
 from deradiff.training.optimizers import learning_rate_at, set_learning_rate
 from deradiff.training.options import TrainingOptions
 from deradiff.training.preemption import Listening, Preempted
+from deradiff.training.same_run import check_same, weights_checksum
 from deradiff.training.sharding import TrainedNetwork
 from deradiff.training.shares import Shares
 from deradiff.training.step_flags import Exchange
@@ -75,7 +76,7 @@ def train(
     objective.network.to(accelerator.device).train()
     trained = TrainedNetwork(objective, options, accelerator)
     checkpoints = Checkpoints(run_dir, options.keep_last, options.keep_best)
-    progress = checkpoints.resume(trained.load)
+    progress = _resume(checkpoints, trained)
     batches = iter(loader(objective, examples, options, shares, progress.step, accelerator))
 
     # What the run reports. The time of a run goes on where it was interrupted.
@@ -134,6 +135,24 @@ def train(
     report.close()
     accelerator.wait_for_everyone()
     trained.finish()
+    return progress
+
+
+def _resume(checkpoints: Checkpoints, trained: TrainedNetwork) -> Progress:
+    """Go on from the newest checkpoint, or begin; collective.
+
+    Raises:
+        ValueError: where ranks go on from different checkpoints.
+    """
+    progress = checkpoints.resume(trained.load)
+    facts = {"the step of the newest checkpoint": progress.step}
+    if trained.accelerator.num_processes > 1 and not trained.sharded:
+        facts["the checksum of the weights there"] = weights_checksum(trained.weights)
+    check_same(
+        facts,
+        trained.accelerator,
+        "give all machines one disk for the runs, or copy rank 0's run directory to them",
+    )
     return progress
 
 
