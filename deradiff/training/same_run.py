@@ -79,7 +79,7 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> int:
     for name, tensor in sorted(weights.items()):
         checksum = zlib.crc32(name.encode(), checksum)
         flat = tensor.detach().cpu().contiguous().flatten()
-        checksum = zlib.crc32(flat.view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(flat.view(torch.uint8).numpy().data, checksum)
     return checksum
 
 
