@@ -260,6 +260,13 @@ def test_a_folder_of_an_anchor_that_was_trained_anew_is_refused(
     run(config, tmp_path / "run")
     weights = (anchor / LORA).read_bytes()
     (anchor / LORA).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ValueError, match="are not those that its card"):
+        run(config, tmp_path / "run")
+
+    # Its card is that of the new weights.
+    card = json.loads((anchor / "anchor.json").read_text())
+    card = {key: value for key, value in card.items() if "digest" not in key}
+    (anchor / "anchor.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match="anchor_sha256"):
         run(config, tmp_path / "run")
 

@@ -1,7 +1,6 @@
 """What a finished run leaves: an anchor for stock diffusers, panels, a README, an upload."""
 
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -216,7 +215,7 @@ def test_a_tracker_that_does_not_start_does_not_stop_the_run(train_config, monke
         raise RuntimeError("no such project")
 
     wandb = SimpleNamespace(login=lambda **_: False, init=refuse, Settings=lambda **_: None)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("configs.wandb_tracker.wandb", wandb)
     assert go(replace(train_config, steps=1, tracking=TrackingConfig(kind="wandb"))).is_dir()
     message = "the tracker wandb did not start (no such project); going on without it"
     assert message in capsys.readouterr().err
@@ -251,7 +250,7 @@ def test_a_tracker_that_fails_or_hangs_at_its_end_does_not_end_or_hold_a_run(
     )
     monkeypatch.setattr("configs.wandb_tracker.wandb", wandb)
     monkeypatch.setattr("configs.wandb_tracker.FINISH_SECONDS", 0.1)
-    monkeypatch.setattr("configs.tracking.ABANDONED", [])
+    monkeypatch.setattr("configs.wandb_tracker.ABANDONED", [])
     tracked = replace(train_config, steps=1, tracking=TrackingConfig(kind="wandb"))
     assert go(tracked).is_dir()
     assert "train: the tracker failed at its end (the network is gone)" in capsys.readouterr().err

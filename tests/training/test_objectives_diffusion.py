@@ -27,18 +27,23 @@ def first_loss(objective, data):
     return loss.item()
 
 
+ROUNDING = 5e-5
+"""By so much a loss at beta 500 is off, where single precision rounds the errors otherwise."""
+
+
 @pytest.mark.parametrize(("family", "method"), sparse_product([*FAMILIES], ["lora", "full"]))
 def test_dpo_starts_at_ln_two_and_its_reference_stays(family, method, pairs):
     _, objective = make(family, method)
     batch = objective.collate(items(pairs))
     loss, terms = objective.loss(objective.network, batch)
-    assert loss.item() == pytest.approx(math.log(2))
-    assert torch.equal(terms["implicit_accuracy"], torch.full((4,), 0.5))
+    # Where gradients are wanted, torch may take sums in another order than where they are not.
+    assert loss.item() == pytest.approx(math.log(2), abs=ROUNDING)
+    assert terms["margin"].abs().max() < 4 * ROUNDING
 
     # After a step the loss has moved, and the reference is still the stock network.
     disturb(objective, method)
     loss, terms = objective.loss(objective.network, batch)
-    assert abs(loss.item() - math.log(2)) > 1e-4
+    assert abs(loss.item() - math.log(2)) > 2 * ROUNDING
     assert (terms["model_mse"] != terms["reference_mse"]).all()
     assert loss.item() == pytest.approx(terms["loss"].mean().item())
     noisy = torch.randn(2, 4, *objective.latent_shape)
@@ -48,7 +53,7 @@ def test_dpo_starts_at_ln_two_and_its_reference_stays(family, method, pairs):
     stock = tiny_pipeline(family)
     network = getattr(stock, family_of(stock).denoiser)
     of_stock = objective.predict(network, noisy, batch["timesteps"], conditioning)
-    assert torch.equal(of_reference, of_stock)
+    torch.testing.assert_close(of_reference, of_stock, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", EVERY_KIND)
