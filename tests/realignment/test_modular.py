@@ -6,6 +6,7 @@ Chains are compared with chains that are mixed by hand, evaluation by evaluation
 import pytest
 import torch
 from diffusers import AdaptiveProjectedGuidance, EulerDiscreteScheduler
+from PIL import Image
 
 from deradiff.anchors.anchor import AnchorCard, save_anchor
 from deradiff.method.branches import ByBranch
@@ -203,3 +204,31 @@ def test_models_draw_the_same_random_numbers(sdxl, tmp_path):
         assert torch.equal(torch.rand(3), expected_next)
         assert dial.path_kl.tolist() == [0]
     torch.testing.assert_close(images.images, expected.images, rtol=0, atol=1e-5)
+
+
+def from_image(name):
+    """(name of the blocks); one of them is quick."""
+    return pytest.param(name, marks=[] if name == "sdxl" else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", map(from_image, BLOCKS))
+def test_a_chain_that_begins_at_an_image_is_mixed_as_by_hand(name, tmp_path):
+    """Image to image, or images as a condition, whichever the blocks do with one."""
+    pipe = tiny_modular(name)
+    options = {"image": Image.new("RGB", (64, 64), "orange")}
+    if "strength" in {parameter.name for parameter in pipe.blocks.inputs}:
+        options["strength"] = 0.8
+    reference = sample(pipe, steps=4, **options)
+    part = denoiser_name(pipe)
+    anchor = perturbed_denoiser(getattr(pipe, part))
+    anchor.save_pretrained(tmp_path / part)
+
+    with realign(pipe, tmp_path, 0) as dial:
+        assert torch.equal(sample(pipe, steps=4, **options), reference)
+        dial.lam = LAM
+        mixed = sample(pipe, steps=4, **options)
+        assert dial.path_kl > 0
+    with ByHand(pipe, anchor.state_dict(), (LAM, LAM)).installed():
+        expected = sample(pipe, steps=4, **options)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
+    assert (mixed - reference).abs().max() > 1e-3
