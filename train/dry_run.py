@@ -14,6 +14,7 @@ from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
 from deradiff.models.base_model import BaseModel
+from train.batch_size import device_memory, sizes_that_may_fit, with_batch_size
 from train.config import AUTO, TrainConfig
 from train.data import (
     cache_need,
@@ -24,7 +25,6 @@ from train.data import (
     row_counts,
 )
 from train.estimate import device_overhead, encoding_memory, estimate
-from train.memory import device_memory, sizes_that_may_fit, with_batch_size
 
 EXAMPLES = 3  # in the sheet
 SIDE = 256  # pixels of an image in the sheet

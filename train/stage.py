@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from configs.tracking import tracker
 from deradiff.data.pairs import CaptionedImages, Examples
@@ -25,10 +25,10 @@ from deradiff.training.objectives.base import AnchorObjective, Objective
 from deradiff.training.options import TrainingOptions
 from deradiff.training.same_run import check_same, flattened, network_checksum
 from train import build, results
+from train.batch_size import check_auto, choose_batch_size, with_batch_size
 from train.config import AUTO, TrainConfig
 from train.data import make_data
 from train.dry_run import dry_run
-from train.memory import check_auto, choose_batch_size, with_batch_size
 from train.panels import Panels
 
 COSMETIC = (  # keys that a resumed run may change
@@ -94,8 +94,9 @@ def _run_alone(
     if accelerator.is_main_process:
         claim(run_dir, asdict(config), _changeable(config))
 
-    # A finished run is only uploaded, where that has not happened yet.
-    folder = results.finished(config, run_dir)
+    # A finished run is only uploaded, where that has not happened yet. Rank 0 has the results, on a
+    # disk that others may not see.
+    (folder,) = broadcast_object_list([results.finished(config, run_dir)])
     if folder is not None:
         accelerator.print(
             f"train: {run_dir} is finished: see {folder}{_next_command(config, folder)}; another "

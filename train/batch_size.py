@@ -1,4 +1,4 @@
-"""The memory of a run on one device, and the batch size that fits into it."""
+"""`optim.batch_size=auto`: the batch size that fits into a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.config import AUTO, TrainConfig
 from train.estimate import device_overhead, step_requirements
 
 CHOSEN = "batch_size.json"
-CPU_SHARE = 0.5  # of the free memory, since the estimate is a lower bound and nothing is tried
+CPU_SHARE = 0.5  # of the free memory, since nothing is tried and others need some of it
 
 
 def with_batch_size(config: TrainConfig, size: int) -> TrainConfig:

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 
 from deradiff.worlds import shapes
 from tests.support.train_runs import go
-from train import memory
+from train import batch_size
 from train.build import base_model
 from train.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from train.estimate import step_requirements
@@ -36,7 +36,7 @@ def test_on_a_cpu_it_follows_from_the_estimate_and_stays_with_the_run(auto, caps
 
     # The run goes on with less memory.
     (folder.parent / "finished.json").unlink()
-    monkeypatch.setattr(memory, "device_memory", lambda device: 1.0)
+    monkeypatch.setattr(batch_size, "device_memory", lambda device: 1.0)
     go(auto)
     assert "batches of 4 pairs, as this run has begun" in capsys.readouterr().out
     other = go(replace(auto, name="other"))
@@ -47,10 +47,10 @@ def test_the_estimate_grows_with_the_batch(auto):
     base = base_model(auto)
     memories = []
     for size in (1, 2, 4):
-        memories.append(step_requirements(memory.with_batch_size(auto, size), base).memory)
+        memories.append(step_requirements(batch_size.with_batch_size(auto, size), base).memory)
     assert memories[0] < memories[1] < memories[2]
-    assert memory.sizes_that_may_fit(auto, base, 1, 1.01 * memories[1]) == [2, 1]
-    assert memory.sizes_that_may_fit(auto, base, 1, 1.01 * memories[0]) == [1]
+    assert batch_size.sizes_that_may_fit(auto, base, 1, 1.01 * memories[1]) == [2, 1]
+    assert batch_size.sizes_that_may_fit(auto, base, 1, 1.01 * memories[0]) == [1]
 
 
 def test_a_device_with_an_allocator_is_tried(auto, monkeypatch, capsys):
@@ -60,14 +60,14 @@ def test_a_device_with_an_allocator_is_tried(auto, monkeypatch, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
     device = SimpleNamespace(type="cuda")
-    monkeypatch.setattr(memory, "attempt", attempt)
-    monkeypatch.setattr(memory, "device_memory", lambda device: 1e12)
-    monkeypatch.setattr(memory, "_agreed", lambda number, accelerator: number)
+    monkeypatch.setattr(batch_size, "attempt", attempt)
+    monkeypatch.setattr(batch_size, "device_memory", lambda device: 1e12)
+    monkeypatch.setattr(batch_size, "_agreed", lambda number, accelerator: number)
     accelerator = SimpleNamespace(
         device=device, num_processes=1, is_main_process=False, print=print
     )
     network = torch.nn.Linear(2, 2)
-    choose = partial(memory.choose_batch_size, auto, base_model(auto))
+    choose = partial(batch_size.choose_batch_size, auto, base_model(auto))
     objective = SimpleNamespace(network=network)
     assert choose(objective, None, Path(auto.runs), accelerator) == 2
     assert "batches of 2 pairs, the most that fit, of 4 at most" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_a_device_with_an_allocator_is_tried(auto, monkeypatch, capsys):
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_a_network_in_shards_is_refused(auto, kind):
     with pytest.raises(ValueError, match=r"optim\.batch_size=auto tries the whole network"):
-        memory.check_auto(auto, SimpleNamespace(distributed_type=kind))
+        batch_size.check_auto(auto, SimpleNamespace(distributed_type=kind))
 
 
 def test_what_is_no_batch_size_is_refused():
