@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deradiff.data.reference_errors import RECORD
 from deradiff.files import nearest_folder, slug
 from deradiff.models.base_model import BaseModel
 from deradiff.models.requirements import cache_bytes
-from deradiff.scorers import load_scorer
+from deradiff.scorers import ScorerSpec, check_prompts, load_scorer
 from deradiff.scorers.weighted_sum import WeightedSum
 from deradiff.worlds import shapes
 from train.build import DTYPES, frozen_dtype
@@ -180,6 +181,7 @@ def _sample_images(
     resolution = config.model.resolution
     with section("data"):
         prompts = [prompt.text for prompt in load_prompts(str(data.prompts))]
+    _check_captions(data, prompts)
     sampler = BaseModel(data.pipeline) if data.pipeline else base
     assert sampler is not None
 
@@ -222,6 +224,8 @@ def _label_pairs(
     accelerator: Accelerator,
 ) -> Path:
     """Pairs of images, the winner chosen by the scorer."""
+    _check_captions(data, images.captions)
+
     # Other versions of a scorer score otherwise, so the version is a part of the folder's name.
     device = str(accelerator.device)
     if isinstance(data.scorer, dict):
@@ -234,6 +238,12 @@ def _label_pairs(
     path = folder / f"{name}-pairs-{data.scorer_name}-{len(pairs)}-{_digest(key)}"
     synthetic_pairs.write_scored_pairs(path, images, pairs, load, data.temperature)
     return path
+
+
+def _check_captions(data: DataConfig, captions: Iterable[str]) -> None:
+    """Raises ValueError where a scorer cannot judge by the captions, before there are images."""
+    for name in data.scorer_weights:
+        check_prompts(ScorerSpec(name, data.scorer_checkpoint), captions)
 
 
 def _digest(text: str) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from deradiff.files import write_atomic
 from deradiff.image_files import read_image
 from deradiff.progress import progress_bar
-from deradiff.scorers import load_spec
+from deradiff.scorers import check_prompts, load_spec
 from deradiff.scorers.base import Scorer
 from deradiff.scorers.cache import ScoreCache, ScoreKey, score_key
 from deradiff.scorers.spec import ScorerSpec
@@ -48,8 +48,11 @@ def score_images(
         `version`, `scale`, `preprocessing`, `score`. Processes other than the main one get None.
 
     Raises:
-        ValueError: for a score that is not a finite number.
+        ValueError: for a prompt that a scorer cannot judge by, before an image is scored; for a
+            score that is not a finite number.
     """
+    for spec in scorers.values():
+        check_prompts(spec, samples["prompt"])
     state = process_state()
     rows = samples.drop(columns="file").assign(key=_keys(samples))
     tables = []

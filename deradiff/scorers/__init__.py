@@ -6,6 +6,7 @@ name or files is found before a weight is read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from deradiff.scorers.registry import SCORERS, entry_of, module_of
@@ -14,7 +15,15 @@ from deradiff.scorers.spec import ScorerSpec
 if TYPE_CHECKING:  # it imports torch
     from deradiff.scorers.base import Scorer
 
-__all__ = ["SCORERS", "ScorerSpec", "check_scorer", "check_spec", "load_scorer", "load_spec"]
+__all__ = [
+    "SCORERS",
+    "ScorerSpec",
+    "check_prompts",
+    "check_scorer",
+    "check_spec",
+    "load_scorer",
+    "load_spec",
+]
 
 
 def check_spec(spec: ScorerSpec) -> None:
@@ -25,6 +34,21 @@ def check_spec(spec: ScorerSpec) -> None:
     not run.
     """
     module_of(entry_of(spec)).check(spec)
+
+
+def check_prompts(spec: ScorerSpec, prompts: Iterable[str]) -> None:
+    """Refuse prompts for which a scorer has no score, before an image is read.
+
+    Args:
+        spec: which scorer.
+        prompts: to judge by.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    entry = entry_of(spec)
+    if entry.reads_scene:
+        module_of(entry).check_prompts(spec, prompts)
 
 
 def load_spec(spec: ScorerSpec, device: str = "cpu") -> Scorer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +11,7 @@ from torch import Tensor
 from deradiff.scorers.base import BatchedScorer, digest
 from deradiff.scorers.spec import ScorerSpec
 from deradiff.worlds.rewards import REWARDS
+from deradiff.worlds.shapes import scene_of
 
 
 class FormulaScorer(BatchedScorer):
@@ -37,6 +38,19 @@ class FormulaScorer(BatchedScorer):
 
 def check(spec: ScorerSpec) -> None:
     """A formula has no file that could be missing."""
+
+
+def check_prompts(spec: ScorerSpec, prompts: Iterable[str]) -> None:
+    """Raises ValueError for a prompt that is no caption of the shapes world."""
+    for prompt in dict.fromkeys(prompts):
+        try:
+            scene_of(prompt)
+        except ValueError as error:
+            raise ValueError(
+                f"the scorer {spec.name} judges by captions of the shapes world, and {error}: in "
+                f"place of {spec.name}, name colourful, a formula for images of any kind, or "
+                "pickscore, a network from the hub"
+            ) from None
 
 
 def load(spec: ScorerSpec, device: str) -> FormulaScorer:

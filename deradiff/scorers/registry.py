@@ -22,11 +22,14 @@ class ScorerEntry:
         module: where its `check(spec)` and `load(spec, device)` are.
         settings: the fields of a `ScorerSpec` that it has beside its name.
         is_formula: it is a formula, and not a network.
+        reads_scene: it judges by the scene that a caption of the shapes world names, and so has no
+            score for other prompts.
     """
 
     module: str
     settings: tuple[str, ...] = ()
     is_formula: bool = False
+    reads_scene: bool = False
 
 
 CLIP_SETTINGS = ("checkpoint", "tokenizer", "model_config")
@@ -39,7 +42,7 @@ SCORERS: dict[str, ScorerEntry] = {
     **dict.fromkeys(PUBLISHED_CLIPS, CLIP_ENTRY),
     "aesthetic": ScorerEntry("deradiff.scorers.aesthetic", (*CLIP_SETTINGS, "head")),
     "imagereward": ScorerEntry("deradiff.scorers.imagereward", ("checkpoint", "tokenizer")),
-    "vivid": FORMULA_ENTRY,
+    "vivid": ScorerEntry("deradiff.scorers.formulas", is_formula=True, reads_scene=True),
     "crisp": FORMULA_ENTRY,
     "colourful": FORMULA_ENTRY,
 }

@@ -103,9 +103,7 @@ def scene_of(caption: str) -> Scene:
         return SCENES[CAPTIONS.index(caption)]
     except ValueError:
         raise ValueError(
-            f"{caption[:80]!r} is no caption of the shapes world, which vivid and crisp judge by "
-            f"(one is {CAPTIONS[0]!r}): remove vivid and crisp from the scorers, or use captions "
-            "of this world as prompts"
+            f"{caption[:80]!r} is no caption of the shapes world (one is {CAPTIONS[0]!r})"
         ) from None
 
 

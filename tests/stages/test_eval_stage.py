@@ -349,6 +349,16 @@ def test_the_rest_is_refused_in_a_sentence(tmp_path, counting_scorer):
         evaluate(tmp_path, [twins[0]], name="mine")
 
 
+def test_a_prompt_that_a_scorer_cannot_judge_by_is_refused_before_an_image_is_scored(tmp_path):
+    path = write_run(tmp_path, 2000, prompt="a fox")
+    with pytest.raises(ValueError, match=r"vivid judges .*'a fox' is no caption.* name colourful"):
+        evaluate(tmp_path, [path], "crisp", "vivid")
+    assert not list((tmp_path / "cache").rglob("*")), "nothing was scored"
+
+    # What the sentence says works
+    assert evaluate(tmp_path, [path], "crisp", "colourful").is_dir()
+
+
 def test_a_score_that_is_no_number_is_refused(tmp_path, monkeypatch, counting_scorer):
     monkeypatch.setattr(
         Colourful,

@@ -129,6 +129,17 @@ def test_from_prompts_to_an_anchor(train_config, tmp_path):
     assert len(sampled) == 1
 
 
+def test_captions_that_a_scorer_cannot_judge_by_are_refused_before_images_are_sampled(
+    train_config, tmp_path
+):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox in the snow\n")
+    data = DataConfig(source="sampled_pairs", prompts=str(prompts), count=2, scorer="vivid")
+    with pytest.raises(ValueError, match="'a red fox in the snow' is no caption of the shapes"):
+        go(replace(train_config, data=data))
+    assert not list((tmp_path / "data").glob("sampled-*"))
+
+
 def test_a_streamed_run_ends_as_one_from_disk(table):
     weights = []
     for streaming in (False, True):
