@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from benchmarks.judge import train_judge, verdicts
+from deradiff.assets import ASSETS
 from deradiff.data.pairs import image_tensor
-from deradiff.files import ASSETS, write_atomic
+from deradiff.files import write_atomic
 from deradiff.models.base_model import BaseModel
 from deradiff.scorers import load_scorer
 from deradiff.worlds import shapes

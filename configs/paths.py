@@ -11,8 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from configs.keys import LIKENESS
+from deradiff.assets import locate
 from deradiff.data.published_prompts import PROMPT_SETS, SHAPES
-from deradiff.files import locate
 from deradiff.hub import is_hub_id
 
 ANCHOR = "anchor"

@@ -22,7 +22,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 
-from deradiff.files import read_json
+from deradiff.text_files import read_json
 
 TIMEOUT = 10.0
 """Seconds that the hub has to answer in."""

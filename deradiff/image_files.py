@@ -8,12 +8,13 @@ bytes and pixels, or it is refused.
 from __future__ import annotations
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from deradiff.files import LFS_POINTER
+from deradiff.text_files import LFS_POINTER
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What may be opened, in Pillow's names."""
@@ -34,6 +35,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright, by its orientation in EXIF."""
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
 
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of grey values of more than 8 bits."""
@@ -96,6 +99,28 @@ def decode_image(encoded: bytes) -> Image.Image:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UnreadableImage(reason or type(error).__name__) from error
+
+
+def is_whole_png(file: Path) -> bool:
+    """Whether a file is a PNG whose every part is as it was written, by the checksums in it."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return False
+    if not data.startswith(PNG_START):
+        return False
+
+    # Parts: length, name, content, and a checksum of name and content. IEND is the last one.
+    start = len(PNG_START)
+    while len(data) >= start + 12:
+        end = start + 8 + int.from_bytes(data[start : start + 4])
+        name = data[start + 4 : start + 8]
+        if int.from_bytes(data[end : end + 4]) != zlib.crc32(data[start + 4 : end]):
+            return False
+        start = end + 4
+        if name == b"IEND":
+            return start == len(data)
+    return False
 
 
 def _check_bytes(count: int) -> None:

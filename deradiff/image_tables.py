@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from deradiff.files import write_with_digest
+from deradiff.digests import write_with_digest
 from deradiff.image_files import UnreadableImage, decode_image, read_image
 
 DATA_ADDRESS = re.compile(r"data:image/[a-z.+-]{1,20};base64,")

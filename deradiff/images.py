@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
-
-PNG_START = b"\x89PNG\r\n\x1a\n"
 
 LABEL_WIDTH = 190
 """Pixels of the column of labels."""
@@ -68,28 +64,6 @@ def labelled_grid(
             box = (left, top, left + width - 1, top + height - 1)
             draw.rectangle(box, outline="#cccccc")
     return sheet
-
-
-def is_whole_png(file: Path) -> bool:
-    """Whether a file is a PNG whose every part is as it was written, by the checksums in it."""
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError:
-        return False
-    if not data.startswith(PNG_START):
-        return False
-
-    # Parts: length, name, content, and a checksum of name and content. IEND is the last one.
-    start = len(PNG_START)
-    while len(data) >= start + 12:
-        end = start + 8 + int.from_bytes(data[start : start + 4])
-        name = data[start + 4 : start + 8]
-        if int.from_bytes(data[end : end + 4]) != zlib.crc32(data[start + 4 : end]):
-            return False
-        start = end + 4
-        if name == b"IEND":
-            return start == len(data)
-    return False
 
 
 def _fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:

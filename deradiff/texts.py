@@ -15,6 +15,15 @@ HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 PLAIN_YAML = re.compile(r"[A-Za-z][\w-]*(?:[./ ][\w-]+)*")
 
 
+def is_encodable(text: str) -> bool:
+    """Whether a text is whole: JSON and a shell can write half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(text: str) -> str:
     """A text for the terminal: what would move the cursor or hide text is written as its code.
 

@@ -19,8 +19,9 @@ from deradiff.evaluation.manifest import read_cards
 from deradiff.evaluation.pairing import Pairs, pair_up
 from deradiff.evaluation.results import REPORT
 from deradiff.evaluation.scoring import process_state, score_images, write_scores
-from deradiff.files import claim, slug
+from deradiff.files import slug
 from deradiff.locks import run_lock
+from deradiff.run_directories import claim
 from deradiff.scorers import ScorerSpec, check_spec
 from eval.config import EvalConfig
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deradiff.data.prompts import Prompt
-from deradiff.files import sealed, unsealed, write_atomic
+from deradiff.digests import sealed, unsealed
+from deradiff.files import write_atomic
 from sample.sampling import PromptSeed
 
 FILE = ".batches.json"

@@ -24,7 +24,7 @@ from configs.paths import (
 )
 from configs.settings import setting
 from configs.tracking import TrackingConfig
-from deradiff.files import read_json, slug
+from deradiff.files import slug
 from deradiff.method.samplers import SAMPLERS
 from deradiff.models.families import FAMILIES
 from deradiff.models.family import SamplingDefaults
@@ -38,6 +38,7 @@ from deradiff.realignment.registry import (
     modes_with,
     unsupported_option,
 )
+from deradiff.text_files import read_json
 
 ROUNDING = 1e-9
 DTYPES = ("float32", "float16", "bfloat16")

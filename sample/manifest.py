@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deradiff.files import append_line, sealed, unsealed, write_atomic
+from deradiff.digests import sealed, unsealed
+from deradiff.files import append_line, write_atomic
 
 Record = dict[str, Any]
 

@@ -16,7 +16,8 @@ from accelerate import PartialState
 from configs.tracking import Tracker, tracker
 from deradiff.anchors.anchor import Anchor, cards_digest
 from deradiff.data.prompts import Prompt
-from deradiff.files import anchor_digest, claim, slug, write_atomic
+from deradiff.digests import anchor_digest
+from deradiff.files import slug, write_atomic
 from deradiff.image_files import read_image
 from deradiff.image_tables import encode_png
 from deradiff.images import labelled_grid
@@ -24,6 +25,7 @@ from deradiff.models.base_model import BaseModel
 from deradiff.progress import progress_bar
 from deradiff.realignment.dial import BeyondAnchorWarning, NegativeLambdaWarning
 from deradiff.realignment.resampling import GuidedParticlesWarning
+from deradiff.run_directories import claim
 from sample.announce import announcement, cost, lams_text
 from sample.batches import Batch, batches_to_sample, plan, wanted_images
 from sample.config import SampleConfig

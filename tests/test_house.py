@@ -35,7 +35,7 @@ MAY_IMPORT = {
 }
 NOT_IN_LIBRARY = {"hydra", "omegaconf", "wandb"}
 
-# Which rooms of the library a room may import; every room may use `deradiff.files` and `hub`.
+# Which rooms of the library a room may import; every room may use those files.
 ROOMS_BELOW = {
     "method": set(),
     "worlds": {"method"},
@@ -48,6 +48,8 @@ ROOMS_BELOW = {
     "evaluation": {"method", "models", "anchors", "scorers", "realignment", "training"},
 }
 SHARED_FILES = {
+    "assets",
+    "digests",
     "files",
     "hub",
     "image_files",
@@ -55,6 +57,8 @@ SHARED_FILES = {
     "images",
     "locks",
     "progress",
+    "run_directories",
+    "text_files",
     "texts",
     "command_line",
     "__init__",

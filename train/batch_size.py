@@ -16,7 +16,8 @@ from torch import Tensor
 
 from configs.checks import section
 from deradiff.data.pairs import Examples
-from deradiff.files import sealed, unsealed, write_atomic
+from deradiff.digests import sealed, unsealed
+from deradiff.files import write_atomic
 from deradiff.models.base_model import BaseModel
 from deradiff.models.requirements import SINGLE, optimizer_bytes
 from deradiff.training.batch_size import attempt, batch_sizes, largest_that_fits

@@ -20,11 +20,12 @@ from peft import LoraConfig
 
 from configs.checks import section
 from deradiff.anchors.anchor import AnchorCard
+from deradiff.assets import locate
 from deradiff.data.cache import Cache, NotFiniteError, encodings_key
 from deradiff.data.encoders import encoders_key, encoders_without_weights, source_key
 from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.data.reference_errors import ReferenceErrors, network_digest, reference_key
-from deradiff.files import locate, nearest_folder
+from deradiff.files import nearest_folder
 from deradiff.hub import check_push
 from deradiff.models.autoencoders import overflows
 from deradiff.models.base_model import BaseModel, check_autoencoder

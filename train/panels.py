@@ -17,8 +17,8 @@ from torch import nn
 from configs.tracking import Tracker
 from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
 from deradiff.files import write_atomic
+from deradiff.image_files import is_whole_png
 from deradiff.image_tables import encode_png
-from deradiff.images import is_whole_png
 from deradiff.models.base_model import BaseModel
 from deradiff.training.lending import is_lendable, lent_reference
 from deradiff.training.panel import Row, encode_prompts, sample_panel

@@ -19,10 +19,12 @@ import transformers
 from configs.tracking import Tracker
 from deradiff.anchors.anchor import BETA_CONVENTION, AnchorCard, load_anchor
 from deradiff.anchors.model_card import GRID, write_model_card
-from deradiff.files import read_json, sealed, unsealed, write_atomic
+from deradiff.digests import sealed, unsealed
+from deradiff.files import write_atomic
 from deradiff.hub import push
-from deradiff.images import is_whole_png
+from deradiff.image_files import is_whole_png
 from deradiff.models.base_model import BaseModel
+from deradiff.text_files import read_json
 from deradiff.training.checkpoints import Progress
 from deradiff.training.objectives.base import AnchorObjective, Objective
 from train.config import TrainConfig

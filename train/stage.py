@@ -15,9 +15,10 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from configs.tracking import tracker
 from deradiff.data.pairs import CaptionedImages, Examples
-from deradiff.files import claim, slug
+from deradiff.files import slug
 from deradiff.locks import run_lock
 from deradiff.models.base_model import BaseModel
+from deradiff.run_directories import claim
 from deradiff.training import zero
 from deradiff.training.dpo import learning_rate
 from deradiff.training.loop import train

@@ -43,15 +43,8 @@ from deradiff.anchors.weight_files import (
     read_metadata,
     read_names,
 )
-from deradiff.files import (
-    DIGEST,
-    anchor_digest,
-    sealed,
-    sort_metadata,
-    unsealed,
-    write_atomic,
-    writing,
-)
+from deradiff.digests import DIGEST, anchor_digest, sealed, sort_metadata, unsealed
+from deradiff.files import write_atomic, writing
 from deradiff.models.base_model import INDEX, SCHEDULER_CONFIG
 from deradiff.models.families import (
     FAMILIES,
@@ -119,7 +112,7 @@ class AnchorCard:
         gpu_hours: of the whole training.
         device: that it was trained on.
         flops: of the whole training.
-        weights_digest: of the weights that it lies beside (`deradiff.files.anchor_digest`); None:
+        weights_digest: of the weights that it lies beside (`deradiff.digests.anchor_digest`); None:
             unknown.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from deradiff import hub
 from deradiff.anchors.weight_files import is_weights
-from deradiff.files import read_json
+from deradiff.text_files import read_json
 
 LOCAL_PATTERNS = ("*", "*/config.json", "*/scheduler_config.json", "*/*.safetensors*", "*/*.bin")
 """The files of a local folder that may say something about an anchor."""

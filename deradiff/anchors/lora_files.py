@@ -27,9 +27,9 @@ from deradiff.anchors.layer_settings import DEFAULT, LayerPatterns, check_alpha,
 from deradiff.anchors.locations import PEFT_CONFIG
 from deradiff.anchors.traced import plain, traced_state, unused_names
 from deradiff.anchors.weight_files import check_values, read_metadata, read_tensors
-from deradiff.files import parse_json
 from deradiff.models.family import unwrapped
 from deradiff.models.pipelines import denoiser_name, pipeline_label
+from deradiff.text_files import parse_json
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."

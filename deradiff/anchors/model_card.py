@@ -133,7 +133,7 @@ def _load_base(card: AnchorCard, family: Family) -> str:
     lines = ["import deradiff"]
     source = in_python(card.base_model)
     if card.base_model.startswith("asset:"):
-        lines.append("from deradiff.files import locate")
+        lines.append("from deradiff.assets import locate")
         source = f"locate({source})"
     lines.append(f"from diffusers import {family.pipeline}")
     revision = f", revision={in_python(card.base_revision)}" if card.base_revision else ""

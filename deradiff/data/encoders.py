@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from deradiff.files import add_file, locate
+from deradiff.assets import locate
+from deradiff.digests import add_file
 from deradiff.hub import commit_of, fetch
 from deradiff.models.base_model import INDEX, BaseModel
 

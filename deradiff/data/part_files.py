@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deradiff.files import is_as_written
+from deradiff.digests import is_as_written
 from deradiff.locks import Locks
 from deradiff.progress import progress_bar
 

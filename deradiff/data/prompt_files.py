@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from deradiff.files import parse_json, read_text
+from deradiff.text_files import parse_json, read_text
 
 COLUMNS = ("prompt", "caption", "prompts", "captions")
 """Names of a column of prompts, in the order in which they are looked for, in any case."""

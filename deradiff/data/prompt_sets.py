@@ -14,8 +14,8 @@ from huggingface_hub import HfFileSystem
 
 from deradiff.data.prompt_files import text_table
 from deradiff.data.published_prompts import PROMPT_SETS, PromptSet
-from deradiff.files import read_text
 from deradiff.hub import fetch, listing
+from deradiff.text_files import read_text
 
 TABLE_ENDINGS = (".parquet", ".csv", ".tsv")
 

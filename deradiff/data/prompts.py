@@ -13,7 +13,8 @@ from typing import Any
 from deradiff.data.prompt_files import FORMATS, read_prompt_file
 from deradiff.data.prompt_sets import load_prompt_set
 from deradiff.data.published_prompts import PROMPT_SETS, SHAPES
-from deradiff.files import UNSAFE, is_encodable
+from deradiff.files import UNSAFE
+from deradiff.texts import is_encodable
 from deradiff.worlds.shapes import held_out_captions
 
 SOURCES = f"{FORMATS}, a list such as ['a red fox'], or one of {SHAPES}, {', '.join(PROMPT_SETS)}"

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deradiff.files import LFS_POINTER
+from deradiff.text_files import LFS_POINTER
 
 SMALL_COLUMNS = ("caption", "label_0", "has_label")
 """Read for all rows when the stream is opened."""

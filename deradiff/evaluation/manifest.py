@@ -18,9 +18,11 @@ import numpy as np
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard, cards_digest, read_card
-from deradiff.files import is_encodable, parse_json, read_text, unsealed
+from deradiff.digests import unsealed
 from deradiff.models.weight_headers import short_reason
 from deradiff.realignment.registry import full_name, is_one_network
+from deradiff.text_files import parse_json, read_text
+from deradiff.texts import is_encodable
 
 MANIFEST = "manifest.jsonl"
 

@@ -15,12 +15,13 @@ import diffusers
 import torch
 import transformers
 
-from deradiff.files import locate, read_json
+from deradiff.assets import locate
 from deradiff.hub import fetch, is_hub_id, listing, not_fetched
 from deradiff.models.component_files import CONFIG, Component, components_of
 from deradiff.models.families import Family, family_of_index
 from deradiff.models.single_files import autoencoder_refusal, base_refusal, is_single_file
 from deradiff.models.weight_headers import check_fetched, check_whole, has_scaled_float8
+from deradiff.text_files import read_json
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from deradiff.files import LFS_POINTER
+from deradiff.text_files import LFS_POINTER
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 """Names of float8 in the header of a safetensors file."""

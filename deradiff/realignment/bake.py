@@ -28,15 +28,8 @@ from deradiff.anchors.anchor import (
     write_card,
 )
 from deradiff.anchors.model_card import README
-from deradiff.files import (
-    anchor_digest,
-    read_json,
-    remove_parts,
-    sealed,
-    unsealed,
-    write_atomic,
-    writing,
-)
+from deradiff.digests import anchor_digest, sealed, unsealed
+from deradiff.files import remove_parts, write_atomic, writing
 from deradiff.locks import is_running
 from deradiff.method.lambdas import validated
 from deradiff.models.base_model import BaseModel
@@ -44,6 +37,7 @@ from deradiff.models.families import FAMILIES, family_of
 from deradiff.models.family import Family
 from deradiff.realignment.adapters import Adapter
 from deradiff.realignment.full_anchor import FullAnchor
+from deradiff.text_files import read_json
 from deradiff.texts import in_markdown
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from deradiff.files import locate, read_json
+from deradiff.assets import locate
 from deradiff.hub import is_hub_error, is_hub_id, not_fetched
 from deradiff.scorers import open_clip
 from deradiff.scorers.published import PublishedCLIP
+from deradiff.text_files import read_json
 
 ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 

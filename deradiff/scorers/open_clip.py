@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPConfig
 
-from deradiff.files import read_json
+from deradiff.text_files import read_json
 
 VIT_H_14: dict[str, Any] = {
     "embed_dim": 1024,

@@ -15,7 +15,9 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from deradiff.files import read_json, sealed, unsealed, write_atomic, writing
+from deradiff.digests import sealed, unsealed
+from deradiff.files import write_atomic, writing
+from deradiff.text_files import read_json
 
 PROGRESS = "progress.json"  # written last: a folder without it is no checkpoint
 FILES = "files"  # its key of the checksums

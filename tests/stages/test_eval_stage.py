@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 import eval.__main__  # noqa: F401 (it registers the schema)
 from configs.entry import CONFIGS
+from deradiff.digests import sealed
 from deradiff.evaluation.manifest import read_samples
-from deradiff.files import sealed
 from eval.config import EvalConfig, ScorerConfig, SelectConfig
 from eval.stage import run
 from tests.support.sampled_runs import Colourful, configured, evaluate, read, write_run

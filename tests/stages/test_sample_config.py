@@ -315,7 +315,7 @@ def test_the_shapes_world_brings_its_prompts_and_its_own_defaults(
     anchors, no_weights, monkeypatch, tmp_path
 ):
     save_tiny("sd15", tmp_path / "shapes/base")
-    monkeypatch.setattr("deradiff.files.ASSETS", tmp_path)
+    monkeypatch.setattr("deradiff.assets.ASSETS", tmp_path)
     bare = anchors / "bare/anchor"
     config, _, _ = resolve(composed(f"anchor={bare}", "model=shapes"))
     assert config.prompts == "shapes"

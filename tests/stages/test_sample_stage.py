@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from configs.tracking import Tracker, TrackingConfig
 from deradiff.anchors.anchor import LORA_FILE, AnchorCard, load_anchor, save_anchor, write_card
 from deradiff.data.prompts import Prompt
+from deradiff.digests import anchor_digest
 from deradiff.evaluation.manifest import ImageRecord, read_cards, read_samples
-from deradiff.files import anchor_digest, slug
+from deradiff.files import slug
 from deradiff.method.schedulers import make_scheduler
 from sample.batches import batches_to_sample, plan
 from sample.config import SampleConfig

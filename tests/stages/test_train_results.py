@@ -18,7 +18,7 @@ from configs.tracking import GuardedTracker, Tracker, TrackingConfig, tracker
 from deradiff import hub
 from deradiff.anchors.anchor import AnchorCard, load_anchor
 from deradiff.anchors.model_card import write_model_card
-from deradiff.images import is_whole_png
+from deradiff.image_files import is_whole_png
 from tests.support.train_runs import go
 from train import results
 from train.config import DPOConfig, FinetuneConfig, HubConfig, PanelConfig
