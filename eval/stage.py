@@ -140,8 +140,9 @@ def track_results(track: Tracker, run_dir: Path, evaluation: Evaluation) -> None
             cells = [Path(file) if file else "" for file in line.files]
             rows.append([line.prompt, *cells])
         track.table("pictures", ["prompt", *(f"lam={head.lam}" for head in grid.heads)], rows)
-    for name in evaluation.figures:
-        track.image(name, run_dir / "plots" / f"{name}.svg")
+    for name, drawing in evaluation.figures.items():
+        ending = "svg" if drawing.png is None else "png"
+        track.image(name, run_dir / "plots" / f"{name}.{ending}")
 
     # Files
     for file in (REPORT, SCORES):

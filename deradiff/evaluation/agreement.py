@@ -215,28 +215,7 @@ class Ecdf:
     high: Array
 
 
-def ecdf(values: Array) -> Ecdf:
-    """The distribution function of independent values.
-
-    The band is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant: 95 % for the whole
-    curve at once.
-
-    Args:
-        values: (N,).
-
-    Raises:
-        ValueError: for no values.
-    """
-    x = np.sort(np.asarray(values, dtype=np.float64))
-    x = x[~np.isnan(x)]
-    if not len(x):
-        raise ValueError("a distribution function needs at least one value")
-    share = np.arange(1, len(x) + 1) / len(x)
-    half = np.sqrt(np.log(2 / (1 - LEVEL)) / (2 * len(x)))
-    return Ecdf(x, share, np.clip(share - half, 0, 1), np.clip(share + half, 0, 1))
-
-
-def error_ecdf(model: Array, target: Array, seed: int = 0) -> Ecdf:
+def error_ecdf(model: Array, target: Array, seed: int = 0, at: Array | None = None) -> Ecdf:
     """The distribution function of the absolute approximation errors of cells (the paper's figure).
 
     Cells share prompts and anchors, so they are not independent: the band is a bootstrap over
@@ -247,18 +226,19 @@ def error_ecdf(model: Array, target: Array, seed: int = 0) -> Ecdf:
         model: (P, C), a row for each prompt.
         target: (P, C).
         seed: of the draws.
+        at: (N,), where the function is wanted beside the errors; None: nowhere.
 
     Returns:
-        The function at the C errors.
+        The function at the C errors, and at the N places.
     """
     # Means of the sample (row 0) and of R resamples
     cells = model.shape[1]
     means = resampled_means(np.concatenate([model, target], axis=1), seed)
     errors = abs(means[:, :cells] - means[:, cells:])
 
-    # The share of errors up to each of the sample's, and its band
-    x = np.sort(errors[0])
-    shares = np.stack([(errors <= limit).mean(axis=1) for limit in x], axis=1)  # (1 + R, C)
+    # The share of errors up to each place, and its band
+    x = np.sort(errors[0] if at is None else np.concatenate([errors[0], at]))
+    shares = np.stack([(errors <= limit).mean(axis=1) for limit in x], axis=1)  # (1 + R, C + N)
     levels = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     low, high = np.quantile(shares[1:], levels, axis=0)
     return Ecdf(x, shares[0], low, high)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from matplotlib.figure import Figure
 
 from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.figures.drawing import Drawing, drawing_of
 from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
 from deradiff.evaluation.figures.image_grids import first_grid, reversal
 from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
 from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
-from deradiff.evaluation.figures.style import svg
 from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
 from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
 from deradiff.evaluation.tables.means import mean_scores
@@ -69,7 +69,7 @@ class FigureSpec:
     """A figure of the evaluation.
 
     Attributes:
-        name: the name of its file, `plots/<name>.svg`.
+        name: the name of its files, `plots/<name>.svg`, `.pdf` and `.png`.
         title: the heading above it.
         caption: what it shows and how to read it.
         section: the report's section that shows it, a key of `SECTIONS`; None: it is a file alone,
@@ -211,7 +211,7 @@ def make_tables(comparison: Comparison) -> dict[str, ResultTable]:
     return tables
 
 
-def draw_figures(comparison: Comparison, tables: Mapping[str, ResultTable]) -> dict[str, str]:
+def draw_figures(comparison: Comparison, tables: Mapping[str, ResultTable]) -> dict[str, Drawing]:
     """Draw every figure of a comparison.
 
     Args:
@@ -219,12 +219,12 @@ def draw_figures(comparison: Comparison, tables: Mapping[str, ResultTable]) -> d
         tables: its tables, by name.
 
     Returns:
-        SVG by name, without the figures that have nothing to show.
+        Drawings by name, without the figures that have nothing to show.
     """
     drawings = {}
     for spec in FIGURES:
         needed = {argument: tables[name] for argument, name in spec.needs.items()}
-        drawing = spec.draw(comparison, **needed)
-        if drawing is not None:
-            drawings[spec.name] = drawing if isinstance(drawing, str) else svg(drawing)
+        figure = spec.draw(comparison, **needed)
+        if figure is not None:
+            drawings[spec.name] = drawing_of(figure, spec.title, spec.caption)
     return drawings

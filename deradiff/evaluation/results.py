@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.figures.drawing import FORMATS, Drawing
 from deradiff.evaluation.figures.image_grids import ImageGrid, image_grids
 from deradiff.evaluation.registry import draw_figures, make_tables
 from deradiff.evaluation.report.report import ScorerLine, render
@@ -27,7 +28,7 @@ class Evaluation:
     Attributes:
         comparison: what was compared.
         tables: by name.
-        figures: SVG, by name.
+        figures: the drawings, by name.
         grids: images for the report.
         answer: which lambda to choose.
         verdicts: the report's first sentences.
@@ -35,7 +36,7 @@ class Evaluation:
 
     comparison: Comparison
     tables: dict[str, ResultTable]
-    figures: dict[str, str]
+    figures: dict[str, Drawing]
     grids: list[ImageGrid]
     answer: Answer
     verdicts: list[str]
@@ -69,7 +70,7 @@ def _verdicts(
 
 
 def write(run_dir: Path, evaluation: Evaluation, scorers: Mapping[str, ScorerSpec]) -> Path:
-    """Write tables/*.csv and *.md, plots/*.svg and report.html.
+    """Write tables/* (csv, md, tex), plots/* (svg, pdf, png) and report.html.
 
     A table or figure of an earlier command that this one does not make is removed.
 
@@ -87,11 +88,13 @@ def write(run_dir: Path, evaluation: Evaluation, scorers: Mapping[str, ScorerSpe
 
     # Figures
     plots = run_dir / "plots"
-    for old in plots.glob("*.svg"):
-        if old.stem not in evaluation.figures:
-            old.unlink()
+    for ending in FORMATS:
+        for old in plots.glob(f"*.{ending}"):
+            if old.stem not in evaluation.figures:
+                old.unlink()
     for name, drawing in evaluation.figures.items():
-        write_atomic(plots / f"{name}.svg", drawing)
+        for ending, content in drawing.files.items():
+            write_atomic(plots / f"{name}.{ending}", content)
 
     # The report
     lines = scorer_lines(evaluation.comparison, scorers)

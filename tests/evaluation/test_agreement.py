@@ -8,7 +8,6 @@ import pytest
 from scipy import stats
 
 from deradiff.evaluation.agreement import (
-    ecdf,
     equivalence,
     error_ecdf,
     limits_of_agreement,
@@ -143,22 +142,6 @@ def test_limits_of_agreement_are_bland_and_altmans_and_cover():
         limits_of_agreement(np.array([1.0, np.nan]))
 
 
-def test_ecdf_is_scipys_within_the_kolmogorov_smirnov_band():
-    values = np.random.default_rng(9).gamma(2, size=60)
-    ours = ecdf(np.append(values, np.nan))
-    theirs = stats.ecdf(values).cdf
-    assert np.allclose(ours.x, theirs.quantiles)
-    assert np.allclose(ours.share, theirs.probabilities)
-
-    # Massart's constant is a little wider than the exact band
-    inside = (ours.low > 0) & (ours.high < 1)
-    half = (ours.high - ours.low)[inside].max() / 2
-    assert half == pytest.approx(stats.kstwo.ppf(0.95, 60), rel=0.03)
-    assert ours.low.min() >= 0 and ours.high.max() <= 1
-    with pytest.raises(ValueError, match="at least one"):
-        ecdf(np.array([np.nan]))
-
-
 def test_the_errors_distribution_is_of_means_and_its_band_of_prompts():
     rng = np.random.default_rng(10)
     target = rng.normal(0, 1, (200, 3))
@@ -168,3 +151,8 @@ def test_the_errors_distribution_is_of_means_and_its_band_of_prompts():
     noisy = error_ecdf(target + planted + rng.normal(0, 1.0, (200, 3)), target)
     assert (noisy.low <= noisy.share).all() and (noisy.share <= noisy.high).all()
     assert (noisy.high - noisy.low).max() > 0.3
+
+    # Between its steps, too
+    between = error_ecdf(target + planted, target, at=np.array([0, 0.3, 9]))
+    assert np.allclose(between.x, [0, 0.1, 0.2, 0.3, 0.4, 9])
+    assert np.allclose(between.share, [0, 1 / 3, 2 / 3, 2 / 3, 1, 1])

@@ -15,7 +15,10 @@ from PIL import Image
 
 import eval.stage
 from configs.tracking import Tracker
+from deradiff.evaluation import compare, registry
 from deradiff.evaluation.figures import image_grids
+from deradiff.evaluation.figures.error_plots import ecdf
+from deradiff.evaluation.figures.style import COLOURS, DARK_COLOURS, INK, INK_STYLE
 from deradiff.evaluation.tables.errors import verdict
 from tests.support.sampled_runs import evaluate, read, write_run
 
@@ -36,7 +39,7 @@ NASTY = [
     "../../etc/passwd /abs C:\\temp\\..\\.. a\tb\r\nc",
 ]
 LINKS = ("src", "href", "xlink:href", "action", "data")
-SVG_TEXT = "{http://www.w3.org/2000/svg}text"
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def attributes_of(elements, tag):
 
 def texts(drawing):
     """The texts of an SVG."""
-    return ["".join(text.itertext()) for text in ElementTree.fromstring(drawing).iter(SVG_TEXT)]
+    return ["".join(text.itertext()) for text in ElementTree.fromstring(drawing).iter(f"{SVG}text")]
 
 
 def test_the_report_opens_with_the_lambda_and_the_verdict_both_with_intervals(drawn):
@@ -203,7 +206,8 @@ def test_the_figures_are_svg_with_text_in_the_pages_ink(drawn):
     svgs = {name: (drawn / "plots" / f"{name}.svg").read_text() for name in FIGURES}
     for text in svgs.values():
         ElementTree.fromstring(text)
-        assert "currentColor" in text and "#123456" not in text and "mathdefault" not in text
+        assert "currentColor" in text and INK not in text.replace(INK_STYLE, "")
+        assert "mathdefault" not in text
     for name in FIGURES - {"reversal", "pictures"}:
         assert {"vivid", "crisp"} <= set(texts(svgs[name]))
     title = "shapes-beta2000-seed0, from the anchor back to the reference"
@@ -227,7 +231,7 @@ def test_a_figure_that_is_no_longer_made_does_not_stay(tmp_path, counting_scorer
 @pytest.mark.parametrize("prompt", NASTY, ids=["script", "attribute", "unicode", "long", "paths"])
 def test_prompts_are_others_text(tmp_path, counting_scorer, prompt):
     samples = [write_run(tmp_path, 2000, prompts=2, prompt=prompt)]
-    run_dir = evaluate(tmp_path, samples, draw=prompt == NASTY[2])
+    run_dir = evaluate(tmp_path, samples, "colourful", draw=prompt == NASTY[2])
 
     # The page holds no script but ours, no handler, and no image from elsewhere
     page = (run_dir / "report.html").read_text()
@@ -303,7 +307,8 @@ def test_numbers_tables_figures_images_and_lineage_are_tracked(
     assert tracker.numbers["chosen/lam"] == chosen["lam"].item()
     tables = {"summary", "approximation", "means", "savings", "compute", "selection", "wins"}
     assert tables | {"pictures"} <= set(tracker.names)
-    assert {f"{name}.svg" for name in FIGURES} <= set(tracker.names)
+    assert {f"{name}.png" for name in FIGURES - {"pictures"}} <= set(tracker.names)
+    assert "pictures.svg" in tracker.names
     assert {"report.html", "scores.parquet"} <= set(tracker.names)
     assert tracker.used == [
         ("samples-shapes-beta2000-seed0-exact", "samples"),
@@ -313,10 +318,61 @@ def test_numbers_tables_figures_images_and_lineage_are_tracked(
     assert len(groups) == 1 and groups[0].startswith("asset-shapes-base")
 
 
-def test_one_cell_has_no_figure_of_how_errors_are_spread(tmp_path, counting_scorer):
+def test_one_cell_has_its_step_and_no_figure_of_a_point_a_cell(tmp_path, counting_scorer):
     samples = [write_run(tmp_path, 2000, lambdas=(0, 0.5, 1)), write_run(tmp_path, 4000)]
     run_dir = evaluate(tmp_path, samples[:1], references=samples[1:], draw=True)
     assert len(read(run_dir, "approximation").query("what == 'realigned'")) == 1
     drawn = {file.stem for file in (run_dir / "plots").glob("*.svg")}
-    assert "score_against_lambda" in drawn
-    assert not drawn & {"ecdf", "scatter", "bland_altman"}
+    assert {"score_against_lambda", "ecdf"} <= drawn
+    assert not drawn & {"scatter", "bland_altman"}
+
+
+@pytest.mark.parametrize("cells", [1, 2])
+def test_the_distribution_goes_from_none_to_all_of_the_cells(tmp_path, counting_scorer, cells):
+    lambdas = (0, 0.5, 1, 0.25)[: 2 + cells]
+    samples = [write_run(tmp_path, 2000, lambdas=lambdas, bias=0.03)]
+    for beta in (4000, 8000)[:cells]:
+        samples.append(write_run(tmp_path, beta, lambdas=(0, 1)))
+    comparison = compare(samples, scorers=["colourful"], cache=tmp_path / "cache")
+    figure = ecdf(comparison)
+    (panel,) = figure.axes
+    left, right = panel.get_xlim()
+    for line in panel.lines[:-1]:  # the last is the threshold
+        x, share = line.get_data()
+        assert (x[0], share[0]) == (0, 0) and (x[-1], share[-1]) == (right, 100)
+        assert left == 0 and sorted(set(share)) == [100 * n / cells for n in range(cells + 1)]
+    assert len(panel.lines) == 4  # realigned, the anchor, the reference, the threshold
+    ticks = [label.get_text() for label in panel.get_xticklabels()]
+    assert ticks[0] == "0" and len(ticks) > 1
+
+
+def test_a_figure_is_a_file_for_pages_one_for_papers_and_one_for_slides(drawn):
+    for name in FIGURES - {"pictures"}:
+        assert (drawn / "plots" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        with Image.open(drawn / "plots" / f"{name}.png") as image:
+            assert image.width > 1000
+            assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert not (drawn / "plots" / "pictures.pdf").exists()
+
+
+def test_a_figure_tells_what_it_is_to_those_who_cannot_see_it(drawn):
+    for spec in registry.FIGURES:
+        if spec.name in FIGURES:
+            page = ElementTree.parse(drawn / "plots" / f"{spec.name}.svg").getroot()
+            assert page.get("role") == "img"
+            assert page.find(f"{SVG}title").text == spec.title
+            assert page.find(f"{SVG}desc").text == spec.caption
+
+
+def test_lines_have_other_colours_on_a_dark_page(drawn):
+    text = (drawn / "plots" / "score_against_lambda.svg").read_text()
+    light, dark = COLOURS[0], DARK_COLOURS[0]
+    assert f"stroke: {light}" in text
+    assert f'[style*="stroke: {light}"]{{stroke:{dark}!important}}' in text
+    assert COLOURS[5] not in text, "a rule for each colour that is used"
+
+
+def test_a_prompt_beside_its_images_breaks_between_words():
+    prompt = "a lighthouse on a rock in the middle of a stormy sea at night"
+    lines = re.findall(r"<text[^>]*>(.*?)</text>", "".join(image_grids._prompt_svg(prompt, 0)))
+    assert len(lines) > 1 and " ".join(lines) == prompt

@@ -90,7 +90,7 @@ def scored(monkeypatch, tmp_path):
         )
         monkeypatch.setattr(scoring, "process_state", lambda: state)
         monkeypatch.setattr(scoring, "load_spec", lambda *a, **k: scorer)
-        specs = {"level": ScorerSpec(name="level")}
+        specs = {"level": ScorerSpec(name="colourful")}
         return score_images(samples, specs, batch_size, tmp_path / "cache")
 
     return score

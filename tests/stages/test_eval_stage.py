@@ -121,11 +121,18 @@ def test_what_one_anchor_saves(evaluated):
     assert len(read(evaluated, "compute")) == 5
 
 
-def test_tables_are_csv_and_markdown(evaluated):
+def test_tables_are_csv_markdown_and_latex(evaluated):
     for name in ("summary", "approximation", "means", "compute", "savings"):
         lines = (evaluated / "tables" / f"{name}.md").read_text().split("\n")
-        widths = {line.count(" | ") for line in lines if line.startswith("| ")}
-        assert len(widths) == 1 and len(read(evaluated, name))
+        rows = [line for line in lines if line.startswith("| ")]
+        (width,) = {line.count(" | ") for line in rows}
+        assert len(read(evaluated, name))
+
+        # The same rows and columns in LaTeX; the head is a row of both
+        latex = (evaluated / "tables" / f"{name}.tex").read_text()
+        lines = [line for line in latex.split("\n") if line.endswith(r"\\")]
+        assert len(lines) == len(rows) - 1
+        assert {line.count(" & ") for line in lines} == {width}
 
 
 def test_a_realigned_model_that_is_its_target_has_no_error(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from deradiff.anchors.mixtures import anchor_name
 from deradiff.evaluation.agreement import error_ecdf, limits_of_agreement
@@ -28,12 +30,18 @@ from deradiff.evaluation.tables.table import ResultTable
 HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.4}
 MODEL_COLOURS = {
     REALIGNED: INK,
-    ANCHOR_AS_IS: COLOURS[5],
-    REFERENCE_AS_IS: COLOURS[0],
+    ANCHOR_AS_IS: COLOURS[1],
+    REFERENCE_AS_IS: COLOURS[4],
     SEED_FLOOR: COLOURS[2],
 }
 FEWEST_CELLS = 2
-"""A figure of how errors are spread shows nothing of one."""
+"""A figure of a point a cell shows nothing of one."""
+
+PLACES = 200
+"""Where a distribution and its band are drawn, beside the errors themselves."""
+
+MARGIN = 1.2
+"""How far a distribution's axis goes, in largest errors."""
 
 Styles = dict[str, dict[str, Any]]
 
@@ -49,9 +57,9 @@ def ecdf(comparison: Comparison, approximation: ResultTable | None = None) -> Fi
         approximation: its approximation errors, where they are made already.
 
     Returns:
-        A panel a scorer; None for less than two cells.
+        A panel a scorer; None where there is no cell.
     """
-    if len(comparison.cells) < FEWEST_CELLS:
+    if not comparison.cells:
         return None
     errors = error_rows(comparison, approximation)
     threshold = comparison.options.threshold
@@ -61,16 +69,14 @@ def ecdf(comparison: Comparison, approximation: ResultTable | None = None) -> Fi
 
     def draw(panel: Axes, scorer: str) -> None:
         own = errors[errors["scorer"] == scorer]
+        right = MARGIN * max(own["percent_of_mean"].max(), threshold)
         for (name, mode), style in styles.items():
             chosen = _rows_of_model(own, name, mode)
             if len(chosen):
                 is_realigned = name == REALIGNED
-                _draw_steps(panel, comparison, chosen, style, with_band=is_realigned)
+                _draw_steps(panel, comparison, chosen, style, right, with_band=is_realigned)
         panel.axvline(threshold, color=INK, lw=0.8, linestyle=":")
-        panel.set_xscale("symlog", linthresh=threshold / 4)
-        panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_xlim(left=0)
+        _stretch_axis(panel, threshold / 4, right)
         panel.set_ylim(0, 102)
 
     # The legend
@@ -80,6 +86,17 @@ def ecdf(comparison: Comparison, approximation: ResultTable | None = None) -> Fi
     scorers = list(errors["scorer"].unique())
     ylabel = f"% of the cells, {range_name}"
     return panels(scorers, draw, "error, % of the target's mean", ylabel, handles)
+
+
+def _stretch_axis(panel: Axes, linear_up_to: float, right: float) -> None:
+    """From 0 linear, then logarithmic, with a tick at 0 and at each power of ten behind."""
+    first = math.ceil(math.log10(linear_up_to))
+    last = math.floor(math.log10(right))
+    ticks = [0.0, *(10.0**power for power in range(first, last + 1))]
+    panel.set_xscale("symlog", linthresh=linear_up_to)
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.minorticks_off()
+    panel.set_xlim(0, right)
 
 
 def _step_styles(errors: pd.DataFrame) -> dict[tuple[str, str], dict[str, Any]]:
@@ -115,12 +132,14 @@ def _draw_steps(
     comparison: Comparison,
     chosen: pd.DataFrame,
     style: dict[str, Any],
+    right: float,
     with_band: bool,
 ) -> None:
-    """The distribution of some errors, with its band."""
+    """The distribution of some errors from 0 to the right end of the axis, with its band."""
     model, target, _ = scores_of_cells(comparison, chosen)
     scale = 100 / chosen["target_mean"].abs().to_numpy()
-    curve = error_ecdf(model * scale, target * scale)
+    places = np.append(0, np.geomspace(right / 1000, right, PLACES))
+    curve = error_ecdf(model * scale, target * scale, at=places)
     panel.step(curve.x, 100 * curve.share, where="post", **style)
     if with_band:
         colour = style["color"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -300,10 +301,9 @@ def _prompt_svg(prompt: str, y: int) -> list[str]:
     if len(prompt) > LONGEST_PROMPT:
         prompt = prompt[: LONGEST_PROMPT - 1] + "…"
     lines = []
-    for start in range(0, len(prompt), LINE_LENGTH):
-        baseline = y + 16 + LINE_HEIGHT * (start // LINE_LENGTH)
-        words = escape(_printable(prompt[start : start + LINE_LENGTH]))
-        lines.append(f'<text x="0" y="{baseline}">{words}</text>')
+    for number, words in enumerate(textwrap.wrap(_printable(prompt), LINE_LENGTH)):
+        baseline = y + 16 + LINE_HEIGHT * number
+        lines.append(f'<text x="0" y="{baseline}">{escape(words)}</text>')
     return lines
 
 

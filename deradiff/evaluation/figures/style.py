@@ -1,12 +1,11 @@
-"""How figures look: text is text, no background, and ink that follows the page.
+"""How figures look, on a light page, on a dark one and on paper.
 
-Dark on a light page, light on a dark one.
+As SVG a figure has no background, its text is text, and its ink and colours follow the page. As PDF
+and PNG it has those of a light page.
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,17 +18,26 @@ from matplotlib.lines import Line2D
 
 from deradiff.realignment.registry import LineStyle, label_of
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-"""Okabe and Ito's, those that stand out from white and from near-black alike."""
+COLOURS = ("#033f84", "#f3691d", "#097b4a", "#60043e", "#1f79ff", "#a71300")
+"""Of lines on a light page. Each has a contrast of at least 3 to it, and a lightness of its own:
+they differ in a grey print and for the colour-blind."""
+
+DARK_COLOURS = ("#2bb2ed", "#ec6138", "#b9ffb6", "#ffa2c3", "#3a6ccc", "#dfda4c")
+"""The same on a dark page."""
 
 MARKERS = "osD^vP"
 """Colour is never alone: markers differ, too."""
 
-INK = "#123456"
-"""Stands for the page's own colour until the file is written."""
+INK = "#1c2430"
+"""Of text and axes on a light page. In an SVG it is the colour of the text around it."""
 
-INK_STYLE = "<style>svg{color:#1c2430}@media(prefers-color-scheme:dark){svg{color:#dde3ea}}</style>"
-"""The colours of an SVG that stands alone."""
+DARK_INK = "#dde3ea"
+"""The same on a dark page."""
+
+INK_STYLE = (
+    f"<style>svg{{color:{INK}}}@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK}}}}}</style>"
+)
+"""The ink of an SVG that stands alone."""
 
 HOLLOW: dict[str, Any] = {
     "markerfacecolor": "none",
@@ -42,6 +50,7 @@ HOLLOW: dict[str, Any] = {
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "deradiff",
+    "pdf.fonttype": 42,
     "font.size": 10,
     "text.parse_math": False,
     "text.color": INK,
@@ -65,21 +74,6 @@ STYLE: Any = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
 }
-
-
-def svg(figure: Figure) -> str:
-    """A figure as SVG whose text is text and whose ink is the page's."""
-    buffer = io.StringIO()
-    metadata: Any = {"Date": None, "Creator": None}
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(
-            buffer, format="svg", metadata=metadata, transparent=True, bbox_inches="tight"
-        )
-    text = buffer.getvalue().replace(INK, "currentColor")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "system-ui, 'DejaVu Sans', sans-serif", text)
-    return re.sub(r"(<svg [^>]*>)", lambda match: match[1] + INK_STYLE, text, count=1)
 
 
 def panels(

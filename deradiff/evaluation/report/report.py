@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
+from deradiff.evaluation.figures.drawing import Drawing
 from deradiff.evaluation.pairing import MODEL_COLUMNS
 from deradiff.evaluation.registry import CLOSENESS, FIGURES, SECTIONS, TABLES, WHICH_LAMBDA
 from deradiff.evaluation.tables.table import ResultTable
@@ -171,12 +172,12 @@ def _tables_of(section: str, tables: Mapping[str, ResultTable]) -> list[ReportTa
     return own
 
 
-def _figures_of(section: str, figures: Mapping[str, str]) -> list[ReportFigure]:
+def _figures_of(section: str, figures: Mapping[str, Drawing]) -> list[ReportFigure]:
     """The figures of a section that were drawn."""
     own = []
     for spec in FIGURES:
         if spec.section == section and spec.name in figures:
-            drawing = Markup(figures[spec.name])
+            drawing = Markup(figures[spec.name].svg)
             own.append(ReportFigure(spec.name, spec.title, spec.caption, drawing))
     return own
 

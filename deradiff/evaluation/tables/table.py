@@ -24,6 +24,14 @@ Row = dict[str, Any]
 NOT_THERE = "–"
 NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan)
 
+LATEX_CHARACTERS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+"""What stands for a character that means something to LaTeX."""
+
 NOTE_SENTENCES = {"mode": "Realigned in mode {}.", "sampled": "Sampled with {}."}
 """Columns that the note replaces, by one sentence, where all lines have the same text in them."""
 
@@ -118,20 +126,35 @@ class ResultTable:
         rows = [_markdown_line(cells) for cells in lines]
         return "\n".join([f"## {self.title}", "", *rows, "", self.note, ""])
 
+    def latex(self) -> str:
+        """The table as LaTeX for the package booktabs, its title and note as the caption."""
+        title = _latex_text(self.title)
+        return self.display.map(printable).to_latex(
+            index=False,
+            escape=True,
+            caption=(f"{title}. {_latex_text(self.note)}", title),
+            label=f"tab:{self.name}",
+            column_format="l" * len(self.display.columns),
+        )
+
     def write(self, folder: Path) -> None:
-        """Write `<name>.csv` and `<name>.md`.
+        """Write `<name>.csv`, `<name>.md` and `<name>.tex`.
 
         An empty table has no files: those of an earlier command are removed.
 
         Args:
             folder: where they go.
         """
-        for ending, text in (("csv", self.data.to_csv(index=False)), ("md", self.markdown())):
+        forms = {"csv": self._csv, "md": self.markdown, "tex": self.latex}
+        for ending, form in forms.items():
             file = folder / f"{self.name}.{ending}"
             if self.is_empty:
                 file.unlink(missing_ok=True)
             else:
-                write_atomic(file, text)
+                write_atomic(file, form())
+
+    def _csv(self) -> str:
+        return self.data.to_csv(index=False)
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
@@ -141,6 +164,11 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 def _escaped(cell: str) -> str:
     return printable(cell.replace("|", "\\|").replace("\n", " ")).replace("<", "&lt;")
+
+
+def _latex_text(text: str) -> str:
+    """A text without the characters that mean something to LaTeX."""
+    return "".join(LATEX_CHARACTERS.get(character, character) for character in printable(text))
 
 
 def flatten(row: Row) -> Row:
