@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test test-all test-faults gpu check docs reproduce mixtures base
+.PHONY: help install demo test test-all test-faults test-versions gpu check docs reproduce mixtures base
 
 help:
 	@echo "make install    deradiff and what its tests need, into .venv"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all   the slow tests too"
 	@echo "make gpu        every check that needs a GPU, in eight minutes; it installs nothing"
 	@echo "make test-faults  kills, full disks and spoilt files by a seed, and what became of them"
+	@echo "make test-versions  the default tests with the oldest and newest packages and Pythons"
 	@echo "make check      lint, format and types"
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make reproduce  the paper's experiment on the shapes world: six betas from scratch"
@@ -48,6 +49,9 @@ test-all: install
 
 test-faults: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 0 tests/faults
+
+test-versions:
+	$(PYTHON) -m benchmarks.versions
 
 # Without the network: the Python of .venv where there is one, else that of the machine.
 gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,6 +26,9 @@ from configs.keys import (
     usual_keys,
 )
 from deradiff.hub import is_hub_error
+
+OURS = ("deradiff", "configs", "train", "sample", "eval", "hydra_plugins")
+"""The packages of this project."""
 
 QUOTE = "quote a value that holds a comma or a bracket: \"prompts=['a fox, red']\""
 
@@ -195,7 +199,7 @@ def sentence(error: BaseException, command: Command) -> str:
     ):
         cause = cause.__cause__
     text = str(cause).strip() or type(cause).__name__
-    first_line = text.splitlines()[0]
+    first_line = text.split("\n")[0]
 
     # Mistakes that Hydra words for its own developers, in the user's words.
     if isinstance(cause, OverrideParseException):
@@ -211,7 +215,19 @@ def sentence(error: BaseException, command: Command) -> str:
             f"the hub could not be read ({type(cause).__name__}: {first_line.rstrip('.')}): give "
             "local folders, or set HF_HOME to a cache that hf download <org/name> has filled"
         )
-    return _about_group(text, command) or first_line
+    return _about_group(text, command) or (text if _is_ours(cause) else first_line)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this project, whose messages have one line.
+
+    A line break in one is part of a file's name.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames:
+        return False
+    module = str(frames[-1].f_globals.get("__name__", ""))
+    return module.partition(".")[0] in OURS
 
 
 def _about_key(key: str, cause: BaseException, first_line: str, command: Command) -> str:

@@ -23,11 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.answers import Command, check_arguments, sentence
 from configs.checks import check_run_name
+from configs.ctrl_c import INTERRUPTED_STATUS, hand_over
 from configs.functions import function_at
 from configs.keys import help_text
 from configs.tracking import ABANDONED
 from deradiff.hub import is_hub_error
-from deradiff.texts import printable
+from deradiff.terminal import PrintableRecord, say, warn
 from deradiff.training.preemption import REQUEUE, Preempted
 
 CONFIGS = str(Path(__file__).parent)
@@ -36,7 +37,6 @@ MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBa
 """What a user can mend: it ends the process with a sentence, not with a traceback."""
 
 MISTAKE_STATUS = 2
-INTERRUPTED_STATUS = 130
 
 
 def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callable[[], None]:
@@ -57,6 +57,7 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
         configs: the folder of the config files.
     """
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
+    hand_over()
     # One config; none in a multirun, whose launcher starts a process for each value.
     composed: list[DictConfig] = []
 
@@ -82,9 +83,12 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
     def main() -> None:
         # What needs no config.
         if {"--help", "-h"} & set(sys.argv[1:]):
-            _print_help(help_text(stage, schema, Path(configs)))
+            say(*help_text(stage, schema, Path(configs)).split("\n"))
             return
 
+        # What is logged is printable, and no traceback where nobody reads it.
+        logging.setLogRecordFactory(PrintableRecord)
+        logging.raiseExceptions = False
         # transformers advises torchvision, which we do without.
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
         # Hydra would print a shortened traceback and exit; so it raises, and we print the sentence.
@@ -115,15 +119,15 @@ def _status_of(work: Callable[[], None], command: Command) -> int:
     try:
         work()
     except Preempted as stop:
-        print(f"{stage}: {stop}", file=sys.stderr)
+        warn(f"{stage}: {stop}")
         return INTERRUPTED_STATUS if stop.signal_number == signal.SIGINT else REQUEUE
     except KeyboardInterrupt:
-        print(f"{stage}: interrupted; the same command resumes", file=sys.stderr)
+        warn(f"{stage}: interrupted; the same command resumes")
         return INTERRUPTED_STATUS
     except Exception as error:
         if not isinstance(error, MISTAKES) and not is_hub_error(error):
             raise
-        print(f"{stage}: {printable(sentence(error, command))}", file=sys.stderr)
+        warn(f"{stage}: {sentence(error, command)}")
         return MISTAKE_STATUS
     return 0
 
@@ -133,15 +137,6 @@ def _end_at_once(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _print_help(text: str) -> None:
-    """Print a help text, also into a pipe that is closed early, as by `--help | head`."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit: there it must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run_in_cluster_job(task: Callable[[], None]) -> None:

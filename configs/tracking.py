@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from configs.functions import function_at
 from configs.settings import setting
+from deradiff.terminal import warn
 
 TRACKERS = {
     "wandb": "configs.wandb_tracker:start",
@@ -91,10 +91,7 @@ class GuardedTracker(Tracker):
             getattr(self.tracker, method)(*arguments)
         except Exception as error:  # whatever a tracker raises
             if method not in self._failed:
-                print(
-                    f"{self.stage}: the tracker failed ({method}: {error}); going on without it",
-                    file=sys.stderr,
-                )
+                warn(f"{self.stage}: the tracker failed ({method}: {error}); going on without it")
             self._failed.add(method)
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
@@ -173,10 +170,7 @@ def tracker(
         start: Start = function_at(TRACKERS[tracking.kind])
         started = start(tracking, stage, run_dir, config, group, stack)
     except Exception as error:
-        print(
-            f"{stage}: the tracker {tracking.kind} did not start ({error}); going on without it",
-            file=sys.stderr,
-        )
+        warn(f"{stage}: the tracker {tracking.kind} did not start ({error}); going on without it")
         started = Tracker()
     try:
         yield GuardedTracker(started, stage)
@@ -191,8 +185,7 @@ def _end(stack: ExitStack, stage: str, error: BaseException | None = None) -> No
     try:
         stack.__exit__(type(error) if error else None, error, None)
     except Exception as failure:  # whatever a tracker raises
-        print(
+        warn(
             f"{stage}: the tracker failed at its end ({failure}); the run's own files hold "
-            "everything that it was given",
-            file=sys.stderr,
+            "everything that it was given"
         )

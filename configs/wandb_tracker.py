@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import wandb
 
 from configs.tracking import ABANDONED, Tracker, TrackingConfig
+from deradiff.terminal import warn
 
 LARGEST_ARTIFACT = 1_000_000_000
 """Bytes. A full SDXL has ten times as many."""
@@ -65,10 +65,7 @@ class WandbTracker(Tracker):
         files = path.rglob("*") if path.is_dir() else [path]
         size = sum(file.stat().st_size for file in files)
         if size > LARGEST_ARTIFACT:
-            print(
-                f"W&B: {path} is not uploaded as an artifact: it has {size / 1e9:.1f} GB",
-                file=sys.stderr,
-            )
+            warn(f"W&B: {path} is not uploaded as an artifact: it has {size / 1e9:.1f} GB")
             return
 
         # A new version of it, in this run.
@@ -142,10 +139,9 @@ def _finish(stage: str, run: Any, kind: type[BaseException] | None, *_: object) 
     thread.join(FINISH_SECONDS)
     if thread.is_alive():
         ABANDONED.append(str(run.id))
-        print(
+        warn(
             f"{stage}: W&B has not finished within {FINISH_SECONDS:g} seconds; wandb sync "
-            f"{run.dir} uploads what is missing",
-            file=sys.stderr,
+            f"{run.dir} uploads what is missing"
         )
     if failures:
         raise failures[0]

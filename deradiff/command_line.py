@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import deradiff
+from deradiff.terminal import say, warn
 
 STAGES = {
     "train": "align a model at one beta: an anchor",
@@ -50,15 +51,14 @@ def main() -> None:
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("--help", "-h"):
-        print(usage())
+        say(*usage().split("\n"))
         return
     if command == "--version":
-        print(f"deradiff {deradiff.__version__}")
+        say(f"deradiff {deradiff.__version__}")
         return
     if command not in STAGES:
         known = ", ".join(STAGES)
-        sentence = f"deradiff: there is no command {command!r}; the commands are {known}"
-        print(sentence, file=sys.stderr)
+        warn(f"deradiff: there is no command {command!r}; the commands are {known}")
         sys.exit(2)
 
     run_stage(command, arguments[1:])

@@ -37,6 +37,15 @@ def printable(text: str) -> str:
     return "".join(characters)
 
 
+def on_one_line(text: str) -> str:
+    """A text for the terminal, as `printable`, and with its line breaks as codes.
+
+    Args:
+        text: any text.
+    """
+    return printable(text).replace("\n", "\\n")
+
+
 def in_markdown(text: str) -> str:
     """A text as Markdown shows it, on one line: no markup of its own, and no HTML.
 

@@ -1,5 +1,6 @@
 """`python -m eval`: evaluate samples. The stage is imported once its config is valid."""
 
+from configs import ctrl_c  # noqa: F401 (first: it meets Ctrl-C during the imports below)
 from configs.entry import entry
 from eval.config import EvalConfig
 

@@ -23,6 +23,7 @@ from deradiff.files import slug
 from deradiff.locks import run_lock
 from deradiff.run_directories import claim
 from deradiff.scorers import ScorerSpec, check_spec
+from deradiff.terminal import say
 from eval.config import EvalConfig
 
 DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold")
@@ -66,10 +67,10 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
 
     if evaluation is not None:
         for sentence in pairs.missing:
-            print(f"eval: missing: {sentence}")
+            say(f"eval: missing: {sentence}")
         for sentence in evaluation.verdicts:
-            print(f"eval: {sentence}")
-        print(f"eval: report at {run_dir / REPORT}")
+            say(f"eval: {sentence}")
+        say(f"eval: report at {run_dir / REPORT}")
     return run_dir / REPORT
 
 

@@ -25,7 +25,7 @@ NO_BETA = "beta unknown"
 
 def announcement(
     config: SampleConfig, base: BaseModel, anchors: Sequence[Anchor], prompts: int, device: str
-) -> str:
+) -> list[str]:
     """Lines that say what is sampled, in betas and KL strengths, and what to be careful with.
 
     Args:
@@ -60,7 +60,7 @@ def announcement(
         is_own = model.is_anchor and len(anchors) == 1 and not how
         role = "  (the anchor)" if is_own else ""
         lines.append(f"  lam {lam:<{width}} {_target(model, config, anchors, unit)}{role}")
-    return "\n".join(lines)
+    return lines
 
 
 def lams_text(lams: Lams) -> str:

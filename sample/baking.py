@@ -15,6 +15,7 @@ from deradiff.data.prompts import Prompt
 from deradiff.evaluation.statistics import paired_bootstrap
 from deradiff.image_files import read_image
 from deradiff.realignment.bake import bake, read_note, write_note
+from deradiff.terminal import say
 from sample.manifest import image_path
 from sample.sweep import Sweep
 
@@ -59,7 +60,7 @@ def _note_comparison(sweep: Sweep, folder: Path, baked_dir: Path) -> None:
     write_note(folder, read_note(folder) | {"compared": compared})
     value, low, high = compared["rms_from_exact"]
     percent = compared["percent_of_distance"][0]
-    print(
+    say(
         f"sample: baked {folder}: RMS {value:.3g} [{low:.3g}, {high:.3g}] of 255 from mode exact, "
         f"{percent:.3g} % of reference to anchor"
     )

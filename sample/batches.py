@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deradiff.data.prompts import Prompt
 from deradiff.digests import sealed, unsealed
 from deradiff.files import write_atomic
+from deradiff.terminal import warn
 from sample.sampling import PromptSeed
 
 FILE = ".batches.json"
@@ -87,5 +87,5 @@ def _read(run_dir: Path) -> list[list[str]]:
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:
-        print(f"sample: {file} is written again: {error}", file=sys.stderr, flush=True)
+        warn(f"sample: {file} is written again: {error}")
         return []

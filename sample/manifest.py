@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from deradiff.digests import sealed, unsealed
 from deradiff.files import append_line, write_atomic
+from deradiff.terminal import warn
 
 Record = dict[str, Any]
 
@@ -122,10 +122,8 @@ def _read(file: Path) -> list[Record]:
             records.append(record)
         except (ValueError, KeyError) as error:
             if number < len(lines):
-                print(
+                warn(
                     f"sample: {file} line {number} cannot be used ({error}), and its image is "
-                    "sampled again",
-                    file=sys.stderr,
-                    flush=True,
+                    "sampled again"
                 )
     return records

@@ -26,6 +26,7 @@ from deradiff.progress import progress_bar
 from deradiff.realignment.dial import BeyondAnchorWarning, NegativeLambdaWarning
 from deradiff.realignment.resampling import GuidedParticlesWarning
 from deradiff.run_directories import claim
+from deradiff.terminal import say
 from sample.announce import announcement, cost, lams_text
 from sample.batches import Batch, batches_to_sample, plan, wanted_images
 from sample.config import SampleConfig
@@ -107,7 +108,7 @@ class Sweep:
             self._check_cards(merge(self.run_dir))
             device = f"{state.num_processes} x {state.device}"
             count = len(self.prompts)
-            print(announcement(self.config, self.base, self.anchors, count, device), flush=True)
+            say(*announcement(self.config, self.base, self.anchors, count, device))
         state.wait_for_everyone()
 
         # Nobody writes before everybody has seen the same images, and so shares out the same rest
@@ -172,15 +173,16 @@ class Sweep:
         records = merge(self.run_dir)
         show(self.config, self.prompts, self.run_dir, track)
         track.artifact(f"samples-{self.run_dir.name}", "samples", self.run_dir / "manifest.jsonl")
-        print(self._closing_lines(records, count, seconds), flush=True)
+        say(*self._closing_lines(records, count, seconds))
 
-    def _closing_lines(self, records: list[Record], count: int, seconds: float) -> str:
+    def _closing_lines(self, records: list[Record], count: int, seconds: float) -> list[str]:
+        """What mixing cost, and where the images are."""
         pace = "every image was there"
         if count:
             pace = f"{count} images a process in {seconds:.1f} s, {seconds / count:.2f} s an image"
-        last = f"sample: {pace}; see {self.run_dir / GRID}"
         mixing = cost(self.config, records)
-        return f"{mixing}\n{last}" if mixing else last
+        lines = [mixing] if mixing else []
+        return [*lines, f"sample: {pace}; see {self.run_dir / GRID}"]
 
 
 def sample_share(sweep: Sweep, share: Sequence[Batch], done: set[str]) -> tuple[int, float]:

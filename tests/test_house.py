@@ -30,7 +30,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 MAY_IMPORT = {
     "deradiff": set(),
     "configs": {"deradiff"},
-    "hydra_plugins": {"configs"},
+    "hydra_plugins": {"configs", "deradiff"},
     **{stage: {"deradiff", "configs"} for stage in STAGES},
 }
 NOT_IN_LIBRARY = {"hydra", "omegaconf", "wandb"}
@@ -58,6 +58,7 @@ SHARED_FILES = {
     "locks",
     "progress",
     "run_directories",
+    "terminal",
     "text_files",
     "texts",
     "command_line",
@@ -73,6 +74,9 @@ NEVER_CALLED |= {"read_pickle", "to_pickle", "unsafe_load", "full_load"}
 
 OPENS_IMAGES = ROOT / "deradiff" / "image_files.py"
 """The one file that decodes images: what it refuses, nothing else may open."""
+
+PRINTS = ROOT / "deradiff" / "terminal.py"
+"""The one file that prints: there, the text of a stranger is made harmless."""
 
 IMAGE_READERS = {"imread", "load_image"}
 
@@ -168,6 +172,13 @@ def opened_images(source):
             yield f"line {node.lineno}: an import from PIL.Image"
 
 
+def printed(source):
+    """Calls that print by another way than `deradiff.terminal`, with their lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and called_name(node) == "print":
+            yield f"line {node.lineno}: {ast.unparse(node.func)}"
+
+
 def dense_expressions(source):
     """Expressions that hold more than one idea, with their lines."""
     for node in ast.walk(ast.parse(source)):
@@ -212,10 +223,13 @@ def relative_name(file):
 @pytest.mark.parametrize("file", SOURCES, ids=relative_name)
 def test_file_keeps_to_the_house(file):
     source = file.read_text()
-    assert not wrong_imports(file.relative_to(ROOT).parts[0], source)
+    package = file.relative_to(ROOT).parts[0]
+    assert not wrong_imports(package, source)
     assert not list(unsafe_calls(source))
     is_test = file.is_relative_to(ROOT / "tests")
     assert is_test or file == OPENS_IMAGES or not list(opened_images(source))
+    is_shipped = package in SHIPPED and file != PRINTS
+    assert not is_shipped or not list(printed(source))
     assert "# fmt: " not in source or file == Path(__file__)
     assert not list(dense_expressions(source))
     assert file in MAY_HIDE_IMPORTS or not list(hidden_imports(source))

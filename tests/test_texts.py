@@ -11,7 +11,7 @@ from configs.checks import check_run_name
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.anchors.model_card import README, write_model_card
 from deradiff.evaluation.tables.table import _escaped
-from deradiff.texts import in_markdown, in_python, in_yaml, printable
+from deradiff.texts import in_markdown, in_python, in_yaml, on_one_line, printable
 
 HOSTILE = [
     'x"); import os; os.system("true") #',
@@ -33,6 +33,7 @@ HOSTILE = [
 def test_a_terminal_gets_no_escape_sequences():
     assert printable("a\x1b[2Jb\rc\u202ed é 日本") == "a\\x1b[2Jb\\rc\\u202ed é 日本"
     assert printable("two\nlines") == "two\nlines"
+    assert on_one_line("two\nlines\r\x1b") == "two\\nlines\\r\\x1b"
 
 
 @pytest.mark.parametrize("text", HOSTILE)

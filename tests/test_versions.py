@@ -1,4 +1,4 @@
-"""`make test-versions`: the lower bounds are those of pyproject.toml, and each row says how it ended.
+"""`make test-versions`: lower bounds are those of pyproject.toml, and each row says how it ended.
 
 The environments themselves take minutes and the network, and are made by that command alone.
 """

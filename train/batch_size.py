@@ -20,6 +20,7 @@ from deradiff.digests import sealed, unsealed
 from deradiff.files import write_atomic
 from deradiff.models.base_model import BaseModel
 from deradiff.models.requirements import SINGLE, optimizer_bytes
+from deradiff.terminal import say
 from deradiff.training.batch_size import attempt, batch_sizes, largest_that_fits
 from deradiff.training.objectives.base import Objective
 from train.config import AUTO, TrainConfig
@@ -87,7 +88,10 @@ def choose_batch_size(
     ranks = accelerator.num_processes
     had = _agreed(_recorded(run_dir), accelerator)
     if had and had in batch_sizes(config.optim.pairs_per_step, ranks):
-        accelerator.print(f"train: batches of {had} pairs, as this run has begun")
+        say(
+            f"train: batches of {had} pairs, as this run has begun",
+            is_main=accelerator.is_main_process,
+        )
         return had
 
     # What fits here.
@@ -104,7 +108,10 @@ def choose_batch_size(
 
     # The smallest of all ranks, whose devices may differ.
     chosen = _agreed(chosen, accelerator)
-    accelerator.print(f"train: optim.batch_size=auto: batches of {chosen} pairs, {how}")
+    say(
+        f"train: optim.batch_size=auto: batches of {chosen} pairs, {how}",
+        is_main=accelerator.is_main_process,
+    )
     if accelerator.is_main_process:
         write_atomic(run_dir / CHOSEN, json.dumps(sealed({"batch_size": chosen})))
     return chosen

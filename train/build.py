@@ -33,6 +33,7 @@ from deradiff.models.families import family_of
 from deradiff.models.family import Family
 from deradiff.models.flops import meta_denoiser
 from deradiff.scorers import check_scorer
+from deradiff.terminal import say
 from deradiff.training import zero
 from deradiff.training.noising import noising_of
 from deradiff.training.objectives.base import Objective
@@ -332,9 +333,10 @@ class RunParts:
         on_device = torch.tensor(covered, device=self.accelerator.device)
         complete = bool(self.accelerator.reduce(on_device, "mean") == 1)
         if complete:
-            self.accelerator.print(
+            say(
                 "train: the reference's errors are all known from an earlier run, so the "
-                "reference is not evaluated"
+                "reference is not evaluated",
+                is_main=self.accelerator.is_main_process,
             )
         return errors, complete
 

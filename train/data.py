@@ -25,6 +25,7 @@ from deradiff.models.base_model import BaseModel
 from deradiff.models.requirements import cache_bytes
 from deradiff.scorers import ScorerSpec, check_prompts, load_scorer
 from deradiff.scorers.weighted_sum import WeightedSum
+from deradiff.terminal import say
 from deradiff.worlds import shapes
 from train.build import DTYPES, frozen_dtype
 from train.config import SOURCES, DataConfig, TrainConfig
@@ -44,14 +45,17 @@ def make_data(
     """
     data = config.data
     if data.source == "table":
-        accelerator.print(f"train: reading the captions and labels of {data.path}")
+        say(
+            f"train: reading the captions and labels of {data.path}",
+            is_main=accelerator.is_main_process,
+        )
         with accelerator.main_process_first():  # it downloads, and the others read the download
             rows = open_data(config, str(data.path), data.split, data.revision, data.streaming)
     else:
         path = generated_data(config, base, accelerator)
         with accelerator.main_process_first():
             rows = open_data(config, str(path), streaming=data.streaming)
-    accelerator.print(f"train: {row_counts(rows)}")
+    say(f"train: {row_counts(rows)}", is_main=accelerator.is_main_process)
     check_disk(config, base, rows)
     return rows
 

@@ -14,6 +14,7 @@ from deradiff.data.sources import parquet_files
 from deradiff.data.stream import ParquetStream
 from deradiff.files import slug, write_atomic
 from deradiff.models.base_model import BaseModel
+from deradiff.terminal import say
 from train.batch_size import device_memory, sizes_that_may_fit, with_batch_size
 from train.config import AUTO, TrainConfig
 from train.data import (
@@ -52,34 +53,34 @@ def dry_run(config: TrainConfig, base: BaseModel | None) -> Path:
         )
 
     # The rows; those with broken images are not counted out.
-    print(f"train: reading the captions and labels of {data.path}", flush=True)
+    say(f"train: reading the captions and labels of {data.path}")
     with section("data"):
         is_parquet = parquet_files(str(data.path), data.split, data.revision) is not None
     rows = open_data(config, str(data.path), data.split, data.revision, is_parquet, max_broken=1.0)
     captions = len(set(rows.captions))
-    print(f"train: {data.path}, {data.split}: {row_counts(rows)}; {captions} distinct captions")
+    say(f"train: {data.path}, {data.split}: {row_counts(rows)}; {captions} distinct captions")
 
     # Three examples.
     name = slug(f"{data.path}-{data.split}")
     file = Path(config.runs) / "data" / f"{name}-dry-run.png"
     write_atomic(file, _example_sheet(Examples(rows, config.seed)))
     first = "winner" if isinstance(rows, Pairs) else "image"
-    print(f"train: {EXAMPLES} of them, {first} first, are in {file}")
+    say(f"train: {EXAMPLES} of them, {first} first, are in {file}")
 
     # Disk and memory.
     if isinstance(rows.table, ParquetStream):
-        print(f"train: {_data_need(config, rows.table)}")
+        say(f"train: {_data_need(config, rows.table)}")
     if base is not None and is_cached(config):
         encodings, errors = cache_need(config, base, rows)
-        print(
+        say(
             f"train: disk below {config.runs}/cache: {in_units(encodings)} of latents and text "
             f"embeddings, {in_units(errors)} of reference errors"
         )
-        print(f"train: {_caching_need(config, base, len(rows))}")
+        say(f"train: {_caching_need(config, base, len(rows))}")
     if base is not None and config.spec.has_reference:
-        print("train: counting the memory of a step, which takes seconds", flush=True)
+        say("train: counting the memory of a step, which takes seconds")
         for line in _needs(config, base, len(rows)):
-            print(f"train: {line}")
+            say(f"train: {line}")
     check_disk(config, base, rows)
     return file
 

@@ -3,6 +3,7 @@
 It takes the keys of `python -m train`, and those of the section `needs`.
 """
 
+from configs import ctrl_c  # noqa: F401 (first: it meets Ctrl-C during the imports below)
 from configs.entry import entry
 from train.needs_config import NeedsConfig
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +19,7 @@ from deradiff.files import write_atomic
 from deradiff.image_files import is_whole_png
 from deradiff.image_tables import encode_png
 from deradiff.models.base_model import BaseModel
+from deradiff.terminal import warn
 from deradiff.training.lending import is_lendable, lent_reference
 from deradiff.training.panel import Row, encode_prompts, sample_panel
 from train.build import encoding_pipeline, frozen_dtype
@@ -81,7 +81,7 @@ class Panels:
             self._draw(network, self.card, file)
             self.track.image("panel", file, f"step {step}")
         except Exception as error:  # an image is not worth a week's run
-            print(f"train: no panel at step {step}: {error}", file=sys.stderr, flush=True)
+            warn(f"train: no panel at step {step}: {error}")
 
     def _draw(self, network: nn.Module, card: AnchorCard, file: Path) -> None:
         anchor = self.folder / ".anchor.part"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -24,6 +23,7 @@ from deradiff.files import write_atomic
 from deradiff.hub import push
 from deradiff.image_files import is_whole_png
 from deradiff.models.base_model import BaseModel
+from deradiff.terminal import say, warn
 from deradiff.text_files import read_json
 from deradiff.training.checkpoints import Progress
 from deradiff.training.objectives.base import AnchorObjective, Objective
@@ -112,7 +112,7 @@ def flops_of_step(objective: AnchorObjective, config: TrainConfig, run_dir: Path
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError) as error:
-        print(f"train: {file} is written again: {error}", file=sys.stderr, flush=True)
+        warn(f"train: {file} is written again: {error}")
     pairs = config.optim.pairs_per_step
     flops = objective.step_flops(pairs, config.model.gradient_checkpointing)
     write_atomic(file, json.dumps(sealed({"flops_of_step": flops})))
@@ -147,7 +147,7 @@ def finished(config: TrainConfig, run_dir: Path) -> Path | None:
         try:
             load_anchor(folder).check_weights()
         except ValueError as error:
-            print(f"train: {error}; it is made again", file=sys.stderr, flush=True)
+            warn(f"train: {error}; it is made again")
             return None
     return folder
 
@@ -189,4 +189,4 @@ def finish(
 def upload(config: TrainConfig, folder: Path) -> None:
     """Upload the anchor, where `hub.push_to` asks for it."""
     if config.hub.push_to:
-        print(f"train: uploaded to {push(folder, config.hub.push_to)}", flush=True)
+        say(f"train: uploaded to {push(folder, config.hub.push_to)}")

@@ -10,6 +10,7 @@ from deradiff.models.base_model import BaseModel
 from deradiff.models.gpus import GPUS, MEASURED_MFU
 from deradiff.models.published import DATA_SETS, PUBLISHED_MODELS, PublishedModel
 from deradiff.models.requirements import SINGLE
+from deradiff.terminal import say
 from train.build import base_model
 from train.config import TrainConfig
 from train.data import encodings_need, errors_need, in_units, open_data
@@ -38,27 +39,27 @@ def run(config: NeedsConfig, run_dir: Path) -> None:
     # The recipe, counted on the networks' configs.
     base = described_base(config)
     rows, captions = row_counts(config)
-    print("needs: counting on the networks' configs, which takes seconds", flush=True)
+    say("needs: counting on the networks' configs, which takes seconds")
     found = estimate(config, base, rows)
     optim = config.optim
-    print(
+    say(
         f"needs: {config.model.name} {config.finetune.method} at {config.model.resolution} px in "
         f"{config.precision}, {optim.name}, {config.steps} steps of {optim.pairs_per_step} pairs, "
-        f"{optim.batch_size} at once: {found.steps.useful / 1e18:.1f} EFLOP\n"
+        f"{optim.batch_size} at once: {found.steps.useful / 1e18:.1f} EFLOP",
+        "",
     )
 
     # Memory and disk, then hours and costs.
-    print("\n".join(memory_table(config, found)))
-    for line in remedies(config, base, found, rows):
-        print(line)
+    say(*memory_table(config, found), *remedies(config, base, found, rows))
     encodings = encodings_need(config, base, 2 * rows, captions)
-    print(
-        f"\nDisk: {in_units(encodings)} of latents and text embeddings ({rows:,} pairs, "
+    say(
+        "",
+        f"Disk: {in_units(encodings)} of latents and text embeddings ({rows:,} pairs, "
         f"{captions:,} captions), {in_units(errors_need(config))} of reference errors, "
-        f"{in_units(found.checkpoints)} of checkpoints.\n"
+        f"{in_units(found.checkpoints)} of checkpoints.",
+        "",
     )
-    print("\n".join(hours_table(config, found)))
-    print("\n" + "\n".join(notes(config, found)))
+    say(*hours_table(config, found), "", *notes(config, found))
 
 
 def described_base(config: TrainConfig) -> BaseModel | PublishedModel:

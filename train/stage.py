@@ -19,6 +19,7 @@ from deradiff.files import slug
 from deradiff.locks import run_lock
 from deradiff.models.base_model import BaseModel
 from deradiff.run_directories import claim
+from deradiff.terminal import say
 from deradiff.training import zero
 from deradiff.training.dpo import learning_rate
 from deradiff.training.loop import train
@@ -99,9 +100,10 @@ def _run_alone(
     # disk that others may not see.
     (folder,) = broadcast_object_list([results.finished(config, run_dir)])
     if folder is not None:
-        accelerator.print(
+        say(
             f"train: {run_dir} is finished: see {folder}{_next_command(config, folder)}; another "
-            "name=... or seed=... starts another run"
+            "name=... or seed=... starts another run",
+            is_main=accelerator.is_main_process,
         )
         if accelerator.is_main_process:
             results.upload(config, folder)
@@ -138,16 +140,18 @@ def _train(
     per_step = config.optim.pairs_per_step
     shares = config.optim.shares(accelerator.num_processes)
     options = _options(config)
-    accelerator.print(
+    say(
         f"train: {run_dir}: {config.steps} steps of {per_step} examples ({shares}), "
-        f"learning rate {options.learning_rate:.4g}"
+        f"learning rate {options.learning_rate:.4g}",
+        is_main=accelerator.is_main_process,
     )
     if anchor is not None:
         options.flops_per_step = anchor.step_flops(per_step, checkpointing=False)
         if config.beta is not None:
-            accelerator.print(
+            say(
                 f"train: beta {config.beta:g} ({anchor.card.beta_convention}), a KL strength of "
-                f"{anchor.kl_strength():.2g}"
+                f"{anchor.kl_strength():.2g}",
+                is_main=accelerator.is_main_process,
             )
 
     # Training, with panels on the way.
@@ -169,7 +173,7 @@ def _train(
         summary = results.training_summary(config, options.learning_rate)
         folder = results.finish(objective, config, run_dir, track, summary)
         cost = f"{progress.step} steps, {progress.seconds:.0f} s of training"
-        print(f"train: {folder} ({cost}){_next_command(config, folder)}", flush=True)
+        say(f"train: {folder} ({cost}){_next_command(config, folder)}")
         results.upload(config, folder)
     return folder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 
 from deradiff.digests import sealed, unsealed
 from deradiff.files import write_atomic, writing
+from deradiff.terminal import warn
 from deradiff.text_files import read_json
 
 PROGRESS = "progress.json"  # written last: a folder without it is no checkpoint
@@ -160,7 +160,7 @@ class Checkpoints:
                 return _progress(folder)
             except (OSError, EOFError, ValueError, SafetensorError) as error:
                 message = f"train: the checkpoint {folder} is torn and is skipped: {error}"
-                print(message, file=sys.stderr, flush=True)
+                warn(message)
         return Progress()
 
 

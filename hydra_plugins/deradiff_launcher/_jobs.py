@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from deradiff.terminal import say
+
 GRACE_SECONDS = 35.0
 """Between SIGTERM and SIGKILL: torch's elastic agent takes up to 30 to end its workers."""
 
@@ -106,7 +108,7 @@ class _Crew:
 
     def start(self, job: Job) -> None:
         output = f", output in {job.log}" if self.to_logs else ""
-        print(f"start {job.name}{output}", flush=True)
+        say(f"start {job.name}{output}")
         self.running[self._process(job)] = (job, time.monotonic())
 
     def _process(self, job: Job) -> Process:
@@ -134,7 +136,7 @@ class _Crew:
             seconds = time.monotonic() - start
             last = _last_line(job.log) if self.to_logs else ""
             result = f"; {last}" if last and not status else ""
-            print(f"{job.name}: {outcome} after {seconds:.0f} s{result}", flush=True)
+            say(f"{job.name}: {outcome} after {seconds:.0f} s{result}")
             if status:
                 reason = outcome
                 if self.to_logs:
@@ -151,7 +153,7 @@ class _Crew:
             line = _last_line(job.log)
             if line and line != self.told.get(job.name):
                 self.told[job.name] = line
-                print(f"{job.name}: {line}", flush=True)
+                say(f"{job.name}: {line}")
 
 
 def _last_line(log: Path) -> str:

@@ -31,6 +31,7 @@ MISTAKES = {
     ("data=x", "dpo.beta=1,2"): "type python -m toy --multirun dpo.beta=1,2 for a run of each",
     ("data=x", "lambdas=[0,,1]"): "cannot read lambdas=[0,,1]",
     ("data=none",): "there is no data",
+    ("data=strange",): "toy: deradiff ships no asset:a\\x1b[2J\\nb; it ships asset:",
     ("data=hub",): "the hub could not be read (ConnectTimeout: timed out): give local folders, or "
     "set HF_HOME",
     ("--data", "x"): "settings are written without dashes: type data=x",

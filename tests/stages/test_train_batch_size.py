@@ -63,9 +63,7 @@ def test_a_device_with_an_allocator_is_tried(auto, monkeypatch, capsys):
     monkeypatch.setattr(batch_size, "attempt", attempt)
     monkeypatch.setattr(batch_size, "device_memory", lambda device: 1e12)
     monkeypatch.setattr(batch_size, "_agreed", lambda number, accelerator: number)
-    accelerator = SimpleNamespace(
-        device=device, num_processes=1, is_main_process=False, print=print
-    )
+    accelerator = SimpleNamespace(device=device, num_processes=1, is_main_process=True)
     network = torch.nn.Linear(2, 2)
     choose = partial(batch_size.choose_batch_size, auto, base_model(auto))
     objective = SimpleNamespace(network=network)

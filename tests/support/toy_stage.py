@@ -11,6 +11,7 @@ from pathlib import Path
 from httpx import ConnectTimeout
 
 from configs.entry import entry
+from deradiff.assets import locate
 
 
 @dataclass
@@ -50,6 +51,8 @@ def run(config, run_dir):
     print(f"threads {os.environ.get('OMP_NUM_THREADS')} pid {os.getpid()}", flush=True)
     if config.data == "none":
         raise FileNotFoundError("there is no data")
+    if config.data == "strange":
+        locate("asset:a\x1b[2J\nb")
     if config.data == "bug":
         raise RuntimeError("a bug of ours")
     if config.data == "hub":
