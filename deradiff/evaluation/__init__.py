@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deradiff.evaluation.comparison import Comparison, Options, compare
+    from deradiff.evaluation.figures.early_stopping import along_the_training
     from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
     from deradiff.evaluation.figures.image_grids import reversal
     from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         published_cost,
         savings_of_anchors,
     )
+    from deradiff.evaluation.tables.early_stopping import early_stopping
     from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
     from deradiff.evaluation.tables.means import mean_scores
     from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
@@ -35,10 +37,12 @@ __all__ = [
     "Options",
     "ResultTable",
     "agreement",
+    "along_the_training",
     "approximation_errors",
     "bland_altman",
     "compare",
     "costs_of_anchors",
+    "early_stopping",
     "ecdf",
     "errors_by_mode",
     "errors_by_target",
@@ -63,11 +67,13 @@ __all__ = [
 
 _MODULES = {
     "agreement": "deradiff.evaluation.tables.paper",
+    "along_the_training": "deradiff.evaluation.figures.early_stopping",
     "approximation_errors": "deradiff.evaluation.tables.errors",
     "bland_altman": "deradiff.evaluation.figures.error_plots",
     "compare": "deradiff.evaluation.comparison",
     "Comparison": "deradiff.evaluation.comparison",
     "costs_of_anchors": "deradiff.evaluation.tables.costs",
+    "early_stopping": "deradiff.evaluation.tables.early_stopping",
     "ecdf": "deradiff.evaluation.figures.error_plots",
     "errors_by_mode": "deradiff.evaluation.tables.errors",
     "errors_by_target": "deradiff.evaluation.tables.paper",

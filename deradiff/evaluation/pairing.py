@@ -14,6 +14,7 @@ import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.anchors.mixtures import anchor_name, mixed_reward
+from deradiff.evaluation.checkpoints import earlier_checkpoints
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 
 BETA_TOLERANCE = 1e-3
@@ -220,6 +221,8 @@ class _Bench:
         anchors: each anchor's model at lam = 1.
         cards: of the anchors.
         with_others: see `_with_others`.
+        earlier: anchors of which there is a later checkpoint. They are no targets: they were not
+            trained to the end.
     """
 
     models: pd.DataFrame
@@ -229,6 +232,7 @@ class _Bench:
     anchors: dict[str, SampledModel]
     cards: Cards
     with_others: set[str]
+    earlier: set[str]
 
     @classmethod
     def of(cls, images: pd.DataFrame, cards: Cards, with_others: set[str]) -> _Bench:
@@ -244,7 +248,8 @@ class _Bench:
         own = models[models["is_own"]]
         references = _by_anchor(own[own["lam"] == 0])
         anchors = _by_anchor(own[own["lam"] == 1])
-        return cls(models, betas, shares, references, anchors, cards, with_others)
+        earlier = earlier_checkpoints({anchor: betas.get(anchor) for anchor in anchors})
+        return cls(models, betas, shares, references, anchors, cards, with_others, earlier)
 
     def realigned_models(self) -> list[dict[str, Any]]:
         """Models that are neither the reference nor an anchor as it is, which are no cells."""
@@ -324,7 +329,7 @@ class _Bench:
         own_reward = self._reward(source)
         fitting = []
         for anchor in self.anchors:
-            if anchor == source or anchor not in self.betas:
+            if anchor == source or anchor not in self.betas or anchor in self.earlier:
                 continue
             reward = self._reward(anchor)
             if own_reward is not None and reward is not None:

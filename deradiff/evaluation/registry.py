@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.drawing import Drawing, drawing_of
+from deradiff.evaluation.figures.early_stopping import along_the_training
 from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
 from deradiff.evaluation.figures.image_grids import first_grid, reversal
 from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
 from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
 from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
+from deradiff.evaluation.tables.early_stopping import early_stopping
 from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
 from deradiff.evaluation.tables.means import mean_scores
 from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
@@ -29,6 +31,7 @@ from deradiff.evaluation.tables.wins import win_rates
 WHICH_LAMBDA = "which-lambda"
 SCORES = "scores"
 MIXTURES = "mixtures"
+EARLY_STOPPING = "early-stopping"
 CLOSENESS = "closeness"
 COST = "cost"
 
@@ -36,6 +39,7 @@ SECTIONS = {
     WHICH_LAMBDA: "Which lambda",
     SCORES: "What lam does to the scores",
     MIXTURES: "Several anchors, mixed",
+    EARLY_STOPPING: "Early stopping, or lambda",
     CLOSENESS: "How close to models aligned from scratch",
     COST: "What it cost",
 }
@@ -106,6 +110,7 @@ TABLES = (
     TableSpec("wins", CLOSENESS, win_rates, folded="Win rates"),
     TableSpec("means", SCORES, mean_scores, folded="Mean scores of every model"),
     TableSpec("mixtures", MIXTURES, mixtures_of_anchors, is_tall=True),
+    TableSpec("early_stopping", EARLY_STOPPING, early_stopping),
     TableSpec("savings", COST, savings_of_anchors),
     TableSpec("compute", COST, costs_of_anchors),
     TableSpec("published", COST, published_cost),
@@ -159,6 +164,15 @@ FIGURES = (
         MIXTURES,
         trade_off,
         {"table": "mixtures"},
+    ),
+    FigureSpec(
+        "early_stopping",
+        "Checkpoints of a training, and lambdas of its last one",
+        "Reward for path KL, as a paired difference to the reference, with 95 % bands: along the "
+        "training (numbers: of the checkpoint), and along lambda of the last checkpoint (numbers: "
+        "lam). The axis is that of the square root.",
+        EARLY_STOPPING,
+        along_the_training,
     ),
     FigureSpec(
         "pictures",

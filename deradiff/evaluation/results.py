@@ -11,6 +11,7 @@ from deradiff.evaluation.figures.drawing import FORMATS, Drawing
 from deradiff.evaluation.figures.image_grids import ImageGrid, image_grids
 from deradiff.evaluation.registry import draw_figures, make_tables
 from deradiff.evaluation.report.report import ScorerLine, render
+from deradiff.evaluation.tables.early_stopping import early_stopping_verdict
 from deradiff.evaluation.tables.errors import verdict
 from deradiff.evaluation.tables.mixtures import mixtures_verdict
 from deradiff.evaluation.tables.selection import Answer, select
@@ -66,6 +67,9 @@ def _verdicts(
         sentences.append(verdict(tables["summary"].data, comparison.missing))
     if of_mixtures:
         sentences.append(of_mixtures)
+    of_checkpoints = early_stopping_verdict(tables["early_stopping"].data)
+    if of_checkpoints:
+        sentences.append(of_checkpoints)
     return sentences
 
 

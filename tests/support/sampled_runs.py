@@ -69,6 +69,7 @@ def write_run(
     seeds: int = 2,
     bias: float = 0.0,
     shift: float = 0.0,
+    name: str | None = None,
     **overrides: object,
 ) -> str:
     """Write a sample run below `root`, with its anchor's card.
@@ -83,12 +84,13 @@ def write_run(
         seeds: how many images of each prompt and lambda.
         bias: added to the strength of realigned images (lam other than 0 and 1).
         shift: added to the strength of the anchor itself (lam = 1), as a training seed may.
+        name: of the training run; None: by beta and training seed.
         overrides: of the manifest's values; `prompt` takes the place of every caption.
 
     Returns:
         The path of the sample run.
     """
-    name = f"shapes-beta{beta:g}-seed{training_seed}"
+    name = name or f"shapes-beta{beta:g}-seed{training_seed}"
     anchor = root / "train" / name / "anchor"
     folder = root / "sample" / f"{name}-{mode}"
     _write_anchor(anchor, beta, training_seed)

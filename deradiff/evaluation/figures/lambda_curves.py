@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -176,9 +177,9 @@ def reward_against_kl(comparison: Comparison, means: ResultTable | None = None) 
             rows = _rows_of_line(own, key)
             panel.plot(rows["path_kl"], rows["mean"], **style)
             if key == named:
-                _name_points(panel, rows, farthest)
-        panel.set_xscale("function", functions=(_square_root, np.square))
-        panel.set_xlim(left=0)
+                points = list(zip(rows["path_kl"], rows["mean"]))
+                name_points(panel, points, [f"{lam:g}" for lam in rows["lam"]], farthest)
+        square_root_axis(panel)
 
     handles = [Line2D([], [], **style) for style in lines.values()]
     xlabel = "path KL to the reference (nats)"
@@ -186,21 +187,36 @@ def reward_against_kl(comparison: Comparison, means: ResultTable | None = None) 
     return panels(scorers, draw, xlabel, _score_labels(data), handles)
 
 
+def square_root_axis(panel: Axes) -> None:
+    """Let the axis of the path KL be that of its square root, which lambda is about linear in."""
+    panel.set_xscale("function", functions=(_square_root, np.square))
+    panel.set_xlim(left=0)
+
+
 def _square_root(values: Any) -> Any:
     return np.sqrt(np.maximum(values, 0))
 
 
-def _name_points(panel: Axes, rows: pd.DataFrame, farthest: float) -> None:
-    """Write lam beside the points that lie far enough from one another."""
+def name_points(
+    panel: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], farthest: float
+) -> None:
+    """Write names beside the points that lie far enough from one another.
+
+    Args:
+        panel: with an axis of the path KL's square root.
+        points: (path KL, score) of each.
+        names: of the points.
+        farthest: the largest square root of the axis.
+    """
     previous = -np.inf
-    for row in rows.to_dict("records"):
-        place = row["path_kl"] ** 0.5
+    for (path_kl, score), name in zip(points, names):
+        place = path_kl**0.5
         if place - previous < SMALLEST_GAP * farthest:
             continue
         previous = place
         panel.annotate(
-            f"{row['lam']:g}",
-            (row["path_kl"], row["mean"]),
+            name,
+            (path_kl, score),
             textcoords="offset points",
             xytext=(6, -11),
             fontsize=9,
