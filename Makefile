@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test test-all test-faults test-versions gpu check docs reproduce mixtures base
+.PHONY: help install demo test test-all test-faults test-versions gpu check docs reproduce \
+	mixtures early-stopping base
 
 help:
 	@echo "make install    deradiff and what its tests need, into .venv"
@@ -17,6 +18,7 @@ help:
 	@echo "make docs       the documentation as a site in site/"
 	@echo "make reproduce  the paper's experiment on the shapes world: six betas from scratch"
 	@echo "make mixtures   two anchors of two rewards, mixed, on the shapes world"
+	@echo "make early-stopping  checkpoints of a training, or lambda of its last one"
 	@echo "make base       train the shapes world's base model and scorers, compared with the shipped"
 
 install: $(VENV)/installed
@@ -70,6 +72,9 @@ reproduce: install
 
 mixtures: install
 	PYTHON=$(RUN) bash examples/mixtures.sh
+
+early-stopping: install
+	PYTHON=$(RUN) bash examples/early_stopping.sh
 
 base: install
 	$(RUN) -m train experiment=shapes_clip

@@ -197,8 +197,17 @@ def _square_root(values: Any) -> Any:
     return np.sqrt(np.maximum(values, 0))
 
 
+BELOW: dict[str, Any] = {"xytext": (6, -11)}
+ABOVE: dict[str, Any] = {"xytext": (-5, 6), "horizontalalignment": "right"}
+"""Where a point's name stands: below a line that rises, or above it."""
+
+
 def name_points(
-    panel: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], farthest: float
+    panel: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    farthest: float,
+    side: dict[str, Any] = BELOW,
 ) -> None:
     """Write names beside the points that lie far enough from one another.
 
@@ -207,6 +216,7 @@ def name_points(
         points: (path KL, score) of each.
         names: of the points.
         farthest: the largest square root of the axis.
+        side: `BELOW` or `ABOVE`.
     """
     previous = -np.inf
     for (path_kl, score), name in zip(points, names):
@@ -214,13 +224,7 @@ def name_points(
         if place - previous < SMALLEST_GAP * farthest:
             continue
         previous = place
-        panel.annotate(
-            name,
-            (path_kl, score),
-            textcoords="offset points",
-            xytext=(6, -11),
-            fontsize=9,
-        )
+        panel.annotate(name, (path_kl, score), textcoords="offset points", fontsize=9, **side)
 
 
 def _score_labels(means: pd.DataFrame) -> dict[str, str]:
