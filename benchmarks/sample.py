@@ -384,7 +384,7 @@ class Stopwatch:
         return 2 * self.args.steps * denoiser_flops(config, side, side, TOKENS)
 
 
-def uncarried(mixed: Mixed, track: LostTrack) -> Any:
+def uncarried(mixed: Mixed, track: LostTrack, with_anchors: bool) -> Any:
     """A realigned output alone, in place of `deradiff.realignment.modes.carried`."""
     return mixed.output.whole()
 

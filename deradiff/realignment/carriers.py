@@ -79,26 +79,27 @@ class CarrierTensor(Tensor):
         name = getattr(func, "__name__", "")
         if name == "__set__":
             return _set_attribute(func, args)
+        operation = _Operation(func, name, args, kwargs)
         if _writes(name, kwargs):
-            return _write(func, args, kwargs)
-        result = _call(func, args, kwargs, plain)
+            return _write(operation, args, kwargs)
+        result = operation.on_outputs()
         leaves, structure = tree_flatten(result)
         has_values = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
         if not has_values or name in RANDOM_FUNCTIONS:
             return result
 
         # The same for each companion, and then each part of the result with its companions.
-        carriers = _carriers(args, kwargs)
+        first = operation.carriers[0]
         results = []
-        for number in range(len(carriers[0].companions)):
-            results.append(_companion_result(func, args, kwargs, number, result))
+        for number in range(len(first.companions)):
+            results.append(operation.on_companions(number, result))
         wrapped = []
         for position, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 wrapped.append(leaf)
                 continue
             companions = [None if parts is None else parts[position] for parts in results]
-            wrapped.append(carry(leaf, companions, carriers[0].track))
+            wrapped.append(carry(leaf, companions, first.track))
         return tree_unflatten(wrapped, structure)
 
 
@@ -136,42 +137,66 @@ def companions_of(value: Any) -> tuple[Tensor | None, ...] | None:
     return value.companions
 
 
-def _call(
-    func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], replace: Callable[[Any], Any]
-) -> Any:
-    """The function on arguments that are replaced one by one, in plain torch."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*tree_map(replace, tuple(args)), **tree_map(replace, dict(kwargs)))
+class _Operation:
+    """A function with its arguments, to be done to tensors and to each of their companions.
 
+    Args:
+        func: the function.
+        name: of the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
 
-def _carriers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[CarrierTensor]:
-    leaves, _ = tree_flatten((tuple(args), dict(kwargs)))
-    return [leaf for leaf in leaves if isinstance(leaf, CarrierTensor)]
+    Attributes:
+        carriers: the tensors with companions among the arguments.
+    """
 
+    def __init__(
+        self, func: Function, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        self._func = func
+        self._name = name
+        self._positions = len(args)
+        self._keywords = tuple(kwargs)
+        # Taken apart once for all models: this is host time at every operation of the guidance.
+        self._leaves, self._structure = tree_flatten([*args, *kwargs.values()])
+        self.carriers = [leaf for leaf in self._leaves if isinstance(leaf, CarrierTensor)]
 
-def _companion_result(
-    func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], number: int, result: Any
-) -> list[Any] | None:
-    """The leaves of one companion's result; None: unknown."""
-    carriers = _carriers(args, kwargs)
-    companions: list[Any] = [_companion(carrier, number) for carrier in carriers]
-    if any(companion is None for companion in companions):
-        return None
-    if getattr(func, "__name__", "") in CASTS:
-        wide = torch.promote_types(companions[0].dtype, result.dtype)
-        return [companions[0].to(result.device, wide)]
+    def on_outputs(self) -> Any:
+        """The result for the tensors alone."""
+        return self._call([plain(leaf) for leaf in self._leaves])
 
-    def replace(value: Any) -> Any:
-        if isinstance(value, CarrierTensor):
-            return _companion(value, number)
-        return _widened(value)
+    def on_companions(self, number: int, result: Any) -> list[Any] | None:
+        """The leaves of the result for one companion of each tensor; None: unknown.
 
-    try:
-        leaves, _ = tree_flatten(_call(func, args, kwargs, replace))
-    except Exception:
-        # The pipeline goes on with the output itself; what the companions lack becomes nan.
-        return None
-    return leaves
+        Args:
+            number: of the companion.
+            result: for the tensors alone.
+        """
+        companions: list[Any] = [_companion(carrier, number) for carrier in self.carriers]
+        if any(companion is None for companion in companions):
+            return None
+        if self._name in CASTS:
+            wide = torch.promote_types(companions[0].dtype, result.dtype)
+            return [companions[0].to(result.device, wide)]
+
+        following = iter(companions)
+        leaves = []
+        for leaf in self._leaves:
+            is_carrier = isinstance(leaf, CarrierTensor)
+            leaves.append(next(following) if is_carrier else _widened(leaf))
+        try:
+            parts, _ = tree_flatten(self._call(leaves))
+        except Exception:
+            # The pipeline goes on with the output itself; what the companions lack becomes nan.
+            return None
+        return parts
+
+    def _call(self, leaves: list[Any]) -> Any:
+        """The function on arguments with other leaves, in plain torch."""
+        values = tree_unflatten(leaves, self._structure)
+        kwargs = dict(zip(self._keywords, values[self._positions :]))
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._func(*values[: self._positions], **kwargs)
 
 
 def _companion(carrier: CarrierTensor, number: int) -> Tensor | None:
@@ -197,27 +222,28 @@ def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
     return is_in_place or name in ASSIGNMENTS or kwargs.get("out") is not None
 
 
-def _write(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _write(operation: _Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Change a tensor, and its companions where it has any."""
     target = kwargs.get("out")
     if target is None:
         target = args[0]
-    result = _call(func, args, kwargs, plain)
+    result = operation.on_outputs()
     if not isinstance(target, CarrierTensor):
-        for carrier in _carriers(args, kwargs):
+        for carrier in operation.carriers:
             carrier.track.is_lost = True
         return result
 
     # The companions share memory with others where the target is a view: they are changed in place.
     for number, companion in enumerate(target.companions):
-        if companion is not None and _companion_result(func, args, kwargs, number, result) is None:
+        if companion is not None and operation.on_companions(number, result) is None:
             target.track.is_lost = True
     return target if isinstance(result, Tensor) else result
 
 
 def _set_attribute(func: Function, args: Sequence[Any]) -> Any:
     """Set an attribute such as `data`, which the companions cannot follow."""
-    for carrier in _carriers(args, {}):
-        carrier.track.is_lost = True
+    for value in args:
+        if isinstance(value, CarrierTensor):
+            value.track.is_lost = True
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args)

@@ -411,7 +411,7 @@ class _Hook(ModelHook):
             self.steps.note_outside_evaluation()
             return mixed.output.whole()
         self.steps.note_evaluation(call.rows, mixed.blocks)
-        return carried(mixed, self.steps.track)
+        return carried(mixed, self.steps.track, self.steps.needs_anchors)
 
 
 @contextmanager

@@ -76,6 +76,11 @@ class GuidedSteps(StepObserver):
         self._is_first_step = False
         self._has_finished_chain = False
 
+    @property
+    def needs_anchors(self) -> bool:
+        """Whether it has to know what each anchor predicted, after the guidance."""
+        return self.resampling is not None or self.limit is not None
+
     def follow(self, pipe: Any, tap: SchedulerTap) -> None:
         """See the steps of a pipeline's present scheduler; a user may exchange it.
 
@@ -148,14 +153,15 @@ class GuidedSteps(StepObserver):
             self._check_is_needed(LOST)
             self.kl.unknown = self.kl.unknown or LOST
         else:
-            models = Companions.of(companions, len(self.dial.strengths))
+            anchors = len(self.dial.strengths) if self.needs_anchors else 0
+            models = Companions.of(companions, anchors)
         # Where a guider tells the branches, each has been mixed by its own lambda already.
         if self._is_by_branch and self._blocks_of_step > 0:
             output, moved = self._mixed_by_branch(output, models, sample)
             self.kl.add(moved, len(output))
             return output
         shift = _shift(models)
-        if self.limit is None and self.resampling is None:
+        if not self.needs_anchors:
             if shift is not None and self.kl.clipping:
                 shift = self._clipped_shift(models, options)
             self.kl.add(shift, len(output))

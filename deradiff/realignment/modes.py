@@ -64,7 +64,7 @@ class Companions(NamedTuple):
 
         Args:
             parts: the companions in their order.
-            anchors: the number of anchors.
+            anchors: the number of anchors that are carried.
         """
         end = 2 + anchors
         return cls(parts[0], parts[1], tuple(parts[2:end]), tuple(parts[end:]))
@@ -483,19 +483,23 @@ def has_one(lam: Any) -> bool:
     return lam == 1
 
 
-def carried(mixed: Mixed, track: LostTrack) -> Any:
-    """A realigned output whose leaves carry what each model predicted.
+def carried(mixed: Mixed, track: LostTrack, with_anchors: bool) -> Any:
+    """A realigned output whose leaves carry what models predicted.
 
     Args:
         mixed: the output.
         track: of the chain that it belongs to.
+        with_anchors: whether what each anchor predicted is carried, too. Each companion is one more
+            time all that the pipeline's guidance does.
     """
     leaves = []
     for leaf, companions in zip(mixed.output.leaves, mixed.companions):
         if companions is None:
             leaves.append(leaf)
             continue
-        parts = [companions.reference, companions.mixture, *companions.anchors]
+        parts = [companions.reference, companions.mixture]
+        if with_anchors:
+            parts += companions.anchors
         parts += companions.blocks
         leaves.append(carry(leaf, parts, track))
     return Output(leaves, mixed.output.structure).whole()
