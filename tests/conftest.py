@@ -5,6 +5,7 @@ Parallel sums would differ between machines, and the cores are shared.
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,17 @@ import torch
 # The imports inside the fixtures stand there because diffusers, which they load, takes seconds:
 # a test file that needs no pipeline starts at once.
 torch.set_num_threads(1)
+
+# The libraries are a million objects, which Python's collector would go through again and again.
+# It is off while they are imported; then it leaves them alone, and looks less often at the others.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect from now on what tests leave."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ attention are counted. Everything runs on the meta device: no memory and no arit
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +102,13 @@ def denoiser_flops(config: Mapping[str, Any], height: int, width: int, tokens: i
         width: of the latents.
         tokens: of the prompt.
     """
-    denoiser = meta_denoiser(config)
+    return _counted_forward(json.dumps(dict(config), sort_keys=True), height, width, tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def _counted_forward(config_json: str, height: int, width: int, tokens: int) -> float:
+    """`denoiser_flops` of a config as JSON: a run asks more than once, and counting takes long."""
+    denoiser = meta_denoiser(json.loads(config_json))
     inputs = denoiser_inputs(denoiser.config, height, width, tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser(**inputs)
