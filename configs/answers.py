@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -203,7 +204,9 @@ def sentence(error: BaseException, command: Command) -> str:
 
     # Mistakes that Hydra words for its own developers, in the user's words.
     if isinstance(cause, OverrideParseException):
-        return f"cannot read {cause.override}: write key=value, and {QUOTE}"
+        quoted = _quoted(cause.override)
+        advice = f"type {quoted}" if quoted else f"write key=value, and {QUOTE}"
+        return f"cannot read {cause.override}: {advice}"
     full_key = re.search(r"full_key: (\S+)", text)
     if full_key:
         return _about_key(full_key[1], cause, first_line, command)
@@ -228,6 +231,24 @@ def _is_ours(error: BaseException) -> bool:
         return False
     module = str(frames[-1].f_globals.get("__name__", ""))
     return module.partition(".")[0] in OURS
+
+
+def _quoted(argument: str) -> str:
+    """A setting with its value in quotes, as a shell takes it; empty where it needs none.
+
+    Hydra asks for quotes around letters that are not English, and around `=`, as in a path.
+    """
+    key, is_assigned, value = argument.partition("=")
+    if not is_assigned or value.startswith(("[", "{", "'", '"')):
+        return ""
+    escaped = value.replace("'", "\\'")
+    setting = f"{key}='{escaped}'"
+    try:
+        OverridesParser.create().parse_overrides([setting])
+    except HydraException:
+        return ""
+    is_plain = not set(setting) & set('"$`\\!')
+    return f'"{setting}"' if is_plain else shlex.quote(setting)
 
 
 def _about_key(key: str, cause: BaseException, first_line: str, command: Command) -> str:
@@ -269,6 +290,8 @@ def _unknown(command: Command, name: str) -> str:
 def _several_values(argument: str, command: Command) -> str:
     """Values with commas between them and no brackets around them."""
     key, _, value = argument.partition("=")
+    if Path(value).exists():
+        return f"{argument} holds a comma: type {_quoted(argument)}"
     as_list = shlex.quote(f"{key}=[{value}]")
     swept = f"{command_of(command.stage)} --multirun {shlex.quote(argument)}"
     if is_list(key, command.schema):

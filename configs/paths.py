@@ -96,6 +96,8 @@ def check_path(key: str, text: str | None, wanted: str, runs: str = "", depth: i
     is_run = bool(runs) and text.startswith(f"{runs.rstrip('/')}/")
     if len(parts) <= depth and is_hub_id("/".join(parts[:2])) and not is_run:
         return
+    if Path(text).is_symlink():
+        raise ValueError(f"{key}={text} is a link to what is not there: give {wanted}")
     raise ValueError(f"{key}={text} is not there{_instead(key, text) or f': give {wanted}'}")
 
 

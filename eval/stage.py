@@ -84,7 +84,8 @@ def _evaluate(
 ) -> Evaluation | None:
     """Score, compare, write and track; processes other than the main one get None."""
     is_main = process_state().is_main_process
-    group = slug(str(samples["base_model"].iloc[0])) if "base_model" in samples else ""
+    base_model = samples["base_model"].iloc[0]
+    group = slug(base_model) if isinstance(base_model, str) else ""
     with tracker(config.tracking, "eval", run_dir, asdict(config), is_main, group) as track:
         for sampled in [*config.samples, *config.references]:
             track.uses(f"samples-{Path(sampled).name}", "samples")

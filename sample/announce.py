@@ -152,7 +152,7 @@ def cost(config: SampleConfig, records: Sequence[Record]) -> str | None:
     folders = {lam_folder(lams) for lams in config.points}
     measured = []
     for record in records:
-        if Path(record["image"]).parent.name in folders and record.get("seconds") is not None:
+        if Path(record["image"]).parent.name in folders and record["seconds"] is not None:
             measured.append(record)
     mixed = [record for record in measured if not is_one_network(record)]
     plain = [record for record in measured if is_one_network(record)]

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deradiff.digests import sealed, unsealed
+from deradiff.digests import sealed
+from deradiff.evaluation.manifest import MANIFEST, parse_line
 from deradiff.files import append_line, write_atomic
 from deradiff.terminal import warn
 
@@ -18,8 +19,6 @@ Record = dict[str, Any]
 
 Lams = tuple[float, ...]
 """Lambda of each anchor of a run, mostly of one."""
-
-MANIFEST = "manifest.jsonl"
 
 
 def image_path(lams: Lams, prompt_id: str, seed: int) -> str:
@@ -89,7 +88,7 @@ def intact(run_dir: Path) -> set[str]:
     """The images of the manifest whose file has the bytes that the manifest says."""
     images = set()
     for record in _read(run_dir / MANIFEST):
-        if _sha256(run_dir / record["image"]) == record.get("sha256"):
+        if _sha256(run_dir / record["image"]) == record["sha256"]:
             images.add(record["image"])
     return images
 
@@ -117,13 +116,8 @@ def _read(file: Path) -> list[Record]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = unsealed(json.loads(line))
-            _order(record)
-            records.append(record)
-        except (ValueError, KeyError) as error:
+            records.append(parse_line(line.decode(errors="replace")))
+        except ValueError as error:
             if number < len(lines):
-                warn(
-                    f"sample: {file} line {number} cannot be used ({error}), and its image is "
-                    "sampled again"
-                )
+                warn(f"sample: {file} line {number} {error}; its image is sampled again")
     return records

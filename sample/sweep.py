@@ -134,7 +134,7 @@ class Sweep:
         for record in records:
             names = record["shares"] or [record["anchor"]]
             ours = [a for n, a in zip(self.config.anchors, self.anchors) if n in names]
-            sampled_under = record.get("cards")
+            sampled_under = record["cards"]
             is_same = sampled_under == cards_digest(anchor.card for anchor in ours)
             if sampled_under and len(ours) == len(names) and not is_same:
                 raise ValueError(

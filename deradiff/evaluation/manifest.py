@@ -20,7 +20,7 @@ import pandas as pd
 from deradiff.anchors.anchor import AnchorCard, cards_digest, read_card
 from deradiff.digests import unsealed
 from deradiff.models.weight_headers import short_reason
-from deradiff.realignment.registry import full_name, is_one_network
+from deradiff.realignment.registry import SETTINGS, full_name, is_one_network
 from deradiff.text_files import parse_json, read_text
 from deradiff.texts import is_encodable
 
@@ -29,9 +29,21 @@ MANIFEST = "manifest.jsonl"
 SAMPLING_COLUMNS = ["sampler", "eta", "steps", "guidance_scale", "height", "width"]
 """How images were sampled. Images that differ in any of these are never compared."""
 
-OPTIONAL = {"eta": 0.0, "evaluations": None, "shares": None, "cards": None}
+OPTIONAL = {
+    "eta": 0.0,
+    "evaluations": None,
+    "shares": None,
+    "cards": None,
+    "base_model": None,
+    "trust_region": None,
+    "branch": None,
+    "lam_schedule": None,
+    "generator_seed": None,
+    "timesteps_sha256": None,
+    "seconds": None,
+    "ess": None,
+} | dict.fromkeys(SETTINGS)
 """Keys that older manifests lack, with what they mean there."""
-
 
 POSITIVE = ("steps", "height", "width")
 """Keys whose values are at least 1."""
@@ -41,7 +53,9 @@ POSITIVE = ("steps", "height", "width")
 class ImageRecord:
     """One image of a sample run: what it is, how it was made, and what it cost.
 
-    A manifest may hold more keys than these.
+    Beside these keys stand those of modes' settings (`deradiff.realignment.registry.SETTINGS`),
+    which are numbers or None. A key that is none of all these, as another version may have it, is
+    left out when a manifest is read.
 
     Attributes:
         image: the file, relative to the run directory.
@@ -65,6 +79,14 @@ class ImageRecord:
         sha256: of the image's file.
         cards: digest of the cards of its anchors (`deradiff.anchors.anchor.cards_digest`); None:
             they have none, or it is not known.
+        base_model: the reference, as the user named it.
+        trust_region: in nats; None: none.
+        branch: of guidance, on which alone lambda acts; None: on both.
+        lam_schedule: what lambda was multiplied by in time (`deradiff.method.lambdas`); None: 1.
+        generator_seed: of the image's noise.
+        timesteps_sha256: digest of the timesteps; images on unlike ones are not compared.
+        seconds: that it took.
+        ess: effective number of its particles at the end; None: one chain.
     """
 
     image: str
@@ -87,12 +109,20 @@ class ImageRecord:
     evaluations: float | None
     sha256: str
     cards: str | None
+    base_model: str | None
+    trust_region: float | None
+    branch: str | None
+    lam_schedule: list | None  # type: ignore[type-arg]
+    generator_seed: int | None
+    timesteps_sha256: str | None
+    seconds: float | None
+    ess: float | None
 
 
 def _accepted_types() -> dict[str, tuple[type, ...]]:
     """The types that a line's value may have, by key. An integer is a number, too."""
     hints = get_type_hints(ImageRecord)
-    accepted: dict[str, tuple[type, ...]] = {}
+    accepted: dict[str, tuple[type, ...]] = dict.fromkeys(SETTINGS, (int, float, type(None)))
     for field in fields(ImageRecord):
         types = get_args(hints[field.name]) or (hints[field.name],)
         accepted[field.name] = (int, *types) if float in types else types
@@ -103,7 +133,7 @@ ACCEPTED_TYPES = _accepted_types()
 
 
 def read_manifest(run: str) -> list[dict[str, Any]]:
-    """The lines of `<run>/manifest.jsonl`, each with its `run`.
+    """The lines of `<run>/manifest.jsonl`, each with its `run`, and with its mode's full name.
 
     An image that is listed twice counts as it was listed last.
 
@@ -125,48 +155,53 @@ def read_manifest(run: str) -> list[dict[str, Any]]:
     # Not splitlines: a prompt may hold U+2028
     lines = read_text(manifest).split("\n")
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            record = _read_line(line, f"{manifest} line {number}")
-            newest[record["image"]] = record | {"run": run}
+        if not line.strip():
+            continue
+        try:
+            record = parse_line(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{manifest} line {number} {error}; run the sample stage's command again, it makes "
+                "that image anew"
+            ) from error
+        newest[record["image"]] = record | {"run": run, "mode": full_name(record)}
     if not newest:
         raise ValueError(f"{manifest} is empty; run the sample stage's command again")
     return list(newest.values())
 
 
-def _read_line(line: str, where: str) -> dict[str, Any]:
-    """One line of a manifest, checked, with its mode's label in place of the mode."""
+def parse_line(line: str) -> dict[str, Any]:
+    """One line of a manifest, with the keys of `ImageRecord`, in the order of the line.
+
+    Args:
+        line: the line.
+
+    Raises:
+        ValueError: for what no run has written; the message goes on a sentence about the line.
+    """
+    # A record, as it was written.
     try:
-        record = parse_json(line, where)
+        content = parse_json(line, "it")
     except ValueError as error:
-        raise ValueError(
-            f"{where} is not JSON ({short_reason(error)}); run the sample stage's command again to "
-            f"complete it"
-        ) from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is not a JSON object; sample that run again")
+        raise ValueError(f"is not JSON ({short_reason(error)})") from None
     try:
-        record = OPTIONAL | unsealed(record)
+        record = unsealed(content)
     except ValueError as error:
-        raise ValueError(
-            f"{where} cannot be used ({error}); run the sample stage's command again, it makes "
-            "that image anew"
-        ) from None
+        raise ValueError(f"cannot be used ({error})") from None
+
+    # Its keys, and no others.
+    for key, meaning in OPTIONAL.items():
+        record.setdefault(key, meaning)
     for key, types in ACCEPTED_TYPES.items():
         if key not in record:
-            raise ValueError(f"{where} lacks {key!r}; sample that run again with this version")
+            raise ValueError(f"lacks {key!r}")
         value = record[key]
         if not isinstance(value, types) or isinstance(value, bool):
             names = " or ".join(one.__name__ for one in types)
-            raise ValueError(
-                f"{where} has {key}={reprlib.repr(value)}, which is no {names}; sample that run "
-                "again"
-            )
+            raise ValueError(f"has {key}={reprlib.repr(value)}, which is no {names}")
         if not _is_usable(key, value):
-            raise ValueError(
-                f"{where} has {key}={reprlib.repr(value)}, which no image has; sample that run "
-                "again"
-            )
-    return record | {"mode": full_name(record)}
+            raise ValueError(f"has {key}={reprlib.repr(value)}, which no image has")
+    return {key: value for key, value in record.items() if key in ACCEPTED_TYPES}
 
 
 def _is_usable(key: str, value: Any) -> bool:
@@ -178,6 +213,12 @@ def _is_usable(key: str, value: Any) -> bool:
     if isinstance(value, dict):
         are_lines = all(isinstance(name, str) and name.isprintable() for name in value)
         return are_lines and all(_is_number(share) for share in value.values())
+    if isinstance(value, list):
+        # Factors, or [fraction of time, factor].
+        numbers = []
+        for row in value:
+            numbers += row if isinstance(row, list) else [row]
+        return all(map(_is_number, numbers))
     if value is None or (key == "path_kl" and value != value):
         return True
     if key in POSITIVE and value < 1:
@@ -265,8 +306,6 @@ def _check_pairing(table: pd.DataFrame) -> None:
         "timesteps_sha256": SAMPLING_COLUMNS,
     }
     for column, keys in same_within.items():
-        if column not in table:
-            continue
         counts = table.groupby(keys)[column].nunique()
         if counts.gt(1).any():
             values = np.atleast_1d(np.array(counts.idxmax(), dtype=object))

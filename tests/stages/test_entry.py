@@ -30,6 +30,8 @@ MISTAKES = {
     ("data=x", "model=[small,big]"): "there is no model=big; there are small",
     ("data=x", "dpo.beta=1,2"): "type python -m toy --multirun dpo.beta=1,2 for a run of each",
     ("data=x", "lambdas=[0,,1]"): "cannot read lambdas=[0,,1]",
+    ("data=/x/日本 a",): "cannot read data=/x/日本 a: type \"data='/x/日本 a'\"",
+    ("data=a=$b",): "cannot read data=a=$b: type 'data='\"'\"'a=$b'\"'\"''",
     ("data=none",): "there is no data",
     ("data=strange",): "toy: deradiff ships no asset:a\\x1b[2J\\nb; it ships asset:",
     ("data=hub",): "the hub could not be read (ConnectTimeout: timed out): give local folders, or "

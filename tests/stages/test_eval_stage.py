@@ -302,6 +302,14 @@ def spoil_manifest(manifest, lines, how):
         ('{"beta": -2000}', "line 1 has beta=-2000, which no image"),
         ('{"beta": Infinity}', "line 1 has beta=inf, which no image"),
         ('{"steps": 0}', "line 1 has steps=0, which no image"),
+        (
+            '{"generator_seed": [1]}',
+            r"line 1 has generator_seed=\[1\], which is no int or NoneType",
+        ),
+        ('{"timesteps_sha256": {}}', "line 1 has timesteps_sha256={}, which is no str or"),
+        ('{"every": "4"}', "line 1 has every='4', which is no int or float or"),
+        ('{"lam_schedule": [1, ["a"]]}', "line 1 has lam_schedule=.*, which no image"),
+        ('{"branch": "\\u001b"}', "line 1 has branch=.*, which no image"),
     ],
 )
 def test_a_line_that_no_run_has_written_is_refused(tmp_path, line, sentence):
@@ -312,6 +320,14 @@ def test_a_line_that_no_run_has_written_is_refused(tmp_path, line, sentence):
     manifest.write_text(json.dumps(record | json.loads(line)))
     with pytest.raises(ValueError, match=f"manifest.jsonl {sentence}"):
         read_samples([str(manifest.parent)])
+
+
+def test_keys_of_another_version_are_left_out(tmp_path):
+    run = write_run(tmp_path, 2000, every=4, unknown={"a": [1]})
+    table = read_samples([run])
+    assert "unknown" not in table
+    assert set(table["every"]) == {4}
+    assert table["ess"].isna().all(), "a key that this run lacks"
 
 
 @pytest.mark.parametrize(

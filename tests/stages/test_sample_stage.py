@@ -227,7 +227,23 @@ def test_distinct_lambdas_never_share_a_folder():
 
 
 def test_a_line_that_a_kill_cut_short_is_not_read(tmp_path):
-    record = {"image": "lam=0.00/a-s0.png", "prompt_id": "a", "seed": 0, "lam": 0.0}
+    record = {
+        "image": "lam=0.00/a-s0.png",
+        "prompt_id": "a",
+        "prompt": "a fox",
+        "seed": 0,
+        "anchor": "a",
+        "beta": None,
+        "lam": 0.0,
+        "beta_target": None,
+        "mode": "exact",
+        "sampler": "ddim",
+        "steps": 1,
+        "guidance_scale": 1.0,
+        "height": 8,
+        "width": 8,
+        "path_kl": None,
+    }
     save_image(tmp_path, 3, b"one", record)
     with open(tmp_path / "manifest.3.part", "a") as part:
         part.write('{"image": "lam=0.50/a-s0')
@@ -313,8 +329,8 @@ def test_what_is_there_is_kept_and_what_is_damaged_or_new_is_made(config, tmp_pa
 
     run(replace(config, lambdas=[0.25, 1.0], seeds=[0, 1]), tmp_path)
     err = capsys.readouterr().err
-    assert "manifest.jsonl line 4 cannot be used" in err
-    assert "manifest.jsonl line 5 cannot be used (it is not what was written), and its" in err
+    assert "manifest.jsonl line 4 is not JSON" in err
+    assert "manifest.jsonl line 5 cannot be used (it is not what was written); its" in err
     run(config, tmp_path)
     assert kept.stat().st_mtime_ns == time
     after = read_manifest(tmp_path)
