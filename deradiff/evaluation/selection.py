@@ -15,11 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from deradiff.evaluation.statistics import LEVEL, UNKNOWN, Array, Estimate, paired_bootstrap
 
+CHOOSING_SHARE = 0.5
+"""About so many of the prompts choose; the others report."""
 
-def choosing_mask(prompt_ids: Sequence[str], share: float = 0.5) -> NDArray[np.bool_]:
+POWER = 0.8
+"""How often two candidates are told apart, with the prompts that are said to be enough."""
+
+
+def choosing_mask(prompt_ids: Sequence[str], share: float = CHOOSING_SHARE) -> NDArray[np.bool_]:
     """Which prompts choose; the others report.
 
     It follows from a hash of the prompt_id alone: a prompt falls on the same side in every run,
@@ -160,6 +167,30 @@ def _mean_change(before: Array, after: Array, seed: int, level: float = LEVEL) -
     if not len(difference):
         return UNKNOWN
     return paired_bootstrap(difference, _only_column, seed, level)
+
+
+def prompts_to_tell_apart(
+    difference: float, deviation: float, share: float = CHOOSING_SHARE
+) -> float:
+    """How many prompts tell two candidates apart, choosing and reporting ones together.
+
+    n prompts do so in 80 % of all cases where the mean difference is z_.975 + z_.8 of its standard
+    errors, deviation / sqrt(n), from 0: its 95 % interval then lies on one side of 0.
+
+    Args:
+        difference: between the mean scores.
+        deviation: the standard deviation of the paired difference over prompts.
+        share: of the prompts that choose.
+
+    Returns:
+        A whole number; infinite where there is no difference, nan where one is not known.
+    """
+    if np.isnan(difference) or np.isnan(deviation):
+        return np.nan
+    if difference == 0:
+        return np.inf
+    errors = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
+    return float(np.ceil((errors * deviation / difference) ** 2 / share))
 
 
 @dataclass(frozen=True)

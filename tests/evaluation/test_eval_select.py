@@ -6,10 +6,12 @@ import re
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from deradiff.evaluation import Comparison, Options
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import SampledModel
+from deradiff.evaluation.selection import choosing_mask
 from deradiff.evaluation.tables import selection
 from eval.config import SelectConfig
 from eval.stage import run
@@ -92,7 +94,7 @@ def test_the_best_lambda_is_chosen_with_what_it_is_worth():
     assert answer.sentence.startswith(
         "Choose lam = 1 (beta_target 1,000) of a: on held-out prompts, good is "
     )
-    assert answer.alarm == () and "no other score falls" in answer.sentence
+    assert answer.alarm == () and "No other score falls as good rises." in answer.sentence
     assert (answer.table.data.query("lam != 1")["below_chosen_low"] > 0).all()
 
 
@@ -164,6 +166,42 @@ def test_of_those_that_cannot_be_told_apart_the_one_nearest_to_the_reference_is_
     samples.loc[samples["lam"] == 1, "path_kl"] = np.nan
     unmeasured = select(samples, model_scores, [*plateau], SelectConfig("good"))
     assert chosen(unmeasured)["lam"] == 0.5
+
+
+def test_the_answer_says_how_many_prompts_would_tell_more():
+    plateau = {"good": lambda lam: min(lam, 0.5), "other": lambda lam: 0.0}
+    samples, model_scores = study(plateau)
+    answer = select(samples, model_scores, [*plateau], SelectConfig("good"))
+    assert chosen(answer)["lam"] == 0.5
+
+    # By hand, from the held-out prompts' scores
+    data = answer.table.data.set_index("lam")
+    rival = data.query("alike and not chosen").iloc[0]
+    difference = rival["below_chosen"]
+    choosing = choosing_mask(list(samples["prompt"].unique()))
+    scores = {model.lam: frame["good"].to_numpy() for model, frame in model_scores.items()}
+    held_out = (scores[0.5] - scores[rival.name])[~choosing]
+    assert difference == pytest.approx(held_out.mean())
+    needed = 2 * (2.8016 * held_out.std(ddof=1) / difference) ** 2
+    assert rival["prompts_to_tell"] == pytest.approx(needed, abs=1)
+    assert rival["fewest_to_tell"] < rival["prompts_to_tell"]
+    rounded = f"{float(f'{needed:.2g}'):,.0f}"
+    assert f"About {rounded} prompts would tell it from lam = {rival.name:g} " in answer.sentence
+    assert answer.sentence.count("here are 60.") == 1
+
+
+def test_where_nothing_is_as_good_no_more_prompts_are_asked_for():
+    samples, model_scores = study(RISES)
+    answer = select(samples, model_scores, [*RISES], SelectConfig("good"))
+    assert "prompts would tell" not in answer.sentence
+
+
+def test_equal_images_are_told_apart_by_no_number_of_prompts():
+    samples, model_scores = study({"good": lambda lam: 0.0}, noise=0.0)
+    answer = select(samples, model_scores, ["good"], SelectConfig("good"))
+    assert "From lam = 0.5 (beta_target 2,000) of a no number of prompts would tell it." in (
+        answer.sentence
+    )
 
 
 def test_too_few_prompts_choose_nothing():

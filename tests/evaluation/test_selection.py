@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deradiff.evaluation.selection import choose, choosing_mask, reward_hacking
+from deradiff.evaluation.selection import (
+    choose,
+    choosing_mask,
+    prompts_to_tell_apart,
+    reward_hacking,
+)
+from deradiff.evaluation.statistics import paired_bootstrap
 
 LAMBDAS = np.array([0.0, 0.5, 1.0, 2.0, 3.0])
 KL = 10 * LAMBDAS**2
@@ -84,6 +90,25 @@ def test_what_cannot_be_chosen_is_refused():
         choose(peaked(2.0), np.full((200, 5), np.nan), 5, choosing_mask(IDS))
     with pytest.raises(ValueError, match="do not make two halves"):
         choose(peaked(2.0), np.zeros((200, 5)), None, np.ones(200, bool))
+
+
+@pytest.mark.parametrize(("difference", "deviation"), [(0.3, 1.0), (-0.1, 0.25), (0.02, 0.1)])
+def test_so_many_prompts_tell_two_apart_in_four_of_five_cases(difference, deviation):
+    """New evaluations with half of these prompts find the difference in 80 % of all cases."""
+    prompts = prompts_to_tell_apart(difference, deviation)
+    rng = np.random.default_rng(5)
+    found = 0
+    for _ in range(400):
+        draws = rng.normal(difference, deviation, (round(prompts / 2), 1))
+        estimate = paired_bootstrap(draws, lambda means: means[..., 0])
+        found += estimate.low > 0 if difference > 0 else estimate.high < 0
+    assert found / 400 == pytest.approx(0.8, abs=0.06)  # three standard errors
+
+
+def test_how_many_prompts_where_nothing_differs_or_nothing_is_known():
+    assert prompts_to_tell_apart(0.0, 1.0) == np.inf
+    assert np.isnan(prompts_to_tell_apart(np.nan, 1.0))
+    assert np.isnan(prompts_to_tell_apart(1.0, np.nan))
 
 
 def hacked(falls: float, prompts: int = 100, others: int = 3, seed: int = 4):

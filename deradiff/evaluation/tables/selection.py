@@ -16,7 +16,13 @@ from deradiff.anchors.mixtures import anchor_name, lam_text
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import MODEL_COLUMNS, SampledModel
-from deradiff.evaluation.selection import Choice, choose, choosing_mask, reward_hacking
+from deradiff.evaluation.selection import (
+    Choice,
+    choose,
+    choosing_mask,
+    prompts_to_tell_apart,
+    reward_hacking,
+)
 from deradiff.evaluation.statistics import Array, Estimate, paired_bootstrap
 from deradiff.evaluation.tables.table import (
     LAM,
@@ -37,9 +43,12 @@ NOTE = """Chosen: the largest mean {score} over the choosing prompts{budget}, of
 an alarm; where others cannot be told apart from it on these prompts, the smallest path KL of them,
 or the smallest lam where a path KL is not known. All other numbers are of the held-out prompts:
 {choosing} and {reporting} prompts, split by a hash of their text. Below the chosen: the paired
-difference. Alarm: the scores that have fallen from their own best at a smaller lambda of that
-anchor, by an interval below 0 that allows for their number, while {score} has risen: reward
-hacking. Brackets: 95 % bootstrap intervals over prompts."""
+difference. Prompts to tell it: how many, choosing and reporting ones together, would tell it from
+the chosen at 95 % in 80 % of all cases, were the two as far apart as the held-out prompts say; at
+least: were they as far apart as the farther end of that interval. Alarm: the scores that have
+fallen from their own best at a smaller lambda of that anchor, by an interval below 0 that allows
+for their number, while {score} has risen: reward hacking. Brackets: 95 % bootstrap intervals over
+prompts."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,22 @@ class _Candidates:
     def difference(self, one: int, other: int) -> Estimate:
         """The chosen score of one candidate above another's, on the reporting prompts."""
         return paired_bootstrap(self.reported(self.score, [one, other]), _first_less_second)
+
+    def prompts_to_tell(self, one: int, other: int) -> tuple[float, float]:
+        """How many prompts, of both halves, tell two candidates apart.
+
+        Returns:
+            By the difference on the reporting prompts; and by the end of its interval that is
+            farther from 0: so many at the least.
+        """
+        scores = self.reported(self.score, [one, other])
+        deviation = float(np.std(scores[:, 0] - scores[:, 1], ddof=1))
+        difference = self.difference(one, other)
+        farthest = max(abs(difference.low), abs(difference.high))
+        return (
+            prompts_to_tell_apart(difference.value, deviation),
+            prompts_to_tell_apart(farthest, deviation),
+        )
 
     def is_alike(self, best: int, other: int) -> bool:
         """Whether the choosing prompts do not tell a candidate from the best one."""
@@ -166,7 +191,12 @@ def select(comparison: Comparison) -> Answer:
     )
     best = rows[0]["alarm"]
     alarm = tuple(best.split(", ")) if best else ()
-    return Answer(table, _sentence(own, rows, score, budget), alarm)
+    sentences = [
+        _worth(own, score, budget),
+        *_alike(own, rows, score, len(prompts)),
+        *_warning(own, rows[0], score),
+    ]
+    return Answer(table, " ".join(f"{sentence}." for sentence in sentences), alarm)
 
 
 def _mark_chosen(candidates: _Candidates, rows: list[Row]) -> Row:
@@ -188,6 +218,9 @@ def _mark_chosen(candidates: _Candidates, rows: list[Row]) -> Row:
         row["chosen"] = row is chosen
         row["alike"] = any(row is one for one in alike)
         row["below_chosen"] = candidates.difference(chosen["index"], row["index"])
+        row["prompts_to_tell"], row["fewest_to_tell"] = candidates.prompts_to_tell(
+            chosen["index"], row["index"]
+        )
     return chosen
 
 
@@ -308,6 +341,7 @@ def _columns(score: str) -> tuple[Column, ...]:
         Column(score, "mean"),
         Column("above the reference", "gain"),
         Column("below the chosen", "below_chosen"),
+        Column("prompts to tell it", text=_prompts_to_tell),
         Column("alarm", text=lambda row: row["alarm"] or NOT_THERE),
     )
 
@@ -339,40 +373,72 @@ def _describe(row: Row) -> str:
     return f"lam = {lam_text(row['anchor'], row['lam'])}{target} of {anchor_name(row['anchor'])}"
 
 
-def _sentence(own: Row, rows: Sequence[Row], score: str, budget: float | None) -> str:
-    """The answer: which lambda, what it is worth, what is as good, and what was passed over."""
-    # What it is worth
-    mean = interval(own["mean"])
-    text = f"Choose {_describe(own)}: on held-out prompts, {score} is {mean}"
+def _prompts_to_tell(row: Row) -> str:
+    if not row["alike"] or row["chosen"]:
+        return NOT_THERE
+    return f"{_count(row['prompts_to_tell'])}, at least {_count(row['fewest_to_tell'])}"
+
+
+def _count(prompts: float) -> str:
+    """A number of prompts in two digits: it is an estimate."""
+    return f"{float(f'{prompts:.2g}'):,.0f}" if np.isfinite(prompts) else "any number"
+
+
+def _worth(own: Row, score: str, budget: float | None) -> str:
+    """The answer: which lambda, and what it is worth."""
+    text = f"Choose {_describe(own)}: on held-out prompts, {score} is {interval(own['mean'])}"
     if own["lam"] and np.isfinite(own["gain"].value):
         text += f", {interval(own['gain'])} above the reference"
     if np.isfinite(own["path_kl"]):
         text += f", at a path KL of {number(own['path_kl'])} nats"
         if budget is not None:
             text += f", within the budget of {number(budget)}"
-    sentences = [text]
+    return text
 
-    # What cannot be told apart from it
-    alike = [_describe(row) for row in rows if row["alike"] and not row["chosen"]]
-    if alike:
-        least = "path KL" if np.isfinite(own["path_kl"]) else "lam"
-        sentences.append(
-            f"{score} does not tell it apart from {'; '.join(alike)}: of these it has the "
-            f"smallest {least}"
-        )
 
-    # The alarm: of the chosen one for want of another, or of a better one
-    best = rows[0]
+def _alike(own: Row, rows: Sequence[Row], score: str, prompts: int) -> list[str]:
+    """What cannot be told apart from the chosen one, and how many prompts would do so.
+
+    Args:
+        own: the chosen row.
+        rows: all of them, best first.
+        score: the scorer that chose.
+        prompts: how many there are, choosing and reporting ones.
+    """
+    alike = [row for row in rows if row["alike"] and not row["chosen"]]
+    if not alike:
+        return []
+    names = "; ".join(_describe(row) for row in alike)
+    least = "path KL" if np.isfinite(own["path_kl"]) else "lam"
+    sentence = f"{score} does not tell it apart from {names}: of these it has the smallest {least}"
+
+    # The best of them: where the chosen one is the best, the next best
+    best = alike[0]
+    if not np.isfinite(best["prompts_to_tell"]):
+        return [sentence, f"From {_describe(best)} no number of prompts would tell it"]
+    return [
+        sentence,
+        f"About {_count(best['prompts_to_tell'])} prompts would tell it from {_describe(best)}, "
+        f"and at least {_count(best['fewest_to_tell'])} (80 % power at 95 %); here are {prompts}",
+    ]
+
+
+def _warning(own: Row, best: Row, score: str) -> list[str]:
+    """The alarm: of the chosen one for want of another, or of a better one.
+
+    Args:
+        own: the chosen row.
+        best: the first row.
+        score: the scorer that chose.
+    """
     verb = "fall" if "," in best["alarm"] else "falls"
     if own["alarm"]:
-        sentences.append(
+        return [
             f"Reward-hacking alarm, as for every candidate: {own['alarm']} {verb} as {score} rises"
-        )
-    elif best["alarm"]:
-        sentences.append(
+        ]
+    if best["alarm"]:
+        return [
             f"Passed over by the reward-hacking alarm: {_describe(best)}, {score} "
             f"{interval(best['mean'])}, where {best['alarm']} {verb} as {score} rises"
-        )
-    elif own["lam"]:
-        sentences[0] += "; no other score falls as it rises"
-    return ". ".join(sentences) + "."
+        ]
+    return [f"No other score falls as {score} rises"] if own["lam"] else []
