@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
+    from deradiff.anchors.live import adapter_anchor
+    from deradiff.evaluation.sweep import Sweep, sweep
     from deradiff.method.branches import ByBranch
     from deradiff.method.lambdas import piecewise, ramp
     from deradiff.realignment.bake import bake
@@ -25,6 +27,8 @@ __all__ = [
     "ByBranch",
     "Dial",
     "RealignGuidance",
+    "Sweep",
+    "adapter_anchor",
     "bake",
     "load_anchor",
     "load_scorer",
@@ -32,6 +36,7 @@ __all__ = [
     "ramp",
     "realign",
     "save_anchor",
+    "sweep",
 ]
 
 _MODULES = {
@@ -40,6 +45,8 @@ _MODULES = {
     "ByBranch": "deradiff.method.branches",
     "Dial": "deradiff.realignment.dial",
     "RealignGuidance": "deradiff.realignment.guider",
+    "Sweep": "deradiff.evaluation.sweep",
+    "adapter_anchor": "deradiff.anchors.live",
     "bake": "deradiff.realignment.bake",
     "load_anchor": "deradiff.anchors.anchor",
     "load_scorer": "deradiff.scorers",
@@ -47,6 +54,7 @@ _MODULES = {
     "ramp": "deradiff.method.lambdas",
     "realign": "deradiff.realignment.context",
     "save_anchor": "deradiff.anchors.anchor",
+    "sweep": "deradiff.evaluation.sweep",
 }
 
 

@@ -85,6 +85,8 @@ OPTIONAL = {
     "torchao",
     "bitsandbytes",
     "deepspeed",
+    "ipywidgets",
+    "IPython",
     "submitit",
     "tensorboard",
     "wandb",

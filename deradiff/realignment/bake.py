@@ -83,6 +83,11 @@ def bake(
     """
     path = Path(path)
     anchor = load_anchor(anchor)
+    if not anchor.root:
+        raise ValueError(
+            f"the anchor {anchor.source} has no files that a bake could name: save it, and give "
+            "its folder"
+        )
     lam = _checked_lam(lam)
     model = _base_model(anchor, base, base_revision)
     family = model.family

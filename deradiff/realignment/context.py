@@ -1,4 +1,4 @@
-"""`realign`: a context in which any call of a stock diffusers pipeline samples a realigned model.
+"""`realign`: any call of a stock diffusers pipeline samples a realigned model while it lasts.
 
 How the parts work together, at every evaluation of the denoiser inside the context:
 
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from deradiff.anchors.anchor import Anchor, check_anchor
+from deradiff.anchors.live import live_anchor
 from deradiff.method.branches import ByBranch
 from deradiff.method.lambdas import Lambda
 from deradiff.models.family import unwrapped
@@ -66,11 +68,10 @@ UNCONDITIONAL = "unconditional_transformer"
 SHARED_CHAIN = ("transformer_2", UNCONDITIONAL)
 """The attributes of networks that share the chain of steps with the first."""
 
-Source = str | Path | Anchor
-"""What `load_anchor` takes."""
+Source = str | Path | Anchor | DiffusionPipeline | nn.Module
+"""What `load_anchor` takes, or an aligned model in memory."""
 
 
-@contextmanager
 def realign(
     pipe: Any,
     anchor: Source | Sequence[Source],
@@ -85,12 +86,13 @@ def realign(
     shared_start: bool = False,
     memory: str = "auto",
     compile: bool = False,
-) -> Iterator[Dial]:
-    """Realign a diffusers pipeline while the context lasts (DeRaDiff, Algorithm 1).
+) -> Dial:
+    """Realign a diffusers pipeline, until its context ends or its dial is closed.
 
-    Every call of the pipeline inside the context samples from p_ref^(1 - lam) p_anchor^lam, mixed
-    step by step. This imitates a model that was aligned at beta / lam, where beta is the anchor's.
-    With several anchors it is p_ref^(1 - sum lam_i) prod p_i^(lam_i).
+    DeRaDiff, Algorithm 1. Every call of the pipeline inside the context samples from
+    p_ref^(1 - lam) p_anchor^lam, mixed step by step. This imitates a model that was aligned at
+    beta / lam, where beta is the anchor's. With several anchors it is
+    p_ref^(1 - sum lam_i) prod p_i^(lam_i).
 
     All networks see the same input. Guidance, clipping and the scheduler's step act once, on the
     mixture. Moving, saving, compiling and offloading the pipeline work inside the context as
@@ -99,7 +101,8 @@ def realign(
 
     Args:
         pipe: a diffusers pipeline that calls one denoiser step by step, of whatever family.
-        anchor: a path, a hub id or a loaded `Anchor` (see `deradiff.load_anchor`), or a list of
+        anchor: a path, a hub id or a loaded `Anchor` (see `deradiff.load_anchor`); an aligned
+            pipeline or network in memory; a loaded LoRA (`deradiff.adapter_anchor`); or a list of
             these.
         lam: lambda: 0 is the reference, 1 the anchor; below 0 it goes away from the anchor. A
             number, a tensor with a number for each image, a mask over the latents, a schedule over
@@ -135,9 +138,10 @@ def realign(
             ends. Compiled code rounds otherwise: lam 0 and 1 are then equal to the stock pipeline
             but for that.
 
-    Yields:
+    Returns:
         The dial: set `dial.lam` at any time; read `dial.path_kl`, `dial.evaluations` and `dial.ess`
-        after a call.
+        after a call. `with` gives the pipeline back at the end of its block, and `dial.close()` at
+        any time, for a notebook.
 
     Raises:
         ValueError: for an unsupported mode, lam, anchor, scheduler or combination of options, in
@@ -207,7 +211,8 @@ def realign(
             evaluator: Mode = MODES[mode].load()(parts)
             hook = _Hook(pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments)
             stack.enter_context(_installed(getattr(pipe, name), hook))
-        yield dial
+        dial.hold(stack.pop_all())
+    return dial
 
 
 class _Traits(NamedTuple):
@@ -232,11 +237,18 @@ class _Traits(NamedTuple):
         return cls(True, family.patch_size, family.shared_arguments)
 
 
-def sources_of(anchor: Source | Sequence[Source]) -> list[Source]:
-    """One anchor or several, as a list."""
-    if isinstance(anchor, str | Path | Anchor):
-        return [anchor]
-    return list(anchor)
+def sources_of(anchor: Source | Sequence[Source]) -> list[str | Path | Anchor]:
+    """One anchor or several, as a list of what `load_anchor` takes.
+
+    Raises:
+        ValueError: for what is no anchor.
+    """
+    sources = list(anchor) if isinstance(anchor, list | tuple) else [anchor]
+    named: list[str | Path | Anchor] = []
+    for source in sources:
+        is_named = isinstance(source, str | Path | Anchor)
+        named.append(source if is_named else live_anchor(source))  # type: ignore[arg-type]
+    return named
 
 
 def _check_numbers(every: int, particles: int, trust_region: float | None) -> None:
@@ -315,8 +327,8 @@ def _check_pipeline(pipe: Any, names: Sequence[str]) -> None:
         registry = getattr(getattr(pipe, name), "_diffusers_hook", None)
         if registry and HOOK in registry.hooks:
             raise ValueError(
-                "this pipeline is being realigned already: leave that context first, or give "
-                "several anchors to one"
+                "this pipeline is being realigned already: leave that context or close its dial "
+                "first, or give several anchors to one"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,11 +24,18 @@ BEYOND_ANCHOR = (
 """What there is to say of a lambda above 1, after its value."""
 
 
+CLOSED = "this dial turns nothing any more, since its pipeline was given back: call realign again"
+"""What there is to say of a dial whose block has ended."""
+
 NEGATIVE = (
     "a negative lam goes from the reference away from the anchor: it extrapolates, and imitates no "
     "model that was aligned with this reward"
 )
 """What there is to say of a lambda below 0."""
+
+
+LONGEST_SHOWN = 8
+"""Lambdas of images that a dial shows as numbers."""
 
 
 class BeyondAnchorWarning(UserWarning):
@@ -38,10 +46,15 @@ class NegativeLambdaWarning(UserWarning):
     """A lambda below 0 goes away from the anchor. It is given once for each `realign`."""
 
 
+SETTABLE = ("lam", "lams", "strengths")
+"""The attributes of a dial that are set from outside or inside, beside private ones."""
+
+
 class Dial:
     """How strongly a pipeline is realigned, and what that cost.
 
-    `realign` makes it; users set `lam` and read the other attributes.
+    `realign` makes it; users set `lam` and read the other attributes. The pipeline is realigned
+    until the dial's `with` block ends, or until `close`.
 
     Args:
         anchors: the number of anchors.
@@ -73,8 +86,51 @@ class Dial:
         self._takes_branches = takes_branches
         self._has_warned = False
         self._has_warned_negative = False
+        # Gives the pipeline back; None: it has been given back.
+        self._undo: ExitStack | None = ExitStack()
         self.lams: list[Lambda] = []
         self.strengths: list[Strength] = []
+
+    def __enter__(self) -> Dial:
+        """Begin the block in which the pipeline is realigned."""
+        if self._undo is None:
+            raise ValueError(CLOSED)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Give the pipeline back as it was."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the pipeline back as it was, bit for bit. A second time does nothing."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+
+    def hold(self, undo: ExitStack) -> None:
+        """Take over what gives the pipeline back.
+
+        Args:
+            undo: closed by `close`.
+        """
+        self._undo = undo
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute that a dial has: a slip of the keyboard must not go by unseen."""
+        if not name.startswith("_") and name not in SETTABLE:
+            raise AttributeError(f"a dial has no {name} to be set: set dial.lam")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        """Lambda, and what the last call cost."""
+        shown = ", ".join(_shown(lam) for lam in self.lams)
+        parts = [f"lam={shown}" if self._anchors == 1 else f"lam=[{shown}]"]
+        if self._cost.rows_requested:
+            path_kl = ", ".join(f"{value:.3g}" for value in self._kl.total.flatten().tolist())
+            parts += [f"path_kl=[{path_kl}]", f"evaluations={self.evaluations:.3g}"]
+        if self._undo is None:
+            parts.append("closed")
+        return f"Dial({', '.join(parts)})"
 
     @property
     def lam(self) -> Lambda | list[Lambda]:
@@ -85,12 +141,15 @@ class Dial:
         at any time, also from a step callback of the pipeline.
 
         Raises:
-            ValueError: for a value that is none of these, or another number of them than anchors.
+            ValueError: for a value that is none of these, or another number of them than anchors;
+                and where the pipeline is no longer realigned.
         """
         return self.lams[0] if self._anchors == 1 else list(self.lams)
 
     @lam.setter
     def lam(self, lam: Lambda | ByBranch | Sequence[Lambda | ByBranch]) -> None:
+        if self._undo is None:
+            raise ValueError(CLOSED)
         lams = validated_lams(lam, self._anchors)
         if any(isinstance(value, ByBranch) for value in lams) and not self._takes_branches:
             raise ValueError("a lam for each branch of guidance needs mode='exact'")
@@ -192,6 +251,19 @@ def validated_lams(lam: Lambda | ByBranch | Sequence[Lambda | ByBranch], anchors
             "value per image give torch.tensor([...])"
         )
     return lams
+
+
+def _shown(lam: Any) -> str:
+    """A lambda in a few characters."""
+    if isinstance(lam, Tensor):
+        values = lam.flatten().tolist()
+        is_short = lam.ndim == 1 and len(values) <= LONGEST_SHOWN
+        if is_short:
+            return f"[{', '.join(f'{value:g}' for value in values)}]"
+        return f"mask of {'x'.join(map(str, lam.shape))}"
+    if isinstance(lam, ByBranch):
+        return f"ByBranch({_shown(lam.conditional)}, {_shown(lam.unconditional)})"
+    return "schedule" if callable(lam) else f"{lam:g}"
 
 
 def _strength_at(lam: Any, fraction: float) -> Any:
