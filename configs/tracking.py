@@ -33,6 +33,7 @@ class TrackingConfig:
     kind: str = setting("wandb", "wandb, tensorboard or none")
     mode: str | None = setting(None, "of W&B: online or offline; null: online where a key is set")
     project: str = setting("deradiff", "the W&B project")
+    tags: list[str] = setting([], "of W&B runs, beside the stage's name")
     group: str = setting(
         "", "runs of one experiment, linked in W&B; empty: those of one base model"
     )
@@ -57,6 +58,14 @@ class Tracker:
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
         """Numbers of one step."""
+
+    def curve(self, over: str, point: dict[str, float]) -> None:
+        """Numbers at one place of an axis that is not the step, such as lambda.
+
+        Args:
+            over: the axis.
+            point: its value, and the numbers there.
+        """
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table; a cell that is a `Path` to an image is shown as the image."""
@@ -97,6 +106,10 @@ class GuardedTracker(Tracker):
     def log(self, values: dict[str, float], step: int | None = None) -> None:
         """Numbers of one step."""
         self._try("log", values, step)
+
+    def curve(self, over: str, point: dict[str, float]) -> None:
+        """Numbers at one place of an axis."""
+        self._try("curve", over, point)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,15 @@ from typing import Any
 import wandb
 
 from configs.tracking import ABANDONED, Tracker, TrackingConfig
-from deradiff.terminal import warn
+from deradiff.files import write_atomic
+from deradiff.terminal import say, warn
+from deradiff.text_files import read_text
 
 LARGEST_ARTIFACT = 1_000_000_000
 """Bytes. A full SDXL has ten times as many."""
+
+ID_FILE = "wandb_id.txt"
+"""The file of a run directory that keeps its id in W&B."""
 
 FINISH_SECONDS = 300.0
 """Time that W&B has, when a stage ends, to upload what is left."""
@@ -37,17 +43,28 @@ class WandbTracker(Tracker):
 
     def __init__(self, run: Any) -> None:
         self.run = run
+        # The numbers whose axis W&B has been told.
+        self._axes: set[str] = set()
 
     def log(self, values: dict[str, float], step: int | None = None) -> None:
         """Numbers of one step."""
         self.run.log(values, step=step)
+
+    def curve(self, over: str, point: dict[str, float]) -> None:
+        """Numbers that W&B plots over an axis of their own."""
+        for name in point:
+            if name != over and name not in self._axes:
+                self.run.define_metric(name, step_metric=over)
+                self._axes.add(name)
+        self.run.log(point)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table with its images."""
         data = []
         for row in rows:
             data.append([self._cell(cell) for cell in row])
-        self.run.log({name: wandb.Table(columns=[*columns], data=data)})
+        table = wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)
+        self.run.log({name: table})
 
     def _cell(self, cell: Any) -> Any:
         return wandb.Image(str(cell)) if isinstance(cell, Path) else cell
@@ -98,13 +115,13 @@ def start(
     has_key = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
     mode: Any = tracking.mode or (None if has_key else "offline")
 
-    # The id is the run's name, so that a resumed run goes on in the same W&B run.
     run = wandb.init(
         project=tracking.project,
         group=(tracking.group or group)[:LONGEST_NAME] or None,
         job_type=stage,
         name=run_dir.name,
-        id=f"{stage}-{run_dir.name}"[:LONGEST_NAME],
+        id=_run_id(stage, run_dir),
+        tags=[stage, *tracking.tags],
         dir=str(run_dir),
         config=config,
         mode=mode,
@@ -112,7 +129,24 @@ def start(
         settings=wandb.Settings(silent=True),
     )
     stack.push(partial(_finish, stage, run))
+    if run.url:
+        say(f"{stage}: W&B: {run.url}")
     return WandbTracker(run)
+
+
+def _run_id(stage: str, run_dir: Path) -> str:
+    """The id of a run directory in W&B, kept there: a command that resumes goes on in the same run.
+
+    Two directories of one name are two runs.
+    """
+    file = run_dir / ID_FILE
+    if file.is_file():
+        return read_text(file).strip()[:LONGEST_NAME]
+    tail = f"-{uuid.uuid4().hex[:8]}"
+    name = NOT_IN_NAMES.sub("-", f"{stage}-{run_dir.name}")
+    run_id = name[: LONGEST_NAME - len(tail)] + tail
+    write_atomic(file, run_id + "\n")
+    return run_id
 
 
 def _finish(stage: str, run: Any, kind: type[BaseException] | None, *_: object) -> None:
@@ -141,7 +175,9 @@ def _finish(stage: str, run: Any, kind: type[BaseException] | None, *_: object) 
         ABANDONED.append(str(run.id))
         warn(
             f"{stage}: W&B has not finished within {FINISH_SECONDS:g} seconds; wandb sync "
-            f"{run.dir} uploads what is missing"
+            f"{Path(run.dir).parent} uploads what is missing"
         )
     if failures:
         raise failures[0]
+    if run.offline:
+        say(f"{stage}: W&B kept this run here; wandb sync {Path(run.dir).parent} uploads it")

@@ -7,31 +7,27 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from configs.checks import section
-from configs.tracking import Tracker, tracker
+from configs.tracking import tracker
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation import Comparison, Evaluation, Options, evaluate, read_samples, write
 from deradiff.evaluation.manifest import read_cards
 from deradiff.evaluation.pairing import Pairs, pair_up
 from deradiff.evaluation.results import REPORT
-from deradiff.evaluation.scoring import process_state, score_images, write_scores
+from deradiff.evaluation.scoring import SCORES, process_state, score_images, write_scores
 from deradiff.files import slug
 from deradiff.locks import run_lock
 from deradiff.run_directories import claim
 from deradiff.scorers import ScorerSpec, check_spec
 from deradiff.terminal import say
 from eval.config import EvalConfig
+from eval.tracking import track_results
 
 DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold")
 """Keys that no score depends on."""
-
-SCORES = "scores.parquet"
-SUMMARY_NUMBERS = ("error", "percent_of_mean", "share")
-CHOSEN_NUMBERS = ("lam", "mean", "gain", "path_kl")
 
 
 def run(config: EvalConfig, run_dir: Path) -> Path:
@@ -115,37 +111,3 @@ def _evaluate(
         write(run_dir, evaluation, specs)
         track_results(track, run_dir, evaluation)
     return evaluation
-
-
-def track_results(track: Tracker, run_dir: Path, evaluation: Evaluation) -> None:
-    """Give the tracker the summary as numbers, the tables, figures and images, and the files."""
-    # Numbers
-    for row in evaluation.tables["summary"].data.to_dict("records"):
-        stem = f"{row['range']}/{row['scorer']}/{row['mode']}/{row['what']}"
-        track.log({f"{stem}/{name}": row[name] for name in SUMMARY_NUMBERS})
-    candidates = evaluation.answer.table
-    if not candidates.is_empty:
-        chosen = candidates.data[candidates.data["chosen"]]
-        for row in chosen.to_dict("records"):
-            track.log({f"chosen/{name}": row[name] for name in CHOSEN_NUMBERS})
-
-    # Tables
-    for table in evaluation.tables.values():
-        if not table.is_empty:
-            shown = table.display
-            track.table(table.name, list(shown.columns), shown.to_numpy().tolist())
-
-    # Images and figures
-    for grid in evaluation.grids[:1]:
-        rows: list[list[Any]] = []
-        for line in grid.lines:
-            cells = [Path(file) if file else "" for file in line.files]
-            rows.append([line.prompt, *cells])
-        track.table("pictures", ["prompt", *(f"lam={head.lam}" for head in grid.heads)], rows)
-    for name, drawing in evaluation.figures.items():
-        ending = "svg" if drawing.png is None else "png"
-        track.image(name, run_dir / "plots" / f"{name}.{ending}")
-
-    # Files
-    for file in (REPORT, SCORES):
-        track.artifact(f"eval-{Path(file).stem}", "eval", run_dir / file)

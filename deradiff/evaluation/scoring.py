@@ -24,6 +24,9 @@ from deradiff.scorers.base import Scorer
 from deradiff.scorers.cache import ScoreCache, ScoreKey, score_key
 from deradiff.scorers.spec import ScorerSpec
 
+SCORES = "scores.parquet"
+"""The file of an evaluation's scores."""
+
 
 def process_state() -> PartialState:
     """This process among those of torchrun or accelerate launch; alone it is the main process."""

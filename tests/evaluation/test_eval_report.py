@@ -265,15 +265,21 @@ class KeepingTracker(Tracker):
 
     def __init__(self):
         self.numbers = {}
+        self.points = []
+        self.tables = {}
         self.names = []
         self.used = []
 
     def log(self, values, step=None):
         self.numbers |= values
 
+    def curve(self, over, point):
+        self.points.append((over, point))
+
     def table(self, name, columns, rows):
         assert all(len(row) == len(columns) for row in rows)
         self.names.append(name)
+        self.tables[name] = pd.DataFrame(rows, columns=columns)
 
     def image(self, name, path, caption=""):
         self.names.append(path.name)
@@ -306,7 +312,24 @@ def test_numbers_tables_figures_images_and_lineage_are_tracked(
     chosen = read(run_dir, "selection").query("chosen")
     assert tracker.numbers["chosen/lam"] == chosen["lam"].item()
     tables = {"summary", "approximation", "means", "savings", "compute", "selection", "wins"}
-    assert tables | {"pictures"} <= set(tracker.names)
+    assert tables | {"images"} <= set(tracker.names)
+
+    # Tables hold numbers, with intervals as columns of their own
+    means = tracker.tables["means"]
+    assert {"mean", "mean_low", "mean_high", "path_kl"} <= set(means.columns)
+    assert means["mean"].map(type).eq(float).all()
+
+    # Curves over lambda: for each lambda a point, with a number for each anchor and scorer
+    points = {point["lam"]: point for over, point in tracker.points if over == "lam"}
+    assert list(points) == [0, 0.5, 1, 2]
+    row = means.query("lam == 0.5 and scorer == 'vivid'").iloc[0]
+    assert points[0.5]["score/vivid/shapes-beta2000-seed0 exact"] == row["mean"]
+    assert points[0.5]["path_kl/shapes-beta2000-seed0 exact"] == row["path_kl"]
+
+    # Images beside their scores
+    images = tracker.tables["images"]
+    assert len(images) == 6 * 4 and all(path.is_file() for path in images["image"])
+    assert images["vivid"].notna().all() and set(images["lam"]) == {0, 0.5, 1, 2}
     assert {f"{name}.png" for name in FIGURES - {"pictures"}} <= set(tracker.names)
     assert "pictures.svg" in tracker.names
     assert {"report.html", "scores.parquet"} <= set(tracker.names)

@@ -225,7 +225,9 @@ def test_a_tracker_that_fails_or_hangs_at_its_end_does_not_end_or_hold_a_run(
     train_config, monkeypatch, capsys
 ):
     class Run:
-        id = dir = "x"
+        id = "x"
+        dir = "offline-run-x/files"
+        url = None
         offline = True
         hangs = False
 
@@ -259,7 +261,8 @@ def test_a_tracker_that_fails_or_hangs_at_its_end_does_not_end_or_hold_a_run(
     with pytest.raises(ValueError, match="no good"), tracker_of(tracked):
         raise ValueError("no good")
     err = capsys.readouterr().err
-    assert err.startswith("train: W&B has not finished within 0.1 seconds; wandb sync x uploads")
+    sync = "wandb sync offline-run-x uploads"
+    assert err.startswith(f"train: W&B has not finished within 0.1 seconds; {sync}")
     assert "Traceback" not in err
 
 
