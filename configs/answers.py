@@ -28,6 +28,17 @@ from configs.keys import (
 )
 from deradiff.hub import is_hub_error
 
+NO_MEMORY = "can't allocate memory"
+"""What torch says of a CPU's memory."""
+
+LESS_MEMORY = {
+    "train": "a smaller optim.batch_size, model.resolution or finetune.rank, or "
+    "model.gradient_checkpointing=true",
+    "sample": "a smaller batch_size, height and width, or dtype=bfloat16",
+    "eval": "a smaller batch_size",
+}
+"""What takes less memory, by stage."""
+
 OURS = ("deradiff", "configs", "train", "sample", "eval", "hydra_plugins")
 """The packages of this project."""
 
@@ -213,12 +224,25 @@ def sentence(error: BaseException, command: Command) -> str:
     ambiguous = re.search(r"Ambiguous value for argument '(.*)'", first_line)
     if ambiguous:
         return _several_values(ambiguous[1], command)
+    if is_memory_error(cause):
+        less = LESS_MEMORY.get(command.stage, "smaller batches")
+        return f"there is not enough memory ({first_line[:200].rstrip('.')}): give {less}"
     if is_hub_error(cause):
         return (
             f"the hub could not be read ({type(cause).__name__}: {first_line.rstrip('.')}): give "
             "local folders, or set HF_HOME to a cache that hf download <org/name> has filled"
         )
     return _about_group(text, command) or (text if _is_ours(cause) else first_line)
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether a device or this machine had too little memory.
+
+    Args:
+        error: of torch, which is not imported here, or of Python.
+    """
+    is_of_device = type(error).__name__ == "OutOfMemoryError"
+    return is_of_device or isinstance(error, MemoryError) or NO_MEMORY in str(error)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.answers import Command, check_arguments, sentence
+from configs.answers import Command, check_arguments, is_memory_error, sentence
 from configs.checks import check_run_name
 from configs.ctrl_c import INTERRUPTED_STATUS, hand_over
 from configs.functions import function_at
@@ -67,7 +67,7 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
         config: Any = OmegaConf.to_object(typed)
         config.check_paths()
         name = config.run_name()
-        check_run_name(name)
+        check_run_name(name, config.runs)
         run_dir = Path(config.runs) / stage / name
         function_at(run)(config, run_dir)
 
@@ -125,7 +125,8 @@ def _status_of(work: Callable[[], None], command: Command) -> int:
         warn(f"{stage}: interrupted; the same command resumes")
         return INTERRUPTED_STATUS
     except Exception as error:
-        if not isinstance(error, MISTAKES) and not is_hub_error(error):
+        is_mistake = isinstance(error, MISTAKES) or is_hub_error(error) or is_memory_error(error)
+        if not is_mistake:
             raise
         warn(f"{stage}: {sentence(error, command)}")
         return MISTAKE_STATUS

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from configs.checks import choice, positive
+from configs.checks import check_seed, choice, positive
 from configs.paths import (
     ANCHOR,
     AUTOENCODER,
@@ -263,11 +263,7 @@ class SampleConfig:
                     f"targets must be betas above 0, and {target!r} is not; give targets=[500,2000]"
                 )
         for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise ValueError(
-                    f"seeds must be whole numbers of at least 0, and {seed!r} is not; "
-                    "give seeds=[0]"
-                )
+            check_seed("a seed of seeds", seed)
 
     def _check_numbers(self) -> None:
         """Raises ValueError for single numbers that are out of range."""
@@ -284,8 +280,8 @@ class SampleConfig:
             )
         for key in ("steps", "batch_size", "every", "particles", "prompts_limit"):
             count = getattr(self, key)
-            if count is not None and count < 1:
-                raise ValueError(f"{key} must be at least 1, not {count}")
+            if count is not None:
+                positive(key, count)
         for key in ("height", "width"):
             side = getattr(self, key)
             if side is not None and (side < 8 or side % 8):

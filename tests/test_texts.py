@@ -83,12 +83,12 @@ def test_a_card_writes_no_code_into_the_readme(tmp_path, text):
 )
 def test_a_run_stays_below_the_folder_of_runs(name):
     with pytest.raises(ValueError, match="name="):
-        check_run_name(name)
+        check_run_name(name, "runs")
 
 
 @pytest.mark.parametrize("name", ["first", "sdxl-dpo-beta2000", "sweep/beta=500", "..a", "日本"])
 def test_a_name_below_the_folder_of_runs_is_taken(name):
-    check_run_name(name)
+    check_run_name(name, "runs")
 
 
 def test_json_is_python_for_any_text():

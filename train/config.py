@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from configs.checks import choice, not_negative, positive, section
+from configs.checks import at_most, check_seed, choice, not_negative, positive, section
 from configs.paths import AUTOENCODER, CHECKPOINT, PIPELINE, check_path, check_prompts
 from configs.settings import setting
 from configs.tracking import TrackingConfig
@@ -24,6 +24,8 @@ SOURCES = {  # data.source: whether it gives pairs; None: the columns of the tab
 }
 SHAPES_REWARDS = ("vivid", "crisp")
 DEFAULT_SCORER = "vivid"
+MOST_WORKERS = 1024
+LARGEST_RANK = 2**14
 AUTO = "auto"  # optim.batch_size that follows from memory
 DATA = "a parquet file, a folder of captioned images, or a data set of the hub such as org/name"
 
@@ -70,6 +72,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         choice("finetune.method", self.method, ("lora", "full"))
         positive("finetune.rank", self.rank)
+        at_most("finetune.rank", self.rank, LARGEST_RANK)
         positive("finetune.alpha", self.alpha)
 
 
@@ -121,6 +124,7 @@ class DataConfig:
         for key in ("guidance_scale", "temperature"):
             not_negative(f"data.{key}", getattr(self, key))
         not_negative("data.workers", self.workers)
+        at_most("data.workers", self.workers, MOST_WORKERS)
         if self.limit is not None:
             positive("data.limit", self.limit)
         for key in ("caption_dropout", "max_broken"):
@@ -253,6 +257,7 @@ class OptimConfig:
             raise ValueError(
                 f"optim.batch_size must be a number of pairs or auto, not {self.batch_size}"
             )
+        at_most("optim.lr", self.lr, 1.0)
         for key in ("warmup", "weight_decay", "clip"):
             not_negative(f"optim.{key}", getattr(self, key))
         if not 0 <= self.ema < 1:
@@ -282,6 +287,8 @@ class PanelConfig:
 
     def __post_init__(self) -> None:
         not_negative("panel.every", self.every)
+        if self.guidance_scale is not None:
+            not_negative("panel.guidance_scale", self.guidance_scale)
         positive("panel.steps", self.steps)
         if not self.lambdas:
             raise ValueError(
@@ -349,7 +356,7 @@ class TrainConfig:
         choice("precision", self.precision, ("no", "fp16", "bf16"))
         for key in ("steps", "log_every", "checkpoint_every", "keep_last"):
             positive(key, getattr(self, key))
-        not_negative("seed", self.seed)
+        check_seed("seed", self.seed)
         not_negative("keep_best", self.keep_best)
 
         # What does not fit the objective.

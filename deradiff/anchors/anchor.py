@@ -11,7 +11,7 @@ import hashlib
 import json
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import diffusers
 import torch
 from huggingface_hub import parse_safetensors_file_metadata
 from peft.utils import get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from deradiff import hub
 from deradiff.anchors.locations import CARD, PEFT_CONFIG, AnchorFiles, find_files, places_of
@@ -365,6 +365,9 @@ def save_anchor(path: Path, denoiser: nn.Module, card: AnchorCard) -> None:
         denoiser: the trained network. With `card.method` `lora` it holds a peft adapter named
             `default`, which is saved with its alpha; with `full` it is plain.
         card: what `anchor.json` will say.
+
+    Raises:
+        ValueError: for weights that overflowed; nothing is written.
     """
     path = Path(path)
     family = FAMILIES[card.family]
@@ -372,6 +375,7 @@ def save_anchor(path: Path, denoiser: nn.Module, card: AnchorCard) -> None:
     with writing(weights):
         path.mkdir(parents=True, exist_ok=True)
         if card.method == "full":
+            _check_trained(denoiser.state_dict(), path)
             denoiser.save_pretrained(weights)  # type: ignore[operator]
         else:
             _save_lora(path, denoiser, card)
@@ -400,11 +404,23 @@ def _save_lora(path: Path, denoiser: Any, card: AnchorCard) -> None:
         if isinstance(value, set):
             config[key] = sorted(value)
     state = get_peft_model_state_dict(denoiser, adapter_name="default")
+    _check_trained(state, path)
     options = {
         f"{family.denoiser}_lora_layers": state,
         f"{family.denoiser}_lora_adapter_metadata": config,
     }
     getattr(diffusers, family.pipeline).save_lora_weights(path, **options)
+
+
+def _check_trained(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError for weights that `load_anchor` would refuse."""
+    try:
+        check_values(state, str(path))
+    except ValueError as error:
+        raise ValueError(
+            f"the trained weights have overflowed, so {path} is not written: train under another "
+            "name with a lower learning rate"
+        ) from error
 
 
 def load_anchor(

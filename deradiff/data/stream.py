@@ -86,6 +86,9 @@ def _read_footer(address: str) -> Shard:
         columns = tuple(parquet.schema_arrow.names)
         metadata = parquet.metadata
         groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    twice = {name for name in columns if columns.count(name) > 1}
+    if twice:
+        raise ValueError(f"{address} has two columns {min(twice)}: give one of them another name")
     return Shard(address, str(version), info["size"], groups, columns)
 
 

@@ -165,6 +165,8 @@ def _load(path: str, split: str, revision: str | None, files: list[str] | None) 
 
     # The copy in arrow's format is told apart by size and time, which a changed file may keep.
     shards = read_shards(files)
+    if not sum(shards[0].groups):
+        raise ValueError("it has no rows")
     files = [glob.escape(shard.address) for shard in shards]
     table = datasets.load_dataset("parquet", data_files=files, split="train")
     if not _has_small_columns_of(table, shards):

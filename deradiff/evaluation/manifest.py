@@ -7,6 +7,7 @@ belongs together.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -254,6 +255,9 @@ def read_samples(runs: Sequence[str], references: Sequence[str] = ()) -> pd.Data
     for run in [*runs, *references]:
         for record in read_manifest(run):
             own = {"realigned": run in runs, "is_own": is_one_network(record)}
+            # A column of lists of several forms is no column of a table.
+            schedule = record["lam_schedule"]
+            record["lam_schedule"] = json.dumps(schedule) if schedule else None
             rows.append(record | own)
     table = pd.DataFrame(rows)
     table = table[table["realigned"] | table["is_own"]].reset_index(drop=True)

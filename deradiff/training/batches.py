@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -45,7 +46,14 @@ class MicroBatches(Dataset):
     def __len__(self) -> int:
         return len(self.steps) * self.shares.accumulation
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch | Exception:
+        """A micro-batch, or what its data raises: a worker's exception would lose its message."""
+        try:
+            return self._micro_batch(number)
+        except (ValueError, OSError) as error:
+            return error
+
+    def _micro_batch(self, number: int) -> Batch:
         step, turn = divmod(number, self.shares.accumulation)
         start = self.shares.start(self.steps[step], turn, self.rank)
         epoch_indices = self.examples.epoch_indices(start, start + self.shares.batch_size)
@@ -53,22 +61,27 @@ class MicroBatches(Dataset):
         return self.examples.batch(self.objective.collate, epoch_indices)
 
 
-def loader(
+def micro_batches(
     objective: Objective,
     examples: Examples,
     options: TrainingOptions,
     shares: Shares,
     first_step: int,
     accelerator: Accelerator,
-) -> DataLoader:
-    """A loader of the micro-batches of this process from a step on; see `MicroBatches`."""
+) -> Iterator[Batch]:
+    """The micro-batches of this process from a step on; see `MicroBatches`.
+
+    Raises:
+        ValueError: where data cannot be read, and where a worker has died.
+        OSError: where data cannot be read.
+    """
     steps = range(first_step, options.steps)
     batches = MicroBatches(objective, examples, shares, steps, accelerator.process_index)
     # Workers inherit the objective by fork: accelerate's wrapped networks cannot be sent to a
     # process that starts afresh.
     can_fork = "fork" in multiprocessing.get_all_start_methods()
     workers = options.workers if can_fork else 0
-    return DataLoader(
+    loader = DataLoader(
         batches,
         batch_size=None,
         num_workers=workers,
@@ -78,6 +91,26 @@ def loader(
         # Copies from pinned memory to a GPU do not hold this process up.
         pin_memory=accelerator.device.type == "cuda",
     )
+    return _raised(iter(loader))
+
+
+def _raised(loaded: Iterator[Batch | Exception]) -> Iterator[Batch]:
+    """Micro-batches; an exception among them is raised."""
+    while True:
+        try:
+            batch = next(loaded)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ValueError(
+                "a process that loads data was killed, mostly for want of memory: start fewer "
+                "workers, or none, and the same command goes on"
+            ) from error
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

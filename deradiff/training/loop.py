@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from deradiff.data.pairs import Examples
-from deradiff.training.batches import loader, to_device
+from deradiff.training.batches import micro_batches, to_device
 from deradiff.training.checkpoints import Checkpoints, Progress
 from deradiff.training.meters import EndedStep, Metrics, MetricsFile, Window
 from deradiff.training.objectives.base import Batch, Objective
@@ -77,7 +77,7 @@ def train(
     trained = TrainedNetwork(objective, options, accelerator)
     checkpoints = Checkpoints(run_dir, options.keep_last, options.keep_best)
     progress = _resume(checkpoints, trained)
-    batches = iter(loader(objective, examples, options, shares, progress.step, accelerator))
+    batches = micro_batches(objective, examples, options, shares, progress.step, accelerator)
 
     # What the run reports. The time of a run goes on where it was interrupted.
     report = _Report(run_dir, options, progress, accelerator, log)

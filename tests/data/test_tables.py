@@ -169,8 +169,18 @@ def test_a_table_without_rows_is_refused(tmp_path, streaming):
     write_pairs(tmp_path / "train-0.parquet")
     none = pq.read_table(tmp_path / "train-0.parquet").slice(0, 0)
     pq.write_table(none, tmp_path / "train-0.parquet")
-    with pytest.raises(ValueError, match=r"no row|no table"):
+    with pytest.raises(ValueError, match="has no row"):
         Pairs(str(tmp_path), streaming=streaming)
+
+
+@both_readers
+def test_two_columns_of_one_name_are_refused(tmp_path, streaming):
+    file = tmp_path / "pairs.parquet"
+    write_pairs(file)
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("caption", pa.array(["x", "y"])), file)
+    with pytest.raises(ValueError, match=r"pairs.parquet has two columns caption: give one of"):
+        Pairs(str(file), streaming=streaming)
 
 
 @both_readers

@@ -34,6 +34,8 @@ MISTAKES = {
     ("data=a=$b",): "cannot read data=a=$b: type 'data='\"'\"'a=$b'\"'\"''",
     ("data=none",): "there is no data",
     ("data=strange",): "toy: deradiff ships no asset:a\\x1b[2J\\nb; it ships asset:",
+    ("data=memory",): "there is not enough memory (alloc_cpu.cpp:127: can't allocate memory: you "
+    "tried 9 bytes): give smaller batches",
     ("data=hub",): "the hub could not be read (ConnectTimeout: timed out): give local folders, or "
     "set HF_HOME",
     ("--data", "x"): "settings are written without dashes: type data=x",

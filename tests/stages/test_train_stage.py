@@ -200,7 +200,7 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
     ("data.scorer=colourful", "labelled by vivid or crisp, not 'colourful'"),
     ("data.scorer={vivid:1,dull:1}", "labelled by vivid or crisp, not 'dull'"),
     ("data.scorer={vivid:1,crisp:0}", "data.scorer.crisp must be above 0, not 0"),
-    ("data.scorer={vivid:inf,crisp:1}", "data.scorer.vivid must be above 0, not inf"),
+    ("data.scorer={vivid:inf,crisp:1}", "data.scorer.vivid must be a finite number, not inf"),
     ("data.scorer={vivid:much,crisp:1}", "data.scorer.vivid must be a number above 0, not 'much'"),
     ("data.scorer={}", "data.scorer must be a scorer's name or the weights of several, as in"),
     ("data.scorer=[vivid,crisp]", "as in data.scorer={vivid:0.5,crisp:0.5}, not ['vivid'"),

@@ -57,6 +57,8 @@ def run(config, run_dir):
         raise RuntimeError("a bug of ours")
     if config.data == "hub":
         raise ConnectTimeout("timed out")
+    if config.data == "memory":
+        raise RuntimeError("alloc_cpu.cpp:127: can't allocate memory: you tried 9 bytes.")
     if config.data == "fails-at-7" and beta == 7:
         raise ValueError("seven does not work")
     if config.data == "ranks":

@@ -171,6 +171,25 @@ def test_workers_that_load_data_leave_signals_to_the_loop(tmp_path):
     assert len(objective.seen) == 48
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_data_raises_keeps_its_sentence(tmp_path, workers):
+    class Damaged(Regression):
+        def collate(self, items):
+            raise ValueError("row 3 is not what was written: the same command goes on")
+
+    with pytest.raises(ValueError, match=r"^row 3 is not what was written: the same command"):
+        train_here(Damaged(), tmp_path, workers=workers)
+
+
+def test_a_worker_that_is_killed_is_answered(tmp_path):
+    class Killed(Regression):
+        def collate(self, items):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ValueError, match="mostly for want of memory: start fewer workers"):
+        train_here(Killed(), tmp_path, workers=1)
+
+
 def test_a_torn_line_of_the_metrics_costs_no_other(tmp_path):
     train_here(Regression(), tmp_path, steps=10)
     file = tmp_path / "metrics.jsonl"
