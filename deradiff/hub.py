@@ -27,7 +27,7 @@ from deradiff.text_files import read_json
 TIMEOUT = 10.0
 """Seconds that the hub has to answer in."""
 
-LIBRARIES = ("huggingface_hub", "httpx", "hf_xet")
+LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "hf_xet")
 """The packages whose errors say that the hub could not be read."""
 
 NO_REPOSITORY = "there is none of that name, or it is private: look at it, or type hf auth login"

@@ -7,22 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from configs.paths import CHECKPOINT, check_path, check_samples, place
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
 from deradiff.scorers.spec import ScorerSpec
+from eval.endpoint_config import HOW_IT_IS_ASKED, SERVER_KEYS, EndpointConfig
 
 STAND_INS = "asset:shapes/"
 TOKENIZER = "a tokenizer's folder, or a hub id such as org/name"
 
 
+DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold")
+"""Keys that no score depends on."""
+
+FILES = ("file", "head", "checkpoint", "tokenizer", "model_config")
+"""The keys of a scorer that name its files."""
+
+JUDGE = "judge"
+"""The scorer that asks a server."""
+
+
 @dataclass
-class ScorerConfig:
+class ScorerConfig(EndpointConfig):
     """One column of scores."""
 
     name: str = setting("", "which scorer; empty: the one that the label names")
@@ -40,9 +51,25 @@ class ScorerConfig:
         is_stand_in = str(self.checkpoint).startswith(STAND_INS)
         return f"{label} (shapes)" if is_stand_in else label
 
-    def spec(self) -> ScorerSpec:
-        """The scorer for the library."""
-        return ScorerSpec(**asdict(self))
+    def spec(self, key: str) -> ScorerSpec:
+        """The scorer for the library.
+
+        Args:
+            key: of this scorer, for messages.
+
+        Raises:
+            ValueError: where a judge's server is missing, or is none.
+        """
+        files = {name: getattr(self, name) for name in FILES}
+        return ScorerSpec(self.name, endpoint=self.endpoint(key), rubric=self.rubric, **files)
+
+    def identity(self) -> dict[str, Any]:
+        """What its scores depend on, by key."""
+        values = {"name": self.name, **{name: getattr(self, name) for name in FILES}}
+        if self.name == JUDGE:
+            for name in ("model", "rubric", "image_side", "temperature"):
+                values[name] = getattr(self, name)
+        return values
 
 
 @dataclass
@@ -120,6 +147,7 @@ class EvalConfig:
             )
         for label, scorer in self.scorers.items():
             scorer.name = scorer.name or label
+            self._check_judge(label, scorer)
         if self.select.score is None:
             self.select.score = next(iter(self.scorers))
         if self.select.score not in self.scorers:
@@ -127,6 +155,29 @@ class EvalConfig:
                 f"select.score={self.select.score} is not among the scorers "
                 f"{', '.join(self.scorers)}; name one of them"
             )
+
+    def _check_judge(self, label: str, scorer: ScorerConfig) -> None:
+        """Refuse a judge without its server, and a server of another scorer."""
+        key = f"scorers.{label}"
+        has_server = scorer.spec(key).endpoint is not None
+        if scorer.name == JUDGE and not has_server:
+            raise ValueError(
+                f"{key} asks a model behind a server: give {key}.url=http://localhost:8000/v1, "
+                f"the address of an OpenAI-style server, and {key}.model=<as the server names it>"
+            )
+        if scorer.name != JUDGE and (has_server or scorer.rubric is not None):
+            raise ValueError(
+                f"{key} asks no server: leave out {key}.url, {key}.model and {key}.rubric, or give "
+                f"{key}.name={JUDGE}"
+            )
+
+    def derived(self) -> tuple[str, ...]:
+        """Dotted keys that no score depends on."""
+        asked = []
+        for label, scorer in self.scorers.items():
+            names = HOW_IT_IS_ASKED if scorer.name == JUDGE else SERVER_KEYS
+            asked += [f"scorers.{label}.{name}" for name in names]
+        return (*DERIVED, *asked)
 
     def check_paths(self) -> None:
         """Refuse local paths where nothing is.
@@ -142,6 +193,7 @@ class EvalConfig:
             key = f"scorers.{label}"
             check_path(f"{key}.file", scorer.file, "a Python file of yours", depth=0)
             check_path(f"{key}.model_config", scorer.model_config, "an open_clip config", depth=0)
+            scorer.check_rubric(key)
             check_path(f"{key}.tokenizer", scorer.tokenizer, TOKENIZER, self.runs)
             for name in ("head", "checkpoint"):
                 path = getattr(scorer, name)
@@ -155,7 +207,7 @@ class EvalConfig:
         for named in (self.samples, self.references):
             if named:
                 runs.append(sorted(named))
-        scorers = {label: asdict(scorer) for label, scorer in self.scorers.items()}
+        scorers = {label: scorer.identity() for label, scorer in self.scorers.items()}
         text = json.dumps([*runs, scorers], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         more = f"+{len(self.samples) - 1}" if len(self.samples) > 1 else ""

@@ -5,6 +5,8 @@ Everything that computes is in `deradiff.evaluation`; the stage checks, tracks a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from configs.checks import section
 from configs.tracking import tracker
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation import Comparison, Evaluation, Options, evaluate, read_samples, write
+from deradiff.evaluation.asking import JudgeError
 from deradiff.evaluation.manifest import read_cards
 from deradiff.evaluation.pairing import Pairs, pair_up
 from deradiff.evaluation.results import REPORT
@@ -25,9 +28,6 @@ from deradiff.scorers import ScorerSpec, check_spec
 from deradiff.terminal import say
 from eval.config import EvalConfig
 from eval.tracking import track_results
-
-DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold")
-"""Keys that no score depends on."""
 
 
 def run(config: EvalConfig, run_dir: Path) -> Path:
@@ -49,16 +49,18 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
     # What is evaluated
     specs = {}
     for label, scorer in config.scorers.items():
-        specs[scorer.shown(label)] = scorer.spec()
-        with section(f"scorers.{label}"):
-            check_spec(scorer.spec())
+        key = f"scorers.{label}"
+        spec = scorer.spec(key)
+        specs[scorer.shown(label)] = spec
+        with section(key):
+            check_spec(spec)
     samples = read_samples(config.samples, config.references)
     cards = read_cards(samples)
     pairs = pair_up(samples, cards)
     is_main = process_state().is_main_process
     with run_lock(run_dir, is_main):
         if is_main:
-            claim(run_dir, asdict(config), ignore=DERIVED)
+            claim(run_dir, asdict(config), ignore=config.derived())
         evaluation = _evaluate(config, run_dir, specs, samples, cards, pairs)
 
     if evaluation is not None:
@@ -88,7 +90,8 @@ def _evaluate(
 
         # Score
         cache = Path(config.runs) / "cache" / "scores"
-        scores = score_images(samples, specs, config.batch_size, cache)
+        with _keys_in_messages():
+            scores = score_images(samples, specs, config.batch_size, cache, _say)
         if scores is None:
             return None
         write_scores(scores, run_dir / SCORES)
@@ -111,3 +114,18 @@ def _evaluate(
         write(run_dir, evaluation, specs)
         track_results(track, run_dir, evaluation)
     return evaluation
+
+
+def _say(sentence: str) -> None:
+    say(f"eval: {sentence}")
+
+
+@contextmanager
+def _keys_in_messages() -> Iterator[None]:
+    """Name keys of the command line in what a judge could not be asked."""
+    try:
+        yield
+    except JudgeError as error:
+        key = f"scorers.{error.label}"
+        with section(key):
+            raise ValueError(f"{key}: {error}") from error

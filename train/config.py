@@ -160,6 +160,11 @@ class DataConfig:
                 f"data.source=shapes_pairs is labelled by vivid or crisp, not {unknown[0]!r}; "
                 "other scorers take data=scored_pairs"
             )
+        if "judge" in self.scorer_weights:
+            raise ValueError(
+                "data.scorer=judge is a model behind a server, which scores images in python -m "
+                "eval: give a scorer that runs here, such as data.scorer=pickscore"
+            )
         if isinstance(self.scorer, dict) and self.scorer_checkpoint:
             raise ValueError(
                 "data.scorer_checkpoint is the weights of one scorer, and data.scorer is a sum of "

@@ -121,8 +121,15 @@ def scorer_lines(comparison: Comparison, scorers: Mapping[str, ScorerSpec]) -> S
             label=label,
             scale=row["scale"],
             version=row["version"],
-            checkpoint=spec.checkpoint or spec.file or "default",
+            checkpoint=_network_of(spec),
             preprocessing=row["preprocessing"],
         )
         lines.append(line)
     return lines
+
+
+def _network_of(spec: ScorerSpec) -> str:
+    """Which network a scorer is, for the report."""
+    if spec.endpoint is not None:
+        return spec.endpoint.model
+    return spec.checkpoint or spec.file or "default"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,16 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from deradiff.evaluation.asking import Notify, Row, ask_each, counted, judge_errors
 from deradiff.files import write_atomic
 from deradiff.image_files import read_image
 from deradiff.progress import progress_bar
 from deradiff.scorers import check_prompts, load_spec
 from deradiff.scorers.base import Scorer
 from deradiff.scorers.cache import ScoreCache, ScoreKey, score_key
+from deradiff.scorers.judge import Judge
 from deradiff.scorers.spec import ScorerSpec
+from deradiff.terminal import say
 
 SCORES = "scores.parquet"
 """The file of an evaluation's scores."""
@@ -34,7 +38,11 @@ def process_state() -> PartialState:
 
 
 def score_images(
-    samples: pd.DataFrame, scorers: Mapping[str, ScorerSpec], batch_size: int, cache: Path
+    samples: pd.DataFrame,
+    scorers: Mapping[str, ScorerSpec],
+    batch_size: int,
+    cache: Path,
+    notify: Notify = say,
 ) -> pd.DataFrame | None:
     """Score every image by every scorer.
 
@@ -45,28 +53,32 @@ def score_images(
         scorers: by label.
         batch_size: images scored at once.
         cache: the folder of the scores of all runs.
+        notify: takes a sentence on what judges behind servers were asked.
 
     Returns:
         A row per image and scorer: the samples' columns but `file`, then `scorer` (the label),
         `version`, `scale`, `preprocessing`, `score`. Processes other than the main one get None.
 
     Raises:
-        ValueError: for a prompt that a scorer cannot judge by, before an image is scored; for a
-            score that is not a finite number.
+        ValueError: for a prompt that a scorer cannot judge by, and a server that does not answer,
+            before an image is scored; for a score that is not a finite number.
     """
     for spec in scorers.values():
         check_prompts(spec, samples["prompt"])
     state = process_state()
+    judges = _judges(samples, scorers, cache)
     rows = samples.drop(columns="file").assign(key=_keys(samples))
     tables = []
     total = len(samples) * len(scorers)
-    with progress_bar(total, None, "image", is_shown=state.is_main_process) as progress:
+    is_shown = state.is_main_process
+    with counted(judges, notify), progress_bar(total, None, "image", is_shown=is_shown) as progress:
         for label, spec in scorers.items():
             progress.set_description(label)
-            scorer = load_spec(spec, device=str(state.device))
+            scorer = judges.get(label) or load_spec(spec, device=str(state.device))
             store = ScoreCache(cache, scorer)
             run = _ScoringRun(scorer, label, batch_size, store, progress)
-            scores = run.complete(samples)
+            with judge_errors(label) if label in judges else nullcontext():
+                scores = run.complete(samples)
 
             # The main process has them all
             if state.is_main_process:
@@ -79,6 +91,31 @@ def score_images(
                 )
                 tables.append(table)
     return pd.concat(tables, ignore_index=True) if state.is_main_process else None
+
+
+def _judges(
+    samples: pd.DataFrame, scorers: Mapping[str, ScorerSpec], cache: Path
+) -> dict[str, Judge]:
+    """The judges among the scorers, by label.
+
+    Raises:
+        ValueError: where one is needed and its server does not answer. Other scorers may take
+            hours before its turn comes.
+    """
+    state = process_state()
+    judges = {}
+    for label, spec in scorers.items():
+        if spec.endpoint is None:
+            continue
+        judge = load_spec(spec)
+        assert isinstance(judge, Judge)
+        known = ScoreCache(cache, judge).scores
+        if state.is_main_process and not set(_keys(samples)) <= set(known):
+            with judge_errors(label):
+                judge.try_out(images=1)
+        judge.client.divide(state.num_processes)
+        judges[label] = judge
+    return judges
 
 
 def write_scores(scores: pd.DataFrame, file: Path) -> None:
@@ -137,11 +174,24 @@ class _ScoringRun:
         return images[is_missing]
 
     def _score(self, images: pd.DataFrame) -> None:
-        """Score images in batches, each of which goes to the cache at once."""
+        """Score images in batches, each of which goes to the cache at once.
+
+        A judge is asked about one at a time, several at once.
+        """
+        if isinstance(self.scorer, Judge):
+            self._ask(self.scorer, images)
+            return
         for start in range(0, len(images), self.batch_size):
             batch = images.iloc[start : start + self.batch_size]
             self.cache.add(batch["key"], self._scores(batch))
             self.progress.update(len(batch))
+
+    def _ask(self, judge: Judge, images: pd.DataFrame) -> None:
+        def score_one(row: Row) -> float:
+            return judge.score(read_image(row["about"]), row["prompt"])
+
+        rows = images.rename(columns={"file": "about"})[["key", "about", "prompt"]]
+        ask_each(judge, score_one, rows.to_dict("records"), self.cache, self.progress)
 
     def _scores(self, batch: pd.DataFrame) -> list[float]:
         images = [read_image(file) for file in batch["file"]]

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from deradiff.scorers.registry import SCORERS, entry_of, module_of
-from deradiff.scorers.spec import ScorerSpec
+from deradiff.scorers.spec import Endpoint, ScorerSpec
 
 if TYPE_CHECKING:  # it imports torch
     from deradiff.scorers.base import Scorer
 
 __all__ = [
     "SCORERS",
+    "Endpoint",
     "ScorerSpec",
     "check_prompts",
     "check_scorer",
@@ -72,9 +73,12 @@ def check_scorer(
     model_config: str | None = None,
     head: str | None = None,
     file: str | None = None,
+    endpoint: Endpoint | None = None,
+    rubric: str | None = None,
 ) -> None:
     """`check_spec` of the same arguments as `load_scorer`."""
-    check_spec(ScorerSpec(name, checkpoint, tokenizer, model_config, head, file))
+    spec = ScorerSpec(name, checkpoint, tokenizer, model_config, head, file, endpoint, rubric)
+    check_spec(spec)
 
 
 def load_scorer(
@@ -85,6 +89,8 @@ def load_scorer(
     head: str | None = None,
     file: str | None = None,
     device: str = "cpu",
+    endpoint: Endpoint | None = None,
+    rubric: str | None = None,
 ) -> Scorer:
     """A scorer by its name: `scorer(images, prompts)` gives a float32 tensor (N,) on the CPU.
 
@@ -100,10 +106,13 @@ def load_scorer(
         head: of `aesthetic`: the file of its linear layers. None: the published one.
         file: a Python file of the user's own with one scorer class in it.
         device: of its network.
+        endpoint: of `judge`: the server of a vision-language model.
+        rubric: of `judge`: what the model is asked, by the name of one that ships or as a file.
+            None: the default one.
 
     Raises:
         ValueError: before a weight is loaded, for an unknown name, a missing checkpoint,
             and weights of another layout or size.
     """
-    spec = ScorerSpec(name, checkpoint, tokenizer, model_config, head, file)
+    spec = ScorerSpec(name, checkpoint, tokenizer, model_config, head, file, endpoint, rubric)
     return load_spec(spec, device)

@@ -42,13 +42,14 @@ SCORERS: dict[str, ScorerEntry] = {
     **dict.fromkeys(PUBLISHED_CLIPS, CLIP_ENTRY),
     "aesthetic": ScorerEntry("deradiff.scorers.aesthetic", (*CLIP_SETTINGS, "head")),
     "imagereward": ScorerEntry("deradiff.scorers.imagereward", ("checkpoint", "tokenizer")),
+    "judge": ScorerEntry("deradiff.scorers.judge", ("endpoint", "rubric")),
     "vivid": ScorerEntry("deradiff.scorers.formulas", is_formula=True, reads_scene=True),
     "crisp": FORMULA_ENTRY,
     "colourful": FORMULA_ENTRY,
 }
 
-SETTINGS = ("checkpoint", "tokenizer", "model_config", "head")
-"""The fields of a `ScorerSpec` that name a file of deradiff's own scorers."""
+SETTINGS = ("checkpoint", "tokenizer", "model_config", "head", "endpoint", "rubric")
+"""The fields of a `ScorerSpec` that name a file or a server of deradiff's own scorers."""
 
 
 def entry_of(spec: ScorerSpec) -> ScorerEntry:

@@ -154,7 +154,7 @@ def test_it_is_named_on_the_command_line(tmp_path: Path) -> None:
     assert isinstance(config, EvalConfig)
     assert list(config.scorers) == ["clip", "mine"]
 
-    spec = config.scorers["mine"].spec()
+    spec = config.scorers["mine"].spec("scorers.mine")
     check_spec(spec)
     assert np.isclose(load_spec(spec)(IMAGES[1:2], ["a"]).item(), 100)
 

@@ -199,6 +199,7 @@ MISTAKES = [  # what is typed, and a part of the one sentence that answers; {bas
     ("model.resolution=30", "model.resolution must be a multiple of 8, not 30"),
     ("data.scorer=colourful", "labelled by vivid or crisp, not 'colourful'"),
     ("data.scorer={vivid:1,dull:1}", "labelled by vivid or crisp, not 'dull'"),
+    ("data=scored_pairs data.path=nowhere data.scorer=judge", "give a scorer that runs here"),
     ("data.scorer={vivid:1,crisp:0}", "data.scorer.crisp must be above 0, not 0"),
     ("data.scorer={vivid:inf,crisp:1}", "data.scorer.vivid must be a finite number, not inf"),
     ("data.scorer={vivid:much,crisp:1}", "data.scorer.vivid must be a number above 0, not 'much'"),

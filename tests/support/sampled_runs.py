@@ -173,12 +173,20 @@ class Colourful:
         return torch.tensor(scores)
 
 
-def configured(root, samples, *scorers, **settings):
-    """The config of an evaluation, and its run directory."""
+def configured(root, samples, *scorers, judges=None, **settings):
+    """The config of an evaluation, and its run directory.
+
+    Args:
+        root: the folder of all runs.
+        samples: sample runs.
+        scorers: labels of scorers without settings.
+        judges: configs of scorers with settings, by label.
+        settings: further keys.
+    """
     labels = scorers or ("vivid",)
     config = EvalConfig(
         samples=samples,
-        scorers={label: ScorerConfig() for label in labels},
+        scorers={label: ScorerConfig() for label in labels} | (judges or {}),
         runs=str(root),
         tracking=TrackingConfig(kind="none"),
         **settings,
