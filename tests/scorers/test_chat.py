@@ -122,7 +122,7 @@ def test_a_torn_answer_is_asked_again(server, client, torn):
 
 def test_an_answer_without_end_is_cut(server, client, monkeypatch):
     monkeypatch.setattr(chat, "MOST_BYTES", 1000)
-    server.replies(Reply(b" " * 100_000), "yes")
+    server.replies(Reply(Reply("no").encoded() + b" " * 100_000), "yes")
     assert client.ask(HELLO) == "yes"
 
 
@@ -141,11 +141,20 @@ def test_the_server_says_how_long_to_wait(server, client, clock):
     assert clock.waits[2] <= FIRST_WAIT
 
 
-def test_a_wait_holds_every_request(server, client, clock):
-    """One thread meets the limit, and another one that asks later waits, too."""
-    client._pace.hold(30)
+@pytest.mark.parametrize(("status", "waits"), [(429, [30, 30]), (503, [30, 30]), (500, [30])])
+def test_a_limit_holds_every_request_and_a_fault_its_own(server, client, clock, status, waits):
+    """Another question is asked while the first one waits."""
+    server.replies(error("slow", status, **{"Retry-After": "30"}), "yes")
+    wait = clock.wait
+
+    def ask_another(seconds, stopped):
+        clock.wait = lambda seconds, stopped: wait(30, stopped)
+        client.ask(HELLO)
+        clock.waits.append(seconds)
+
+    clock.wait = ask_another
     client.ask(HELLO)
-    assert clock.waits == [30]
+    assert clock.waits == waits
 
 
 def test_a_wait_that_is_too_long_is_told(server, client, clock):
