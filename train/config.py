@@ -220,8 +220,23 @@ class DPOConfig:
         True, "keep the reference's errors in runs/cache, for runs with another beta to read"
     )
 
+    safeguard: bool = setting(
+        False,
+        "scale the loser's gradient so that the winner's error does not rise (Diffusion-SDPO)",
+    )
+    sft: float = setting(
+        0.0, "weight of the winner's own error beside the loss, in units of beta / 2; 0: none"
+    )
+
     def __post_init__(self) -> None:
         positive("dpo.beta", self.beta)
+        not_negative("dpo.sft", self.sft)
+
+    @property
+    def additions(self) -> list[str]:
+        """What is added to the loss of Diffusion-DPO, for the card."""
+        added = ["safeguard"] if self.safeguard else []
+        return [*added, f"sft {self.sft:g}"] if self.sft else added
 
 
 @dataclass

@@ -51,7 +51,7 @@ def make_card(config: TrainConfig, base: BaseModel, device: str) -> AnchorCard:
         method=config.finetune.method,
         beta=config.beta,
         beta_convention=BETA_CONVENTION,
-        objective=config.objective,
+        objective=" + ".join([config.objective, *getattr(config.settings, "additions", [])]),
         steps=config.steps,
         pairs_seen=config.steps * config.optim.pairs_per_step,
         dataset=describe_data(config.data),

@@ -28,6 +28,7 @@ from deradiff.models.flops import denoiser_flops, dpo_step_flops
 from deradiff.training.dpo import dpo_terms, kl_strength, pair_error
 from deradiff.training.noising import noising_of
 from deradiff.training.objectives.base import Batch, Parts
+from deradiff.training.safeguards import loser_scale, with_scaled_loser
 from deradiff.training.sharding import is_shard
 
 
@@ -211,6 +212,10 @@ class DPO(DenoiserObjective):
         errors: a store of the reference's errors: known ones are read, new ones are added; None:
             the reference is always evaluated.
         complete: the store holds all errors of the run, so that no copy of the network is kept.
+        safeguard: scale the loser's gradient so that the winner's error does not rise
+            (`deradiff.training.safeguards.loser_scale`).
+        sft: weight of the winner's own error beside the loss, in units of beta / 2, which is what
+            the loss multiplies errors by.
     """
 
     def __init__(
@@ -224,6 +229,8 @@ class DPO(DenoiserObjective):
         card: AnchorCard,
         errors: ReferenceErrors | None = None,
         complete: bool = False,
+        safeguard: bool = False,
+        sft: float = 0.0,
     ) -> None:
         super().__init__(pipe, resolution, cache, caption_dropout, flip)
         if card.beta is None:
@@ -231,6 +238,8 @@ class DPO(DenoiserObjective):
         self.card = card
         self.errors = errors
         self.stored_reference = complete
+        self.safeguard = safeguard
+        self.sft = sft
 
         # A LoRA is switched off for the reference; a full fine-tune needs a second network.
         self._lora_layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
@@ -254,6 +263,8 @@ class DPO(DenoiserObjective):
             card=parts.card,
             errors=errors,
             complete=complete,
+            safeguard=parts.settings.safeguard,
+            sft=parts.settings.sft,
         )
 
     @property
@@ -313,11 +324,20 @@ class DPO(DenoiserObjective):
         # How well the reference and the trained network denoise them.
         reference_error = self.reference_error(batch, noisy, target, conditioning)
         output = self.predict(network, noisy, batch["timesteps"], conditioning)
-        terms = dpo_terms(pair_error(output, target), reference_error, self.beta)
+        error = pair_error(output, target)
+        winner_error = error[0]
+        kept = {}
+        if self.safeguard:
+            kept["loser_scale"] = loser_scale(output, target)
+            error = with_scaled_loser(error, kept["loser_scale"])
+        terms = dpo_terms(error, reference_error, self.beta)
+        loss = terms.loss
+        if self.sft:
+            loss = loss + self.sft * self.beta / 2 * winner_error.mean()
 
         # What is logged; an image that is denoised worse than by the reference has more than 0.
         worse_than_reference = terms.error - reference_error
-        return terms.loss, {
+        return loss, {
             "loss": terms.losses.detach(),
             "implicit_accuracy": terms.accuracies,
             "margin": terms.margin,
@@ -325,6 +345,7 @@ class DPO(DenoiserObjective):
             "reference_mse": reference_error.mean(0),
             "winner_vs_reference": worse_than_reference[0],
             "loser_vs_reference": worse_than_reference[1],
+            **kept,
         }
 
     def reference_error(
