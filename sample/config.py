@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from configs.checks import check_seed, choice, positive
+from configs.checks import at_most, check_seed, choice, positive
 from configs.paths import (
     ANCHOR,
     AUTOENCODER,
@@ -40,6 +40,8 @@ from deradiff.realignment.registry import (
 )
 from deradiff.text_files import read_json
 
+LARGEST_LAM = 1e6
+LARGEST_SIDE = 8192  # pixels: larger images are not read
 ROUNDING = 1e-9
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = "shapes"
@@ -231,9 +233,10 @@ class SampleConfig:
                 f"give lambdas={example}"
             )
         for lam in lams:
-            if not _is_finite(lam):
+            if not _is_finite(lam) or abs(lam) > LARGEST_LAM:
                 raise ValueError(
-                    f"lambdas must be finite numbers, and {lam!r} is not; give lambdas={example}"
+                    f"lambdas must be numbers of at most {LARGEST_LAM:g} on either side of 0, and "
+                    f"{lam!r} is not; give lambdas={example}"
                 )
         # Lambdas that people type add up to 1 but for a rounding.
         if self.mode == "sampled" and (min(lams) < 0 or sum(lams) > 1 + ROUNDING):
@@ -286,6 +289,8 @@ class SampleConfig:
             side = getattr(self, key)
             if side is not None and (side < 8 or side % 8):
                 raise ValueError(f"{key} must be a multiple of 8 pixels, not {side}")
+            if side is not None:
+                at_most(key, side, LARGEST_SIDE)
 
     def _check_mode(self) -> None:
         """Raises ValueError for options that the mode does not go together with."""

@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,9 @@ from sample.manifest import Lams, Record, image_path
 
 DECODED_AT_ONCE = 4 * 2**20
 """Bytes of one channel of all images that are decoded at once: 3.2 GB for SDXL's autoencoder."""
+
+
+NAN_IN_CAST = "invalid value encountered in cast"
 
 
 class PromptSeed(NamedTuple):
@@ -131,6 +136,21 @@ def beta_target(model: MixedAnchor, beta: float | None, config: SampleConfig) ->
     if beta is None or model.lam <= 0 or not is_plain:
         return None
     return beta / model.lam
+
+
+@contextmanager
+def _finite_images() -> Iterator[None]:
+    """Raise FloatingPointError where an image would hold NaN: its pixels would be black."""
+    with warnings.catch_warnings():
+        # What numpy says when it makes bytes of NaN.
+        warnings.filterwarnings("error", message=NAN_IN_CAST, category=RuntimeWarning)
+        try:
+            yield
+        except RuntimeWarning as error:
+            raise FloatingPointError(
+                "an image holds numbers that are not finite, and would be black: give "
+                "dtype=float32 or dtype=bfloat16, or a smaller guidance_scale or lambda"
+            ) from error
 
 
 def select(rows: Any, numbers: Sequence[int]) -> Any:
@@ -245,17 +265,18 @@ class Images:
         rows = {name: select(value, numbers) for name, value in embeddings.items()}
         guidance = {self.family.guidance_argument: config.guidance_scale}
         eta = {} if self.family.flow else {"eta": config.eta}
-        output = self.pipe(
-            **rows,
-            **eta,
-            **guidance,
-            **dict(self.family.call_options),
-            **dict(self.family.encoded_options),
-            num_inference_steps=config.steps,
-            height=config.height,
-            width=config.width,
-            generator=generators,
-        )
+        with _finite_images():
+            output = self.pipe(
+                **rows,
+                **eta,
+                **guidance,
+                **dict(self.family.call_options),
+                **dict(self.family.encoded_options),
+                num_inference_steps=config.steps,
+                height=config.height,
+                width=config.width,
+                generator=generators,
+            )
         return output.images[::particles]
 
     def _anchors_of(self, model: MixedAnchor) -> list[Anchor]:

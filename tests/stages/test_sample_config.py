@@ -93,6 +93,7 @@ BAD_VALUES = [
     ("anchor", ["a", "a"], "holds a twice"),
     ("anchor", ["a", 3], "3 is none"),
     ("lambdas", [float("nan")], "nan is not"),
+    ("lambdas", [1e300], "1e+300 is not"),
     ("lambdas", ["a"], "'a' is not"),
     ("lambdas", [float("inf")], "inf is not"),
     ("lambdas", [True], "True is not"),
@@ -118,6 +119,7 @@ BAD_VALUES = [
     ("guidance_scale", float("nan"), "at least 0"),
     ("height", 500, "multiple of 8"),
     ("height", 0, "multiple of 8"),
+    ("height", 8200, "must be at most 8192, not 8200"),
     ("width", -8, "multiple of 8"),
 ]
 

@@ -188,6 +188,13 @@ def test_the_manifest_keeps_its_contract(config, tmp_path):
         assert set(ImageRecord.__annotations__) <= set(record)
 
 
+def test_an_image_of_nan_is_refused_and_not_saved_as_black(config, tmp_path):
+    overflowing = replace(config, guidance_scale=1e300, prompts=["a fox"], lambdas=[0.5])
+    with pytest.raises(FloatingPointError, match="not finite, and would be black: give dtype="):
+        run(overflowing, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_the_path_kl_grows_with_lambda(config, tmp_path):
     run(replace(config, seeds=[0, 7]), tmp_path)
     kl_of = {0.0: [], 0.5: [], 1.0: []}
