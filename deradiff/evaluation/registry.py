@@ -24,6 +24,7 @@ from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mo
 from deradiff.evaluation.tables.means import mean_scores
 from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
 from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
+from deradiff.evaluation.tables.scorer_agreement import scorer_agreement
 from deradiff.evaluation.tables.selection import selection
 from deradiff.evaluation.tables.table import ResultTable
 from deradiff.evaluation.tables.wins import win_rates
@@ -108,6 +109,7 @@ TABLES = (
     TableSpec("agreement", CLOSENESS, agreement, ERRORS),
     TableSpec("by_target", CLOSENESS, errors_by_target, ERRORS, is_tall=True),
     TableSpec("wins", CLOSENESS, win_rates, folded="Win rates"),
+    TableSpec("scorer_agreement", SCORES, scorer_agreement, is_tall=True),
     TableSpec("means", SCORES, mean_scores, folded="Mean scores of every model"),
     TableSpec("mixtures", MIXTURES, mixtures_of_anchors, is_tall=True),
     TableSpec("early_stopping", EARLY_STOPPING, early_stopping),
