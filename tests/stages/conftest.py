@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import run_module
+
 ROOT = Path(__file__).parents[2]
 STAGE = ROOT / "tests/support/toy_stage.py"
 CONFIG = """
@@ -47,12 +49,11 @@ class ToyCommand:
         (folder / "conf/model/small.yaml").write_text("base: org/small\n")
 
     def start(self, *arguments, **environment):
-        """Start the command; environment: variables to set."""
-        inherited = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
+        """Start the command in a Python of its own; environment: variables to set."""
         process = subprocess.Popen(
             [sys.executable, "-m", "toy", *arguments],
             cwd=self.folder,
-            env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
+            env=_environment(environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,10 +65,17 @@ class ToyCommand:
         return process
 
     def __call__(self, *arguments, **environment):
-        """Run the command to its end; the process has `out` and `err`."""
-        process = self.start(*arguments, **environment)
-        process.out, process.err = process.communicate(timeout=300)
-        return process
+        """Run the command to its end; what is returned has `returncode`, `out` and `err`."""
+        return run_module("toy", arguments, self.folder, _environment(environment))
+
+
+def _environment(own):
+    """The variables of a command that nobody else has started.
+
+    own: what it sets.
+    """
+    inherited = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
+    return inherited | {"PYTHONPATH": str(ROOT)} | own
 
 
 @pytest.fixture

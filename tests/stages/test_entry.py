@@ -5,12 +5,15 @@ What is wrong is said in one sentence, with exit status 2 and no traceback.
 
 import pytest
 
+from configs.entry import MISTAKE_STATUS
+
 
 def test_a_good_command_runs_in_the_folder_that_the_config_names(toy):
-    done = toy("data=x", "dpo.beta=500", "model=small")
-    assert done.returncode == 0
-    assert done.err == ""
-    assert "beta 500 base org/small in runs/toy/beta500" in done.out
+    process = toy.start("data=x", "dpo.beta=500", "model=small")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert err == ""
+    assert "beta 500 base org/small in runs/toy/beta500" in out
     files = {path.name for path in toy.folder.iterdir()}
     assert files == {"toy", "conf"}, "Hydra leaves no log, outputs or .hydra folder"
 
@@ -45,7 +48,7 @@ MISTAKES = {
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
 def test_a_mistake_is_one_sentence_on_stderr_and_status_2(toy, arguments):
     done = toy(*arguments)
-    assert done.returncode == 2
+    assert done.returncode == MISTAKE_STATUS
     assert done.err.startswith("toy: ")
     assert done.err.count("\n") == 1
     assert done.err.endswith("\n")
@@ -60,14 +63,15 @@ def test_help_into_a_pipe_that_is_closed_early_is_no_bug(toy):
 
 
 def test_a_bug_keeps_its_traceback(toy):
-    done = toy("data=bug")
-    assert done.returncode == 1
-    assert "Traceback" in done.err
-    assert done.err.endswith("RuntimeError: a bug of ours\n")
-    assert "hydra" not in done.err, "the traceback is of our own code"
+    process = toy.start("data=bug")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" in err
+    assert err.endswith("RuntimeError: a bug of ours\n")
+    assert "hydra" not in err, "the traceback is of our own code"
 
 
 def test_paths_are_looked_at_before_the_stage_is_imported(toy):
     done = toy("data=nowhere")
-    assert done.returncode == 2
+    assert done.returncode == MISTAKE_STATUS
     assert done.err == "toy: data=nowhere is not there\n"

@@ -11,6 +11,7 @@ from accelerate.commands import launch as accelerate_launch
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 
+from configs.entry import MISTAKE_STATUS
 from hydra_plugins.deradiff_launcher import _jobs
 from hydra_plugins.deradiff_launcher._commands import stage_command
 from hydra_plugins.deradiff_launcher._jobs import Job, run_jobs
@@ -28,7 +29,7 @@ def test_hydra_finds_the_launcher_by_itself():
 def test_each_value_runs_in_a_process_of_its_own_and_a_failed_one_is_named_at_the_end(toy):
     overrides = ("data=fails-at-7", "dpo.beta=5,7,9", "model=small", "hydra.launcher.workers=2")
     done = toy("--multirun", *overrides)
-    assert done.returncode == 2
+    assert done.returncode == MISTAKE_STATUS
     reason = "toy: seven does not work: see runs/toy/beta7/launch.log"
     assert done.err == f"toy: 1 of 3 runs failed: dpo.beta=7 ({reason})\n"
 
@@ -68,7 +69,7 @@ def test_a_sweep_that_cannot_work_is_refused_before_its_first_value_starts(
     toy, arguments, environment, sentence
 ):
     done = toy("--multirun", *arguments, **environment)
-    assert done.returncode == 2
+    assert done.returncode == MISTAKE_STATUS
     assert "start" not in done.out
     assert done.err.count("\n") == 1
     assert done.err.endswith(sentence + "\n")

@@ -1,59 +1,31 @@
 """Several ranks, each a process: they share the data, and shards are saved as whole tensors."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 
 from deradiff.data.pairs import Examples, Pairs
 from deradiff.training.loop import train
-from deradiff.worlds import shapes
-from tests.support.regression import Regression, examples, options, train_until, weights
-
-ROOT = Path(__file__).parents[2]
-IMPORTS = """
-import json, sys, torch
-from pathlib import Path
-from accelerate import Accelerator
-from deradiff.training.loop import train
 from deradiff.training.optimizers import make_optimizer
+from deradiff.worlds import shapes
+from tests.support.collectives import Collectives
+from tests.support.processes import on_ranks
 from tests.support.regression import Regression, examples, options, train_until, weights
-"""
-
-
-def run_on_ranks(script, tmp_path, *arguments, ranks=2):
-    """Run a script, after IMPORTS, as several processes of one group."""
-    file = tmp_path / "ranks.py"
-    # In order: a rank that ends alone may abort one that still has a connection to it.
-    file.write_text(IMPORTS + script + "\nAccelerator(cpu=True).end_training()\n")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(file), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_ranks_share_the_data_and_end_with_the_weights_of_one(tmp_path):
-    script = """
-run_dir = Path(sys.argv[1])
-accelerator = Accelerator(cpu=True)
-objective = Regression()
-train(objective, examples(), options(batch_size=2), run_dir, accelerator)
-result = json.dumps([objective.seen, weights(objective).tolist()])
-(run_dir / f"rank{accelerator.process_index}.json").write_text(result)
-"""
-    run_on_ranks(script, tmp_path, str(tmp_path / "two"))
+    def rank():
+        accelerator = Accelerator(cpu=True)
+        objective = Regression()
+        train(objective, examples(), options(batch_size=2), tmp_path / "two", accelerator)
+        result = json.dumps([objective.seen, weights(objective).tolist()])
+        (tmp_path / f"two/rank{accelerator.process_index}.json").write_text(result)
+
+    on_ranks(rank)
     one = Regression()
     train(one, examples(), options(batch_size=4), tmp_path / "one", Accelerator(cpu=True))
     seen0, weights0 = json.loads((tmp_path / "two/rank0.json").read_text())
@@ -68,42 +40,43 @@ result = json.dumps([objective.seen, weights(objective).tolist()])
     torch.testing.assert_close(torch.tensor(weights0), weights(one), rtol=1e-5, atol=1e-6)
 
 
-def test_sharded_weights_are_saved_whole_and_resumed_by_shards(tmp_path):
-    """FSDP2's own `fully_shard`, which accelerate calls on GPUs.
-
-    Two CPU ranks end with the weights of one process, also when they are stopped and resumed.
-    """
-    script = """
-from torch.distributed.fsdp import fully_shard
-
 class Sharding(Accelerator):
+    """Shards the network by FSDP2's own `fully_shard`, which accelerate calls on GPUs."""
+
     def prepare(self, network, optimizer):
         fully_shard(network)
         optimizer = make_optimizer(list(network.parameters()), options())
         return network, self.prepare_optimizer(optimizer)
 
-def go(name, stop_at=None, kind=Sharding):
-    objective = Regression(stop_at)
-    run_dir = Path(sys.argv[1], name)
-    try:
-        train(objective, examples(), options(batch_size=2, ema=0.5), run_dir, kind(cpu=True))
-    except KeyboardInterrupt:
-        return None
-    return type(objective.network).__name__, weights(objective).tolist()
 
-name, whole = go("whole")
-go("stopped", stop_at=15)
-again = go("stopped")
-assert again == (name, whole) and name == "Linear", (again, name, whole)
+def sharded_runs(folder):
+    """What each rank does: a whole run, and runs that are stopped and go on, sharded or not."""
 
-# What shards have begun goes on whole, and the other way round.
-for first, last in ((Sharding, Accelerator), (Accelerator, Sharding)):
-    go(first.__name__, 15, first)
-    _, moved = go(first.__name__, None, last)
-    torch.testing.assert_close(torch.tensor(moved), torch.tensor(whole), rtol=1e-5, atol=1e-6)
-Path(sys.argv[1], "sharded.json").write_text(json.dumps(whole))
-"""
-    run_on_ranks(script, tmp_path, str(tmp_path))
+    def go(name, stop_at=None, kind=Sharding):
+        objective = Regression(stop_at)
+        run = options(batch_size=2, ema=0.5)
+        try:
+            train(objective, examples(), run, folder / name, kind(cpu=True))
+        except KeyboardInterrupt:
+            return None
+        return type(objective.network).__name__, weights(objective).tolist()
+
+    name, whole = go("whole")
+    go("stopped", stop_at=15)
+    again = go("stopped")
+    assert again == (name, whole) and name == "Linear", (again, name, whole)
+
+    # What shards have begun goes on whole, and the other way round.
+    for first, last in ((Sharding, Accelerator), (Accelerator, Sharding)):
+        go(first.__name__, 15, first)
+        _, moved = go(first.__name__, None, last)
+        torch.testing.assert_close(torch.tensor(moved), torch.tensor(whole), rtol=1e-5, atol=1e-6)
+    (folder / "sharded.json").write_text(json.dumps(whole))
+
+
+def test_sharded_weights_are_saved_whole_and_resumed_by_shards(tmp_path):
+    """Two CPU ranks end with the weights of one process, also when they are stopped and resumed."""
+    on_ranks(lambda: sharded_runs(tmp_path))
     one = Regression()
     train(one, examples(), options(ema=0.5), tmp_path / "one", Accelerator(cpu=True))
     sharded = torch.tensor(json.loads((tmp_path / "sharded.json").read_text()))
@@ -120,18 +93,16 @@ def orders(folder):
 def test_a_run_goes_on_on_another_number_of_ranks(tmp_path):
     """Two ranks and then one; one and then three, which four pairs of a step do not come out on."""
     shapes.write_pairs(tmp_path / "pairs.parquet", 10, seed=0)
-    script = """
-from tests.training.test_sharding import orders
 
-folder = Path(sys.argv[1])
-for name, data in orders(folder).items():
-    train_until(folder / f"{sys.argv[2]}-{name}", data, int(sys.argv[3]))
-"""
+    def begin(begun, stop_at=None):
+        for name, data in orders(tmp_path).items():
+            train_until(tmp_path / f"{begun}-{name}", data, stop_at)
+
     # Both are stopped in their third step, by when each rank has seen so many examples.
-    run_on_ranks(script, tmp_path, str(tmp_path), "fewer", "4")
+    on_ranks(lambda: begin("fewer", 4))
     for name, data in orders(tmp_path).items():
         train_until(tmp_path / f"more-{name}", data, stop_at=8)
-    run_on_ranks(script, tmp_path, str(tmp_path), "more", "99", ranks=3)
+    on_ranks(lambda: begin("more"), count=3)
 
     for name, data in orders(tmp_path).items():
         whole = tmp_path / f"whole-{name}"
@@ -158,27 +129,28 @@ def assert_same_end(run_dir, whole):
     assert len(losses[0]) == 4
 
 
+def count_calls(folder):
+    """What each rank does: how often it talks in three steps of one or four micro-batches."""
+    calls = {}
+    for turns in (1, 4):
+        run = options(
+            steps=3, pairs_per_step=2 * turns, batch_size=1, log_every=99, checkpoint_every=99
+        )
+        with Collectives() as counter:
+            train(Regression(), examples(), run, folder / str(turns), Accelerator(cpu=True))
+        calls[turns] = dict(counter.calls)
+    rank = Accelerator(cpu=True).process_index
+    (folder / f"{rank}.json").write_text(json.dumps(calls))
+
+
 @pytest.mark.slow
 def test_ranks_talk_once_a_step_besides_their_gradients(tmp_path):
-    script = """
-from tests.support.collectives import Collectives
-
-calls = {}
-for turns in (1, 4):
-    run = options(
-        steps=3, pairs_per_step=2 * turns, batch_size=1, log_every=99, checkpoint_every=99
-    )
-    run_dir = Path(sys.argv[1], str(turns))
-    with Collectives() as counter:
-        train(Regression(), examples(), run, run_dir, Accelerator(cpu=True))
-    calls[turns] = dict(counter.calls)
-Path(sys.argv[1], f"{Accelerator(cpu=True).process_index}.json").write_text(json.dumps(calls))
-"""
-    run_on_ranks(script, tmp_path, str(tmp_path))
+    on_ranks(lambda: count_calls(tmp_path))
     for rank in (0, 1):
         calls = json.loads((tmp_path / f"{rank}.json").read_text())
         assert calls["1"] == calls["4"]
-        # The flags of three steps, and what DDP asks before the first one.
-        assert calls["1"]["allgather_"] == 3 + 1
+        # The flags of three steps; before the first one what DDP asks, and whether all ranks train
+        # the same: the lengths of their answers, and these.
+        assert calls["1"]["allgather_"] == 3 + 1 + 2
         # The gradients of three steps, the sums of one row and the loss of one checkpoint.
         assert calls["1"]["allreduce_"] == 3 + 2
