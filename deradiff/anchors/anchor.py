@@ -143,6 +143,7 @@ class AnchorCard:
         # A card is somebody's file: what is printed, compared and multiplied has its type.
         for key in CARD_TEXTS:
             _check_card(key, getattr(self, key), _is_line(getattr(self, key)), "a line of text")
+        _check_card("base_model", self.base_model, bool(self.base_model.strip()), "a name")
         for key in CARD_OPTIONAL_TEXTS:
             value = getattr(self, key)
             _check_card(key, value, value is None or _is_line(value), "a line of text or null")

@@ -163,6 +163,8 @@ def _column(names: Sequence[str], file: Path) -> str:
     if column is None:
         shown = reprlib.repr(list(names))
         raise ValueError(f"{file} has no column prompt or caption; it has {shown}")
+    if list(names).count(column) > 1:
+        raise ValueError(f"{file} has two columns {column}: give one of them another name")
     return column
 
 

@@ -248,6 +248,7 @@ def test_a_card_that_is_no_text_is_refused(tmp_path, content):
         '"flops": Infinity',
         '"gpu_hours": null',
         '"base_model": 3',
+        '"base_model": ""',
         '"family": ["sd15"]',
         '"family": null',
         '"method": "dora"',

@@ -180,6 +180,7 @@ NO_PROMPTS = {
     "semicolons.csv": b"prompt;seed\na red fox;1\n",
     "quote.csv": b'prompt\n"a red fox\n',
     "short.csv": b"id,prompt\n1\n",
+    "twice.csv": b"prompt,prompt\na red fox,a blue cat\n",
     "empty.csv": b"",
     "torn.json": b'["a red fox"',
     "deep.json": b"[" * 100_000,
