@@ -19,8 +19,10 @@ from deradiff.evaluation import Comparison, Evaluation, Options, evaluate, read_
 from deradiff.evaluation.asking import JudgeError
 from deradiff.evaluation.manifest import read_cards
 from deradiff.evaluation.pairing import Pairs, pair_up
+from deradiff.evaluation.properties import measure_images
 from deradiff.evaluation.results import REPORT
-from deradiff.evaluation.scoring import SCORES, process_state, score_images, write_scores
+from deradiff.evaluation.scoring import SCORES, score_images, write_scores
+from deradiff.evaluation.shared_work import process_state
 from deradiff.files import slug
 from deradiff.locks import run_lock
 from deradiff.run_directories import claim
@@ -90,15 +92,18 @@ def _evaluate(
 
         # Score
         cache = Path(config.runs) / "cache" / "scores"
-        with _keys_in_messages():
-            scores = score_images(samples, specs, config.batch_size, cache, _say)
-        if scores is None:
-            return None
-        write_scores(scores, run_dir / SCORES)
-
-        # Compare
         chosen = str(config.select.score)
         score = config.scorers[chosen].shown(chosen)
+        with _keys_in_messages():
+            scores = score_images(samples, specs, config.batch_size, cache, _say)
+        properties = measure_images(samples, specs, score, config.batch_size, cache)
+        if scores is None or properties is None:
+            return None
+        write_scores(scores, run_dir / SCORES)
+        if properties.missing:
+            _say(properties.missing)
+
+        # Compare
         options = Options(config.margin, config.threshold, score, config.select.path_kl)
         comparison = Comparison(
             samples=samples,
@@ -109,6 +114,7 @@ def _evaluate(
             scorers=list(specs),
             options=options,
             mixtures=pairs.mixtures,
+            properties=properties,
         )
         evaluation = evaluate(comparison)
         write(run_dir, evaluation, specs)

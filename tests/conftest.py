@@ -74,5 +74,6 @@ def counting_scorer(monkeypatch):
 
     scorer = Colourful()
     monkeypatch.setattr("eval.stage.check_spec", lambda spec: None)
-    monkeypatch.setattr("deradiff.evaluation.scoring.load_spec", lambda spec, device: scorer)
+    for module in ("scoring", "properties"):
+        monkeypatch.setattr(f"deradiff.evaluation.{module}.load_spec", lambda spec, device: scorer)
     return scorer

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from deradiff.evaluation.figures.early_stopping import along_the_training
     from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
     from deradiff.evaluation.figures.image_grids import reversal
-    from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
+    from deradiff.evaluation.figures.lambda_curves import (
+        properties_against_lambda,
+        reward_against_kl,
+        score_against_lambda,
+    )
     from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
     from deradiff.evaluation.manifest import read_samples
     from deradiff.evaluation.results import Evaluation, evaluate, write
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from deradiff.evaluation.tables.means import mean_scores
     from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
     from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
+    from deradiff.evaluation.tables.properties import image_properties
     from deradiff.evaluation.tables.selection import select
     from deradiff.evaluation.tables.table import ResultTable
     from deradiff.evaluation.tables.wins import win_rates
@@ -47,9 +52,11 @@ __all__ = [
     "errors_by_mode",
     "errors_by_target",
     "evaluate",
+    "image_properties",
     "mean_scores",
     "mixtures_of_anchors",
     "paper_errors",
+    "properties_against_lambda",
     "published_cost",
     "read_samples",
     "reversal",
@@ -80,10 +87,12 @@ _MODULES = {
     "errors_by_target": "deradiff.evaluation.tables.paper",
     "evaluate": "deradiff.evaluation.results",
     "Evaluation": "deradiff.evaluation.results",
+    "image_properties": "deradiff.evaluation.tables.properties",
     "mean_scores": "deradiff.evaluation.tables.means",
     "mixtures_of_anchors": "deradiff.evaluation.tables.mixtures",
     "Options": "deradiff.evaluation.comparison",
     "paper_errors": "deradiff.evaluation.tables.paper",
+    "properties_against_lambda": "deradiff.evaluation.figures.lambda_curves",
     "published_cost": "deradiff.evaluation.tables.costs",
     "read_samples": "deradiff.evaluation.manifest",
     "ResultTable": "deradiff.evaluation.tables.table",

@@ -21,6 +21,7 @@ import pandas as pd
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation.manifest import read_cards, read_samples
 from deradiff.evaluation.pairing import Cell, SampledModel, by_model, pair_up, per_prompt
+from deradiff.evaluation.properties import ImageProperties, measure_images
 from deradiff.evaluation.scoring import score_images
 from deradiff.scorers.spec import ScorerSpec
 
@@ -56,6 +57,7 @@ class Comparison:
         options: what counts as close.
         mixtures: every mixture of several anchors with its target.
         model_scores: the scores of each model, where they are not simply those of `scores`.
+        properties: what the images are like (`measure_images`); None: not measured.
     """
 
     samples: pd.DataFrame
@@ -67,6 +69,7 @@ class Comparison:
     options: Options = field(default_factory=Options)
     mixtures: Sequence[Cell] = ()
     model_scores: dict[SampledModel, pd.DataFrame] | None = None
+    properties: ImageProperties | None = None
 
     @cached_property
     def by_model(self) -> dict[SampledModel, pd.DataFrame]:
@@ -119,10 +122,13 @@ def compare(
     specs = scorers
     if not isinstance(specs, Mapping):
         specs = {name: ScorerSpec(name) for name in specs}
+    options = options or Options()
     table = read_samples([str(run) for run in samples], [str(run) for run in references])
     cards = read_cards(table)
     pairs = pair_up(table, cards)
     scores = score_images(table, specs, batch_size, Path(cache))
+    chosen = options.score or next(iter(specs))
+    properties = measure_images(table, specs, chosen, batch_size, Path(cache))
     assert scores is not None, "only the main process of several has the scores"
     return Comparison(
         samples=table,
@@ -131,6 +137,7 @@ def compare(
         missing=pairs.missing,
         cards=cards,
         scorers=list(specs),
-        options=options or Options(),
+        options=options,
         mixtures=pairs.mixtures,
+        properties=properties,
     )

@@ -16,7 +16,11 @@ from deradiff.evaluation.figures.drawing import Drawing, drawing_of
 from deradiff.evaluation.figures.early_stopping import along_the_training
 from deradiff.evaluation.figures.error_plots import bland_altman, ecdf, scatter
 from deradiff.evaluation.figures.image_grids import first_grid, reversal
-from deradiff.evaluation.figures.lambda_curves import reward_against_kl, score_against_lambda
+from deradiff.evaluation.figures.lambda_curves import (
+    properties_against_lambda,
+    reward_against_kl,
+    score_against_lambda,
+)
 from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
 from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
 from deradiff.evaluation.tables.early_stopping import early_stopping
@@ -24,6 +28,7 @@ from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mo
 from deradiff.evaluation.tables.means import mean_scores
 from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
 from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
+from deradiff.evaluation.tables.properties import image_properties
 from deradiff.evaluation.tables.scorer_agreement import scorer_agreement
 from deradiff.evaluation.tables.selection import selection
 from deradiff.evaluation.tables.table import ResultTable
@@ -111,6 +116,9 @@ TABLES = (
     TableSpec("wins", CLOSENESS, win_rates, folded="Win rates"),
     TableSpec("scorer_agreement", SCORES, scorer_agreement, is_tall=True),
     TableSpec("means", SCORES, mean_scores, folded="Mean scores of every model"),
+    TableSpec(
+        "properties", SCORES, image_properties, folded="What the images of every model are like"
+    ),
     TableSpec("mixtures", MIXTURES, mixtures_of_anchors, is_tall=True),
     TableSpec("early_stopping", EARLY_STOPPING, early_stopping),
     TableSpec("savings", COST, savings_of_anchors),
@@ -128,6 +136,16 @@ FIGURES = (
         SCORES,
         score_against_lambda,
         MEANS,
+    ),
+    FigureSpec(
+        "properties_against_lambda",
+        "What the images are like, against lam",
+        "Diversity of the images of a prompt, edges, saturation and colour entropy. More is not "
+        "better: what moves far from the reference (lam = 0) should be looked at. Bands: 95 % "
+        "intervals of the paired difference to the reference.",
+        SCORES,
+        properties_against_lambda,
+        {"properties": "properties"},
     ),
     FigureSpec(
         "reward_against_kl",

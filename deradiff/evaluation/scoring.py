@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 from deradiff.evaluation.asking import Notify, Row, ask_each, counted, judge_errors
+from deradiff.evaluation.shared_work import BatchedWork, SharedWork, process_state
 from deradiff.files import write_atomic
 from deradiff.image_files import read_image
 from deradiff.progress import progress_bar
@@ -30,11 +28,6 @@ from deradiff.terminal import say
 
 SCORES = "scores.parquet"
 """The file of an evaluation's scores."""
-
-
-def process_state() -> PartialState:
-    """This process among those of torchrun or accelerate launch; alone it is the main process."""
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def score_images(
@@ -67,27 +60,31 @@ def score_images(
         check_prompts(spec, samples["prompt"])
     state = process_state()
     judges = _judges(samples, scorers, cache)
-    rows = samples.drop(columns="file").assign(key=_keys(samples))
+    keys = _keys(samples)
+    images = samples.assign(keys=[(key,) for key in keys])
     tables = []
     total = len(samples) * len(scorers)
     is_shown = state.is_main_process
     with counted(judges, notify), progress_bar(total, None, "image", is_shown=is_shown) as progress:
         for label, spec in scorers.items():
             progress.set_description(label)
-            scorer = judges.get(label) or load_spec(spec, device=str(state.device))
+            judge = judges.get(label)
+            scorer = judge or load_spec(spec, device=str(state.device))
             store = ScoreCache(cache, scorer)
-            run = _ScoringRun(scorer, label, batch_size, store, progress)
-            with judge_errors(label) if label in judges else nullcontext():
-                scores = run.complete(samples)
+            if judge:
+                with judge_errors(label):
+                    scores = _Asking(judge, store, progress).complete(images)
+            else:
+                scores = _Scoring(scorer, label, store, batch_size, progress).complete(images)
 
             # The main process has them all
             if state.is_main_process:
-                table = rows.drop(columns="key").assign(
+                table = samples.drop(columns="file").assign(
                     scorer=label,
                     version=scorer.version,
                     scale=scorer.scale,
                     preprocessing=scorer.preprocessing,
-                    score=[scores[key] for key in rows["key"]],
+                    score=[scores[key] for key in keys],
                 )
                 tables.append(table)
     return pd.concat(tables, ignore_index=True) if state.is_main_process else None
@@ -135,72 +132,58 @@ def _keys(samples: pd.DataFrame) -> list[ScoreKey]:
     return [score_key(sha256, prompt) for sha256, prompt in rows]
 
 
-class _ScoringRun:
-    """One scorer's share of `score_images`."""
+class _Scoring(BatchedWork):
+    """One scorer's scores of images.
+
+    Args:
+        scorer: the scorer.
+        label: of the scorer.
+        cache: of its scores.
+        batch_size: images at once.
+        progress: over images.
+    """
 
     def __init__(
-        self, scorer: Scorer, label: str, batch_size: int, cache: ScoreCache, progress: tqdm
+        self, scorer: Scorer, label: str, cache: ScoreCache, batch_size: int, progress: tqdm
     ) -> None:
+        super().__init__(cache, batch_size, progress)
         self.scorer = scorer
         self.label = label
-        self.batch_size = batch_size
-        self.cache = cache
-        self.progress = progress
 
-    def complete(self, samples: pd.DataFrame) -> dict[ScoreKey, float]:
-        """Score what the cache lacks; the processes share it.
-
-        The main process returns with every score, the others perhaps without some.
-        """
-        state = process_state()
-        images = samples.assign(key=_keys(samples)).drop_duplicates("key")
-        missing = self._missing(images)
-        self.progress.update(len(samples) - len(missing))
-
-        # Nobody writes before everybody has read, and so shares out the same rest
-        state.wait_for_everyone()
-        self._score(missing.iloc[state.process_index :: state.num_processes])
-        state.wait_for_everyone()
-
-        # A file system may be slow to show what others wrote
-        if state.is_main_process and state.num_processes > 1:
-            self.cache.read()
-            self._score(self._missing(missing))
-        return self.cache.scores
-
-    def _missing(self, images: pd.DataFrame) -> pd.DataFrame:
-        """The images whose score the cache lacks."""
-        is_missing = [key not in self.cache.scores for key in images["key"]]
-        return images[is_missing]
-
-    def _score(self, images: pd.DataFrame) -> None:
-        """Score images in batches, each of which goes to the cache at once.
-
-        A judge is asked about one at a time, several at once.
-        """
-        if isinstance(self.scorer, Judge):
-            self._ask(self.scorer, images)
-            return
-        for start in range(0, len(images), self.batch_size):
-            batch = images.iloc[start : start + self.batch_size]
-            self.cache.add(batch["key"], self._scores(batch))
-            self.progress.update(len(batch))
-
-    def _ask(self, judge: Judge, images: pd.DataFrame) -> None:
-        def score_one(row: Row) -> float:
-            return judge.score(read_image(row["about"]), row["prompt"])
-
-        rows = images.rename(columns={"file": "about"})[["key", "about", "prompt"]]
-        ask_each(judge, score_one, rows.to_dict("records"), self.cache, self.progress)
-
-    def _scores(self, batch: pd.DataFrame) -> list[float]:
+    def compute(self, batch: pd.DataFrame) -> dict[ScoreKey, float]:
+        """The scores of some images."""
         images = [read_image(file) for file in batch["file"]]
-        prompts = list(batch["prompt"])
-        scores = self.scorer(images, prompts).double().cpu().numpy()
-        for file, score in zip(batch["file"], scores):
+        scores = self.scorer(images, list(batch["prompt"])).double().cpu().numpy()
+        by_key = {}
+        for (key,), file, score in zip(batch["keys"], batch["file"], scores):
             if not np.isfinite(score):
                 raise ValueError(
                     f"the scorer {self.label} gave no finite score for {file}; remove it from the "
                     "scorers or give another checkpoint"
                 )
-        return [float(score) for score in scores]
+            by_key[key] = float(score)
+        return by_key
+
+
+class _Asking(SharedWork):
+    """A judge's scores of images: it is asked about one at a time, several at once.
+
+    Args:
+        judge: the judge.
+        cache: of its scores.
+        progress: over images.
+    """
+
+    def __init__(self, judge: Judge, cache: ScoreCache, progress: tqdm) -> None:
+        super().__init__(cache, progress)
+        self.judge = judge
+
+    def compute_all(self, things: pd.DataFrame) -> None:
+        """Ask about images."""
+
+        def score_one(row: Row) -> float:
+            return self.judge.score(read_image(row["about"]), row["prompt"])
+
+        rows = things.rename(columns={"file": "about"})[["about", "prompt"]]
+        rows = rows.assign(key=[key for (key,) in things["keys"]])
+        ask_each(self.judge, score_one, rows.to_dict("records"), self.cache, self.progress)

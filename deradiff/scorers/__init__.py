@@ -22,6 +22,7 @@ __all__ = [
     "check_prompts",
     "check_scorer",
     "check_spec",
+    "entry_of",
     "load_scorer",
     "load_spec",
 ]

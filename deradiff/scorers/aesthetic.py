@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deradiff.scorers.base import BatchedScorer, digest
+from deradiff.scorers.base import EmbeddingScorer, digest
 from deradiff.scorers.checkpoints import (
     Checkpoint,
     CheckpointLocation,
@@ -71,7 +71,7 @@ def read_head(head: CheckpointLocation, width: int, device: str) -> dict[str, Te
     return state
 
 
-class AestheticScorer(BatchedScorer):
+class AestheticScorer(EmbeddingScorer):
     """`sac+logos+ava1-l14-linearMSE` behind the `Scorer` protocol.
 
     christophschuhmann/improved-aesthetic-predictor.
@@ -98,10 +98,13 @@ class AestheticScorer(BatchedScorer):
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Ratings (N,)."""
+        return self.head(self.encode_images(images)).squeeze(-1)
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """The tower's unit vectors (N, D), which the head reads."""
         cropped = torch.stack([centre_crop(image, self.side) for image in images])
         pixels = normalise(cropped).to(self.device)
-        vectors = unit(self.model.get_image_features(pixel_values=pixels))
-        return self.head(vectors).squeeze(-1)
+        return unit(self.model.get_image_features(pixel_values=pixels))
 
 
 def check(spec: ScorerSpec) -> None:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from deradiff.files import append_line, slug, write_atomic
-from deradiff.scorers.base import Scorer, digest
+from deradiff.scorers.base import Stated, digest
 
 ScoreKey = tuple[str, str]
 """What a score depends on besides the scorer: the SHA-256 of the image's file, and that of its
@@ -58,7 +58,7 @@ class ScoreCache:
         scores: by key, as far as they were read or added.
     """
 
-    def __init__(self, root: Path, scorer: Scorer) -> None:
+    def __init__(self, root: Path, scorer: Stated) -> None:
         statement = {name: getattr(scorer, name) for name in STATED}
         statement["source"] = _source_digest()
         text = json.dumps(statement, sort_keys=True, indent=1)

@@ -10,14 +10,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from deradiff.scorers.base import BatchedScorer, digest
+from deradiff.scorers.base import EmbeddingScorer, digest
 from deradiff.scorers.checkpoints import Checkpoint, find_checkpoint
 from deradiff.scorers.preparation import clean_text, letterbox
 from deradiff.scorers.published import PUBLISHED_CLIPS, PublishedCLIP
 from deradiff.scorers.spec import ScorerSpec
 
 
-class CLIPScorer(BatchedScorer):
+class CLIPScorer(EmbeddingScorer):
     """A CLIP network behind the `Scorer` protocol.
 
     Args:

@@ -24,23 +24,27 @@ class ScorerEntry:
         is_formula: it is a formula, and not a network.
         reads_scene: it judges by the scene that a caption of the shapes world names, and so has no
             score for other prompts.
+        embeds_images: it is an `EmbeddingScorer`: its network gives an image a vector.
     """
 
     module: str
     settings: tuple[str, ...] = ()
     is_formula: bool = False
     reads_scene: bool = False
+    embeds_images: bool = False
 
 
 CLIP_SETTINGS = ("checkpoint", "tokenizer", "model_config")
-CLIP_ENTRY = ScorerEntry("deradiff.scorers.clip", CLIP_SETTINGS)
+CLIP_ENTRY = ScorerEntry("deradiff.scorers.clip", CLIP_SETTINGS, embeds_images=True)
 FORMULA_ENTRY = ScorerEntry("deradiff.scorers.formulas", is_formula=True)
 USER_FILE = ScorerEntry("deradiff.scorers.user_file", ("file",))
 """A scorer of the user's own."""
 
 SCORERS: dict[str, ScorerEntry] = {
     **dict.fromkeys(PUBLISHED_CLIPS, CLIP_ENTRY),
-    "aesthetic": ScorerEntry("deradiff.scorers.aesthetic", (*CLIP_SETTINGS, "head")),
+    "aesthetic": ScorerEntry(
+        "deradiff.scorers.aesthetic", (*CLIP_SETTINGS, "head"), embeds_images=True
+    ),
     "imagereward": ScorerEntry("deradiff.scorers.imagereward", ("checkpoint", "tokenizer")),
     "judge": ScorerEntry("deradiff.scorers.judge", ("endpoint", "rubric")),
     "vivid": ScorerEntry("deradiff.scorers.formulas", is_formula=True, reads_scene=True),

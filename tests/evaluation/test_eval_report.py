@@ -24,6 +24,7 @@ from tests.support.sampled_runs import evaluate, read, write_run
 
 FIGURES = {
     "score_against_lambda",
+    "properties_against_lambda",
     "reward_against_kl",
     "reversal",
     "pictures",
@@ -208,8 +209,9 @@ def test_the_figures_are_svg_with_text_in_the_pages_ink(drawn):
         ElementTree.fromstring(text)
         assert "currentColor" in text and INK not in text.replace(INK_STYLE, "")
         assert "mathdefault" not in text
-    for name in FIGURES - {"reversal", "pictures"}:
+    for name in FIGURES - {"reversal", "pictures", "properties_against_lambda"}:
         assert {"vivid", "crisp"} <= set(texts(svgs[name]))
+    assert {"edges", "saturation"} <= set(texts(svgs["properties_against_lambda"]))
     title = "shapes-beta2000-seed0, from the anchor back to the reference"
     assert title in texts(svgs["reversal"])
 

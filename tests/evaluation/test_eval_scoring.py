@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deradiff.evaluation import scoring
+from deradiff.evaluation import scoring, shared_work
 from deradiff.evaluation.scoring import score_images, write_scores
 from deradiff.scorers import cache
 from deradiff.scorers.cache import ScoreCache, score_key
@@ -88,7 +88,8 @@ def scored(monkeypatch, tmp_path):
             device="cpu",
             wait_for_everyone=meeting,
         )
-        monkeypatch.setattr(scoring, "process_state", lambda: state)
+        for module in (scoring, shared_work):
+            monkeypatch.setattr(module, "process_state", lambda: state)
         monkeypatch.setattr(scoring, "load_spec", lambda *a, **k: scorer)
         specs = {"level": ScorerSpec(name="colourful")}
         return score_images(samples, specs, batch_size, tmp_path / "cache")

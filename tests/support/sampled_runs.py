@@ -162,6 +162,11 @@ class Colourful:
         self.scored = []
         self.fail_after = fail_after
 
+    def embed(self, images):
+        """Unit vectors (N, 3) of images: the mean colour of each."""
+        colours = [np.asarray(image.convert("RGB"), dtype=float).mean((0, 1)) for image in images]
+        return torch.nn.functional.normalize(torch.tensor(np.array(colours)), dim=-1)
+
     def __call__(self, images, prompts):
         if self.fail_after is not None and len(self.scored) >= self.fail_after:
             raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from deradiff.evaluation.figures.style import HOLLOW, INK, anchor_styles, dash, 
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.pairing import SampledModel
 from deradiff.evaluation.tables.means import mean_scores
+from deradiff.evaluation.tables.properties import image_properties
 from deradiff.evaluation.tables.table import ResultTable
 
 LINE_COLUMNS = ["anchor", "mode", *SAMPLING_COLUMNS]
@@ -98,7 +99,44 @@ def score_against_lambda(comparison: Comparison, means: ResultTable | None = Non
     Returns:
         A panel a scorer.
     """
-    data = _points_of_curves((means or mean_scores(comparison)).data)
+    data = (means or mean_scores(comparison)).data
+    return _against_lambda(comparison, data, _score_labels(data))
+
+
+def properties_against_lambda(
+    comparison: Comparison, properties: ResultTable | None = None
+) -> Figure | None:
+    """What the images are like over lam, a line an anchor, as `score_against_lambda` draws scores.
+
+    Args:
+        comparison: what is compared.
+        properties: the table of its properties, where it is made already.
+
+    Returns:
+        A panel a property; None where none was measured.
+    """
+    if comparison.properties is None:
+        return None
+    data = (properties or image_properties(comparison)).data
+    names = {"property": "scorer", "change": "gain"}
+    names |= {f"change_{end}": f"gain_{end}" for end in ("low", "high")}
+    return _against_lambda(comparison, data.rename(columns=names), comparison.properties.units)
+
+
+def _against_lambda(
+    comparison: Comparison, means: pd.DataFrame, labels: Mapping[str, str]
+) -> Figure:
+    """Means over lam, a line an anchor.
+
+    Args:
+        comparison: what is compared.
+        means: the data of the table of mean scores, or of another one with these columns.
+        labels: of the axis of each scorer.
+
+    Returns:
+        A panel a scorer.
+    """
+    data = _points_of_curves(means)
     lines = styles_of_lines(data)
 
     # The legend
@@ -117,7 +155,7 @@ def score_against_lambda(comparison: Comparison, means: ResultTable | None = Non
             _stretch_axis(panel, own["lam"].max())
 
     scorers = list(data["scorer"].unique())
-    return panels(scorers, draw, "lam", _score_labels(data), handles)
+    return panels(scorers, draw, "lam", labels, handles)
 
 
 def _draw_line(panel: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def panels(
         ylabel: of every panel, or one for each scorer.
         handles: of the legend; none: no legend.
     """
-    columns = min(len(scorers), 3)
+    columns = 2 if len(scorers) == 4 else min(len(scorers), 3)
     rows = -(-len(scorers) // columns)
     size = (11, 2.9 * rows + 0.6) if columns > 1 else (6.5, 4)
     with matplotlib.rc_context(STYLE):

@@ -47,9 +47,8 @@ def mean_scores(comparison: Comparison) -> ResultTable:
             if row:
                 rows.append(row | {"path_kl": path_kl[model]})
 
-    # By scorer as the user named them, then by sampling, beta, anchor, mode and lambda
-    order = [*SAMPLING_COLUMNS, "beta", "anchor", "mode", "lam"]
-    rows = _sorted(rows, order)
+    # By scorer as the user named them
+    rows = sorted_rows(rows)
     rows.sort(key=lambda row: list(comparison.scales).index(row["scorer"]))
     scales = "; ".join(f"{scorer} {scale}" for scorer, scale in comparison.scales.items())
     return ResultTable.from_rows("means", "Mean scores", f"{NOTE}{scales}.", rows, COLUMNS)
@@ -125,12 +124,12 @@ def _gain(means: NDArray[np.float64]) -> NDArray[np.float64]:
     return means[..., 0] - means[..., -1]
 
 
-def _sorted(rows: list[Row], keys: list[str]) -> list[Row]:
-    """Rows by several keys, as pandas sorts them: what is missing comes last."""
+def sorted_rows(rows: list[Row]) -> list[Row]:
+    """Rows of models by sampling, beta, anchor, mode and lambda; what is missing comes last."""
 
     def order(row: Row) -> tuple[tuple[bool, object], ...]:
         values = []
-        for key in keys:
+        for key in (*SAMPLING_COLUMNS, "beta", "anchor", "mode", "lam"):
             value = row[key]
             is_missing = value is None or value != value
             values.append((is_missing, "" if is_missing else value))
