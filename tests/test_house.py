@@ -46,6 +46,7 @@ ROOMS_BELOW = {
     "realignment": {"method", "models", "anchors"},
     "training": {"method", "models", "anchors", "data", "worlds", "realignment"},
     "evaluation": {"method", "models", "anchors", "scorers", "realignment", "training"},
+    "calibration": {"models", "anchors", "realignment", "data", "training", "evaluation"},
 }
 SHARED_FILES = {
     "assets",

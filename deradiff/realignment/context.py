@@ -28,19 +28,20 @@ from deradiff.method.branches import ByBranch
 from deradiff.method.lambdas import Lambda
 from deradiff.models.family import unwrapped
 from deradiff.models.pipelines import (
-    denoiser_name,
-    denoiser_names,
     known_family,
-    pipeline_label,
 )
-from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
+from deradiff.realignment.attachment import (
+    HOOK,
+    attach_all,
+    check_not_realigned,
+    realigned_denoisers,
+)
 from deradiff.realignment.caller import calling_pipeline
 from deradiff.realignment.carriers import all_plain
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.compilation import compiled_blocks
 from deradiff.realignment.conditions import lams_of_condition
 from deradiff.realignment.dial import Dial, validated_lams
-from deradiff.realignment.full_anchor import FullAnchor
 from deradiff.realignment.guided_steps import GuidedSteps
 from deradiff.realignment.modes import Mode, ModeParts, carried
 from deradiff.realignment.networks import Call, Cost, Networks, parameters_of
@@ -49,24 +50,11 @@ from deradiff.realignment.registry import (
     MEMORY,
     MODES,
     NEEDS,
-    ModeSpec,
     modes_with,
     unsupported_option,
 )
 from deradiff.realignment.resampling import Resampling
 from deradiff.realignment.scheduler_tap import SchedulerTap
-
-HOOK = "deradiff_realign"
-"""The name of our hook in diffusers' registry of a network's hooks."""
-
-PRIOR_CLASS = "PriorTransformer"
-"""diffusers' network whose pipelines read its weights outside of its forward."""
-
-UNCONDITIONAL = "unconditional_transformer"
-"""The attribute of a network for the unconditional branch of guidance alone."""
-
-SHARED_CHAIN = ("transformer_2", UNCONDITIONAL)
-"""The attributes of networks that share the chain of steps with the first."""
 
 Source = str | Path | Anchor | DiffusionPipeline | nn.Module
 """What `load_anchor` takes, or an aligned model in memory."""
@@ -167,7 +155,7 @@ def realign(
     _check_numbers(every, particles, trust_region)
     _check_mode(mode, len(sources), particles, trust_region, batched)
     _check_execution(memory, batched, compile)
-    names = _realigned_denoisers(pipe)
+    names = realigned_denoisers(pipe)
     _check_pipeline(pipe, names)
     lams = validated_lams(lam, len(sources))
     anchors = [check_anchor(source, pipe) for source in sources]
@@ -196,7 +184,7 @@ def realign(
             network = unwrapped(getattr(pipe, name))
             if compile:
                 stack.enter_context(compiled_blocks(network))
-            attached = _attach_all(pipe, name, anchors, MODES[mode], stack)
+            attached = attach_all(pipe, name, anchors, stack, on_cpu=MODES[mode].sums_weights)
             networks = Networks(
                 network,
                 attached,
@@ -288,27 +276,6 @@ def _check_execution(memory: str, batched: bool, compile: bool) -> None:
         )
 
 
-def _realigned_denoisers(pipe: Any) -> list[str]:
-    """The attributes of a pipeline whose networks are realigned. Raises ValueError.
-
-    Two that share one chain of steps, as those of Wan 2.2 for early and late steps, are realigned
-    both. Of a network for the unconditional branch alone there is no anchor.
-    """
-    first = denoiser_name(pipe)
-    if type(unwrapped(getattr(pipe, first))).__name__ == PRIOR_CLASS:
-        raise ValueError(
-            f"{type(pipe).__name__} uses weights of its {first} outside of the network's forward, "
-            "where an anchor's cannot take their place: realign the pipeline that decodes"
-        )
-    names = denoiser_names(pipe)
-    if any(name not in (first, *SHARED_CHAIN) for name in names):
-        raise ValueError(
-            f"{type(pipe).__name__} runs several models one after the other ({', '.join(names)}): "
-            "realign the pipeline of one of them"
-        )
-    return [name for name in names if name != UNCONDITIONAL]
-
-
 def _check_pipeline(pipe: Any, names: Sequence[str]) -> None:
     """Raise ValueError for a scheduler that cannot be realigned, and for a realigned pipeline.
 
@@ -323,47 +290,7 @@ def _check_pipeline(pipe: Any, names: Sequence[str]) -> None:
             f"{type(scheduler).__name__} has a learned variance, whose mixture is not one of "
             "outputs: use a scheduler with a fixed variance"
         )
-    for name in names:
-        registry = getattr(getattr(pipe, name), "_diffusers_hook", None)
-        if registry and HOOK in registry.hooks:
-            raise ValueError(
-                "this pipeline is being realigned already: leave that context or close its dial "
-                "first, or give several anchors to one"
-            )
-
-
-def _attach_all(
-    pipe: Any, name: str, anchors: Sequence[Anchor], mode: ModeSpec, stack: ExitStack
-) -> list[Adapter | FullAnchor]:
-    """Load the anchors' weights for one denoiser.
-
-    LoRAs are attached to the reference's network, and full anchors are weights for it.
-
-    Args:
-        pipe: the pipeline.
-        name: of the denoiser.
-        anchors: the anchors.
-        mode: in which they are evaluated.
-        stack: undoes it.
-    """
-    network = unwrapped(getattr(pipe, name))
-    check_unfused(lora_layers(network))
-    is_first = name == denoiser_name(pipe)
-    has_others = len(_realigned_denoisers(pipe)) > 1
-    attached: list[Adapter | FullAnchor] = []
-    for number, anchor in enumerate(anchors):
-        if anchor.method == "full":
-            own = anchor.part(name) if has_others or not is_first else anchor
-            label = pipeline_label(pipe)
-            attached.append(FullAnchor(network, own, label, on_cpu=mode.sums_weights))
-            continue
-        adapter = Adapter(pipe, anchor, number, name)
-        stack.callback(adapter.remove)
-        attached.append(adapter)
-    for network_anchor in attached:
-        if isinstance(network_anchor, Adapter):
-            stack.enter_context(network_anchor.detached())
-    return attached
+    check_not_realigned(pipe, names)
 
 
 class _Hook(ModelHook):

@@ -24,8 +24,9 @@ from diffusers.guiders import BaseGuidance
 from deradiff.anchors.anchor import Anchor, load_anchor
 from deradiff.method.branches import ByBranch
 from deradiff.method.lambdas import Lambda
+from deradiff.realignment.attachment import HOOK
 from deradiff.realignment.caller import calling_pipeline
-from deradiff.realignment.context import HOOK, Source, realign, sources_of
+from deradiff.realignment.context import Source, realign, sources_of
 from deradiff.realignment.dial import Dial, validated_lams
 
 Lam = Lambda | ByBranch

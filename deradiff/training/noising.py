@@ -5,7 +5,6 @@ Shapes: B examples, P images of an example, latents of C channels, H rows and W 
 
 from __future__ import annotations
 
-import math
 from typing import Any, Protocol
 
 import torch
@@ -16,14 +15,30 @@ from deradiff.method.schedulers import flow_shift
 
 
 class Noising(Protocol):
-    """A forward process, as training draws from it."""
+    """A forward process, as training draws from it.
+
+    T timesteps can be drawn.
+    """
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps (T,) that can be drawn, as the denoiser takes them."""
+
+    @property
+    def shares(self) -> Tensor:
+        """The probability (T,) with which `draw` gives each timestep, in double precision."""
+
+    @property
+    def kl_weights(self) -> Tensor:
+        """w (T,) of the step that leaves each timestep, in double precision.
+
+        The KL of one step is w / 2 times the squared difference of two networks' outputs. The last
+        step, to the data, has none.
+        """
 
     @property
     def kl_weight(self) -> float:
-        """The sum of w over the schedule's steps.
-
-        The KL of one step is w / 2 times the squared difference of two networks' outputs.
-        """
+        """The sum of `kl_weights`."""
 
     @property
     def key(self) -> str:
@@ -81,14 +96,33 @@ class Diffusion:
             )
 
     @property
-    def kl_weight(self) -> float:
+    def timesteps(self) -> Tensor:
+        """0 (data) to T - 1 (noise)."""
+        return torch.arange(self.schedule.config.num_train_timesteps)
+
+    @property
+    def shares(self) -> Tensor:
+        """1 / T each."""
+        count = self.schedule.config.num_train_timesteps
+        return torch.full((count,), 1 / count, dtype=torch.float64)
+
+    @property
+    def kl_weights(self) -> Tensor:
         """w_t = SNR_{t-1} / SNR_t - 1 (docs/method.md, *Beta has one convention*).
 
-        13.06 in all on Stable Diffusion's schedule.
+        Of a network that predicts v, abar_t times that: eps is sqrt(abar) v and what the network
+        has read.
         """
         signal = self.schedule.alphas_cumprod.double()
         snr = signal / (1 - signal)
-        return float((snr[:-1] / snr[1:] - 1).sum())
+        weights = torch.zeros_like(snr)
+        weights[1:] = snr[:-1] / snr[1:] - 1
+        return weights if self.prediction == "epsilon" else signal * weights
+
+    @property
+    def kl_weight(self) -> float:
+        """The sum of `kl_weights`: 13.06 on Stable Diffusion's schedule."""
+        return float(self.kl_weights.sum())
 
     @property
     def key(self) -> str:
@@ -140,14 +174,23 @@ class Flow:
         self.timesteps = self.schedule.timesteps  # descending; sigma times their number
 
     @property
-    def kl_weight(self) -> float:
-        """w_t = 2 [ln(t / t_next) - (t - t_next)], which telescopes.
+    def shares(self) -> Tensor:
+        """A standard normal's, between the logits of i / T and (i + 1) / T."""
+        edges = torch.linspace(0, 1, len(self.timesteps) + 1, dtype=torch.float64)
+        return torch.special.ndtr(edges.logit()).diff()
 
-        As in `Diffusion`, without the last step; see docs/method.md, *Beta has one convention*.
-        """
-        first = self.schedule.sigma_max
-        last = self.schedule.sigma_min
-        return 2 * (math.log(first / last) - (first - last))
+    @property
+    def kl_weights(self) -> Tensor:
+        """w_t = 2 [ln(t / t_next) - (t - t_next)]; docs/method.md, *Beta has one convention*."""
+        times = self.time(self.timesteps).double()
+        weights = torch.zeros_like(times)
+        weights[:-1] = 2 * ((times[:-1] / times[1:]).log() - (times[:-1] - times[1:]))
+        return weights
+
+    @property
+    def kl_weight(self) -> float:
+        """The sum of `kl_weights`, which telescopes."""
+        return float(self.kl_weights.sum())
 
     @property
     def key(self) -> str:

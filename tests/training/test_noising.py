@@ -88,6 +88,40 @@ def test_kl_strength_of_a_flow_counts_each_step_as_the_transitions_do():
     assert noising_of(scheduler).kl_weight == pytest.approx(2 * steps.sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(num_train_timesteps=20, prediction_type="v_prediction"),
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=20, shift=3.0),
+    ],
+    ids=["diffusion", "flow"],
+)
+def test_shares_are_those_that_timesteps_are_drawn_by(scheduler):
+    noising = noising_of(scheduler)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([noising.draw(generator) for _ in range(20_000)])
+    assert float(noising.shares.sum()) == pytest.approx(1)
+    for timestep, share in zip(noising.timesteps, noising.shares.tolist()):
+        seen = float((drawn == timestep).double().mean())
+        assert seen == pytest.approx(share, abs=4 * (share / 20_000) ** 0.5 + 1e-4)
+
+
+def test_kl_of_a_step_is_the_same_whatever_the_network_predicts():
+    """Two models that differ in x0 by 1: eps by sqrt(snr), v by 1 / sqrt(1 - abar) times that."""
+    kinds = {}
+    for prediction in ("epsilon", "v_prediction"):
+        noising = noising_of(DDPMScheduler(prediction_type=prediction))
+        signal = noising.schedule.alphas_cumprod.double()
+        of_eps = signal / (1 - signal)
+        of_v = 1 / (1 - signal)
+        difference = of_eps if prediction == "epsilon" else of_v
+        kinds[prediction] = noising.kl_weights * difference
+    torch.testing.assert_close(kinds["v_prediction"], kinds["epsilon"])
+    # The KL of all steps is half of the SNR's growth times that difference.
+    snr = signal / (1 - signal)
+    assert float(kinds["epsilon"].sum()) == pytest.approx(float(snr[0] - snr[-1]))
+
+
 def test_what_predicts_neither_noise_nor_velocity_is_refused():
     with pytest.raises(ValueError, match="predicts sample cannot be trained"):
         noising_of(DDPMScheduler(prediction_type="sample"))

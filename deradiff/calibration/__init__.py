@@ -1,0 +1,1 @@
+"""What an anchor is: how strongly it is aligned, told by preferences that it was not trained on."""
