@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deradiff.anchors.anchor import Anchor, AnchorCard, load_anchor, save_anchor
     from deradiff.anchors.live import adapter_anchor
+    from deradiff.calibration.calibrate import Calibration, calibrate
     from deradiff.evaluation.sweep import Sweep, sweep
     from deradiff.method.branches import ByBranch
     from deradiff.method.lambdas import piecewise, ramp
@@ -25,11 +26,13 @@ __all__ = [
     "Anchor",
     "AnchorCard",
     "ByBranch",
+    "Calibration",
     "Dial",
     "RealignGuidance",
     "Sweep",
     "adapter_anchor",
     "bake",
+    "calibrate",
     "load_anchor",
     "load_scorer",
     "piecewise",
@@ -43,11 +46,13 @@ _MODULES = {
     "Anchor": "deradiff.anchors.anchor",
     "AnchorCard": "deradiff.anchors.anchor",
     "ByBranch": "deradiff.method.branches",
+    "Calibration": "deradiff.calibration.calibrate",
     "Dial": "deradiff.realignment.dial",
     "RealignGuidance": "deradiff.realignment.guider",
     "Sweep": "deradiff.evaluation.sweep",
     "adapter_anchor": "deradiff.anchors.live",
     "bake": "deradiff.realignment.bake",
+    "calibrate": "deradiff.calibration.calibrate",
     "load_anchor": "deradiff.anchors.anchor",
     "load_scorer": "deradiff.scorers",
     "piecewise": "deradiff.method.lambdas",
