@@ -80,15 +80,22 @@ def image_of_cell(cell: Any) -> Image.Image:
     """
     if isinstance(cell, Path):
         return read_image(cell)
+    return decode_image(encoded_image(cell))
+
+
+def encoded_image(cell: Any) -> bytes:
+    """The encoded image of a cell.
+
+    Args:
+        cell: as of `image_of_cell`, but no `Path`.
+
+    Raises:
+        UnreadableImage: for what holds no bytes.
+    """
     if isinstance(cell, dict):
         if cell.get("bytes") is None and cell.get("path") is not None:
             raise UnreadableImage(_refused_path(str(cell["path"])))
         cell = cell.get("bytes")
-    return decode_image(_encoded(cell))
-
-
-def _encoded(cell: Any) -> bytes:
-    """The bytes of a cell. Raises UnreadableImage."""
     if cell is None:
         raise UnreadableImage("the cell is empty")
     if isinstance(cell, bytes):

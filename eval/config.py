@@ -22,7 +22,7 @@ STAND_INS = "asset:shapes/"
 TOKENIZER = "a tokenizer's folder, or a hub id such as org/name"
 
 
-DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold")
+DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold", "votes")
 """Keys that no score depends on."""
 
 FILES = ("file", "head", "checkpoint", "tokenizer", "model_config")
@@ -102,6 +102,9 @@ class EvalConfig:
         [], "more of them, that serve as targets (lam = 1) and as the reference (lam = 0) alone"
     )
     scorers: dict[str, ScorerConfig] = setting({}, "by label; the group scorers= fills it")
+    votes: str | None = setting(
+        None, "people's votes, which the scorers are held against: a parquet file as Pick-a-Pic's"
+    )
     select: SelectConfig = setting(SelectConfig(), "how lambda is chosen")
     margin: float = setting(
         5.0, "% of the distance within which a realigned model counts as equivalent"
@@ -189,6 +192,7 @@ class EvalConfig:
             check_samples("samples", run, self.runs)
         for run in self.references:
             check_samples("references", run, self.runs)
+        check_path("votes", self.votes, "a parquet file of votes", depth=0)
         for label, scorer in self.scorers.items():
             key = f"scorers.{label}"
             check_path(f"{key}.file", scorer.file, "a Python file of yours", depth=0)

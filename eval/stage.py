@@ -17,16 +17,17 @@ from configs.tracking import tracker
 from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation import Comparison, Evaluation, Options, evaluate, read_samples, write
 from deradiff.evaluation.asking import JudgeError
+from deradiff.evaluation.assessment import Assessors, assess, write_assessment
 from deradiff.evaluation.manifest import read_cards
 from deradiff.evaluation.pairing import Pairs, pair_up
 from deradiff.evaluation.properties import measure_images
 from deradiff.evaluation.results import REPORT
-from deradiff.evaluation.scoring import SCORES, score_images, write_scores
 from deradiff.evaluation.shared_work import process_state
+from deradiff.evaluation.votes import read_votes
 from deradiff.files import slug
 from deradiff.locks import run_lock
 from deradiff.run_directories import claim
-from deradiff.scorers import ScorerSpec, check_spec
+from deradiff.scorers import check_spec
 from deradiff.terminal import say
 from eval.config import EvalConfig
 from eval.tracking import track_results
@@ -56,14 +57,16 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
         specs[scorer.shown(label)] = spec
         with section(key):
             check_spec(spec)
+    assessors = Assessors(specs, read_votes(config.votes) if config.votes else None)
     samples = read_samples(config.samples, config.references)
+    assessors.check_prompts(samples["prompt"])
     cards = read_cards(samples)
     pairs = pair_up(samples, cards)
     is_main = process_state().is_main_process
     with run_lock(run_dir, is_main):
         if is_main:
             claim(run_dir, asdict(config), ignore=config.derived())
-        evaluation = _evaluate(config, run_dir, specs, samples, cards, pairs)
+        evaluation = _evaluate(config, run_dir, assessors, samples, cards, pairs)
 
     if evaluation is not None:
         for sentence in pairs.missing:
@@ -77,7 +80,7 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
 def _evaluate(
     config: EvalConfig,
     run_dir: Path,
-    specs: dict[str, ScorerSpec],
+    assessors: Assessors,
     samples: pd.DataFrame,
     cards: dict[str, AnchorCard],
     pairs: Pairs,
@@ -95,11 +98,11 @@ def _evaluate(
         chosen = str(config.select.score)
         score = config.scorers[chosen].shown(chosen)
         with _keys_in_messages():
-            scores = score_images(samples, specs, config.batch_size, cache, _say)
-        properties = measure_images(samples, specs, score, config.batch_size, cache)
-        if scores is None or properties is None:
+            assessment = assess(samples, assessors, config.batch_size, cache, _say)
+        properties = measure_images(samples, assessors.scorers, score, config.batch_size, cache)
+        if assessment is None or properties is None:
             return None
-        write_scores(scores, run_dir / SCORES)
+        write_assessment(run_dir, assessment)
         if properties.missing:
             _say(properties.missing)
 
@@ -107,17 +110,18 @@ def _evaluate(
         options = Options(config.margin, config.threshold, score, config.select.path_kl)
         comparison = Comparison(
             samples=samples,
-            scores=scores,
+            scores=assessment.scores,
             cells=pairs.cells,
             missing=pairs.missing,
             cards=cards,
-            scorers=list(specs),
+            scorers=list(assessors.scorers),
             options=options,
             mixtures=pairs.mixtures,
             properties=properties,
+            votes=assessment.votes,
         )
         evaluation = evaluate(comparison)
-        write(run_dir, evaluation, specs)
+        write(run_dir, evaluation, assessors.scorers)
         track_results(track, run_dir, evaluation)
     return evaluation
 

@@ -19,10 +19,11 @@ from pathlib import Path
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard
+from deradiff.evaluation.assessment import Assessors, assess
 from deradiff.evaluation.manifest import read_cards, read_samples
 from deradiff.evaluation.pairing import Cell, SampledModel, by_model, pair_up, per_prompt
 from deradiff.evaluation.properties import ImageProperties, measure_images
-from deradiff.evaluation.scoring import score_images
+from deradiff.evaluation.votes import read_votes
 from deradiff.scorers.spec import ScorerSpec
 
 
@@ -58,6 +59,7 @@ class Comparison:
         mixtures: every mixture of several anchors with its target.
         model_scores: the scores of each model, where they are not simply those of `scores`.
         properties: what the images are like (`measure_images`); None: not measured.
+        votes: which image of people's votes each scorer prefers (`score_votes`); None: no votes.
     """
 
     samples: pd.DataFrame
@@ -70,6 +72,7 @@ class Comparison:
     mixtures: Sequence[Cell] = ()
     model_scores: dict[SampledModel, pd.DataFrame] | None = None
     properties: ImageProperties | None = None
+    votes: pd.DataFrame | None = None
 
     @cached_property
     def by_model(self) -> dict[SampledModel, pd.DataFrame]:
@@ -105,6 +108,7 @@ def compare(
     options: Options | None = None,
     batch_size: int = 32,
     cache: str | Path = "runs/cache/scores",
+    votes: str | Path | None = None,
 ) -> Comparison:
     """Score sample runs and pair their models, from Python.
 
@@ -115,6 +119,8 @@ def compare(
         options: what counts as close.
         batch_size: images scored at once.
         cache: the folder of the scores of all runs; nothing is scored twice.
+        votes: people's votes, a parquet file with the columns of Pick-a-Pic, which the scorers are
+            held against; None: none.
 
     Raises:
         ValueError: where a run, an image or a scorer is not what it should be.
@@ -123,16 +129,17 @@ def compare(
     if not isinstance(specs, Mapping):
         specs = {name: ScorerSpec(name) for name in specs}
     options = options or Options()
+    assessors = Assessors(specs, None if votes is None else read_votes(votes))
     table = read_samples([str(run) for run in samples], [str(run) for run in references])
     cards = read_cards(table)
     pairs = pair_up(table, cards)
-    scores = score_images(table, specs, batch_size, Path(cache))
+    assessment = assess(table, assessors, batch_size, Path(cache))
     chosen = options.score or next(iter(specs))
     properties = measure_images(table, specs, chosen, batch_size, Path(cache))
-    assert scores is not None, "only the main process of several has the scores"
+    assert assessment is not None, "only the main process of several has the scores"
     return Comparison(
         samples=table,
-        scores=scores,
+        scores=assessment.scores,
         cells=pairs.cells,
         missing=pairs.missing,
         cards=cards,
@@ -140,4 +147,5 @@ def compare(
         options=options,
         mixtures=pairs.mixtures,
         properties=properties,
+        votes=assessment.votes,
     )

@@ -7,11 +7,12 @@ accelerate launch the processes share the images.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from tqdm import tqdm
 
 from deradiff.evaluation.asking import Notify, Row, ask_each, counted, judge_errors
@@ -29,6 +30,9 @@ from deradiff.terminal import say
 SCORES = "scores.parquet"
 """The file of an evaluation's scores."""
 
+ReadImage = Callable[[str], Image.Image]
+"""Gives the image of a file, or of another name."""
+
 
 def score_images(
     samples: pd.DataFrame,
@@ -36,6 +40,7 @@ def score_images(
     batch_size: int,
     cache: Path,
     notify: Notify = say,
+    read: ReadImage = read_image,
 ) -> pd.DataFrame | None:
     """Score every image by every scorer.
 
@@ -47,6 +52,7 @@ def score_images(
         batch_size: images scored at once.
         cache: the folder of the scores of all runs.
         notify: takes a sentence on what judges behind servers were asked.
+        read: the image of a `file`.
 
     Returns:
         A row per image and scorer: the samples' columns but `file`, then `scorer` (the label),
@@ -73,9 +79,10 @@ def score_images(
             store = ScoreCache(cache, scorer)
             if judge:
                 with judge_errors(label):
-                    scores = _Asking(judge, store, progress).complete(images)
+                    scores = _Asking(judge, store, progress, read).complete(images)
             else:
-                scores = _Scoring(scorer, label, store, batch_size, progress).complete(images)
+                work = _Scoring(scorer, label, store, batch_size, progress, read)
+                scores = work.complete(images)
 
             # The main process has them all
             if state.is_main_process:
@@ -141,18 +148,26 @@ class _Scoring(BatchedWork):
         cache: of its scores.
         batch_size: images at once.
         progress: over images.
+        read: the image of a file.
     """
 
     def __init__(
-        self, scorer: Scorer, label: str, cache: ScoreCache, batch_size: int, progress: tqdm
+        self,
+        scorer: Scorer,
+        label: str,
+        cache: ScoreCache,
+        batch_size: int,
+        progress: tqdm,
+        read: ReadImage,
     ) -> None:
         super().__init__(cache, batch_size, progress)
         self.scorer = scorer
         self.label = label
+        self.read = read
 
     def compute(self, batch: pd.DataFrame) -> dict[ScoreKey, float]:
         """The scores of some images."""
-        images = [read_image(file) for file in batch["file"]]
+        images = [self.read(file) for file in batch["file"]]
         scores = self.scorer(images, list(batch["prompt"])).double().cpu().numpy()
         by_key = {}
         for (key,), file, score in zip(batch["keys"], batch["file"], scores):
@@ -172,17 +187,19 @@ class _Asking(SharedWork):
         judge: the judge.
         cache: of its scores.
         progress: over images.
+        read: the image of a file.
     """
 
-    def __init__(self, judge: Judge, cache: ScoreCache, progress: tqdm) -> None:
+    def __init__(self, judge: Judge, cache: ScoreCache, progress: tqdm, read: ReadImage) -> None:
         super().__init__(cache, progress)
         self.judge = judge
+        self.read = read
 
     def compute_all(self, things: pd.DataFrame) -> None:
         """Ask about images."""
 
         def score_one(row: Row) -> float:
-            return self.judge.score(read_image(row["about"]), row["prompt"])
+            return self.judge.score(self.read(row["about"]), row["prompt"])
 
         rows = things.rename(columns={"file": "about"})[["about", "prompt"]]
         rows = rows.assign(key=[key for (key,) in things["keys"]])

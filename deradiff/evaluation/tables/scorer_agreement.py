@@ -16,7 +16,7 @@ from deradiff.evaluation.preferences import (
     preferences,
     same_preference,
 )
-from deradiff.evaluation.statistics import Array, Estimate, paired_bootstrap
+from deradiff.evaluation.statistics import UNKNOWN, Array, Estimate, paired_bootstrap
 from deradiff.evaluation.tables.table import Column, ResultTable, Row
 
 NOTE = """Same preference: the share of pairs of images, in %, on which both prefer the same one; a
@@ -25,13 +25,58 @@ models from the same noise. Kendall's tau (b): of their rankings of all images o
 to 1; 0 is chance. Both are means over prompts, with 95 % bootstrap intervals over prompts. Scorers
 that agree may be wrong together."""
 
+TIES_NOTE = """With people: on {votes:,} of their votes, of which {ties:,} are ties, so that no
+scorer comes above {most:.3g} %."""
+
 TITLE = "Whether scorers agree"
+PEOPLE = "people"
 
 
 def scorer_agreement(comparison: Comparison) -> ResultTable:
-    """A row for each two scorers: how far they agree on the same images."""
-    rows = _between_scorers(comparison)
-    return ResultTable.from_rows("scorer_agreement", TITLE, NOTE, rows, COLUMNS)
+    """How far scorers agree with people, where there are votes, and with each other."""
+    note = NOTE
+    rows: list[Row] = []
+    if comparison.votes is not None:
+        rows += _with_people(comparison.votes)
+        note += " " + _ties_note(comparison.votes)
+    rows += _between_scorers(comparison)
+    return ResultTable.from_rows("scorer_agreement", TITLE, note, rows, COLUMNS)
+
+
+def _with_people(votes: pd.DataFrame) -> list[Row]:
+    """The row of each scorer beside people's votes."""
+    rows = []
+    for scorer, own in votes.groupby("scorer", sort=False):
+        same = _same_of_shares(own["preference"], own["label"])
+        row: Row = {
+            "scorer": scorer,
+            "other": PEOPLE,
+            "on": "votes",
+            "pairs": len(own),
+            "prompts": own["prompt"].nunique(),
+            "same": mean_over_prompts(100 * same, own["prompt"]),
+            "tau": UNKNOWN,
+        }
+        rows.append(row)
+    return rows
+
+
+def _same_of_shares(one: pd.Series, other: pd.Series) -> pd.Series:
+    """1 where both prefer the same image, 0 where they differ, 1/2 where either sees a tie.
+
+    Args:
+        one: 1 for the first image, 0 for the second one, 1/2 for a tie.
+        other: likewise.
+    """
+    return (1 + (2 * one - 1) * (2 * other - 1)) / 2
+
+
+def _ties_note(votes: pd.DataFrame) -> str:
+    """How many of people's votes are ties, and what share a scorer can reach at most."""
+    labels = votes.drop_duplicates("row")
+    is_tie = labels["label"] == 0.5
+    most = mean_over_prompts(100 * (1 - is_tie / 2), labels["prompt"])
+    return TIES_NOTE.format(votes=len(labels), ties=is_tie.sum(), most=most.value)
 
 
 def _between_scorers(comparison: Comparison) -> list[Row]:
@@ -91,14 +136,16 @@ def _images_of_prompts(
     return groups
 
 
-def mean_over_prompts(values: Sequence[float], prompts: Sequence[str]) -> Estimate:
+def mean_over_prompts(
+    values: Sequence[float] | pd.Series, prompts: Sequence[str] | pd.Series
+) -> Estimate:
     """The mean over prompts of their means, with its interval.
 
     Args:
         values: any number of each prompt; nan does not count.
         prompts: whose values they are.
     """
-    means = pd.Series(values, dtype=float).groupby(np.asarray(prompts)).mean()
+    means = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(prompts)).mean()
     return paired_bootstrap(means.to_numpy()[:, None], lambda column: column[..., 0])
 
 
