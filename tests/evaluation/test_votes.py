@@ -33,8 +33,7 @@ def write_votes(folder: Path, votes: list[tuple], **more) -> str:
     """Votes (colour of the first image, of the second, label, caption) as a parquet file."""
     first, second, label, captions = (list(column) for column in zip(*votes))
     path = folder / "votes.parquet"
-    encoded = [[png(value) for value in column] for column in (first, second)]
-    write_pair_table(path, *encoded, label, captions, **more)
+    write_pair_table(path, list(map(png, first)), list(map(png, second)), label, captions, **more)
     return str(path)
 
 
