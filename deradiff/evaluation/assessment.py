@@ -80,7 +80,7 @@ def assess(
 
 
 def write_assessment(folder: Path, assessment: Assessment) -> None:
-    """Write what the assessors say, each table in a parquet file; one that is not there has no file.
+    """Write what the assessors say, a parquet file a table; a table that is not there has none.
 
     Args:
         folder: where they go.
