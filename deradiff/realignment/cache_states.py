@@ -8,14 +8,14 @@ holds keys and values. The reference and its anchors may not read each other's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 PLAIN_TYPES = (
     type(None),
@@ -35,6 +35,13 @@ PLAIN_TYPES = (
 """Types of arguments that a network does not remember things in."""
 
 REFERENCE = 0
+
+MISSED = (
+    "the pipeline keeps keys and values of earlier steps, and a network that is needed now (the "
+    "reference or an anchor) was not evaluated there: use mode='exact' with a lam that is nowhere "
+    "0 or 1, or switch off what the pipeline keeps"
+)
+"""Why a model cannot go on."""
 
 
 class CacheStates:
@@ -104,15 +111,19 @@ class Memories:
     """Objects that a pipeline passes to its network for it to remember things in, for each model.
 
     The reference gets the pipeline's own, and each anchor a copy from before the first evaluation.
+    A model that is not evaluated while others write into theirs has missed something.
     """
 
     def __init__(self) -> None:
         # Originals are kept, so that no other object gets their identity.
         self._copies: dict[tuple[int, int], tuple[Any, Any]] = {}
+        # The models that have missed something, by the identity of the original.
+        self._missed: dict[int, set[int]] = {}
 
     def forget(self) -> None:
         """Begin a chain."""
         self._copies = {}
+        self._missed = {}
 
     def arguments(self, model: int, arguments: Any) -> Any:
         """A call's arguments for one model, in lists and dictionaries of its own.
@@ -120,22 +131,45 @@ class Memories:
         Args:
             model: 0 is the reference.
             arguments: a structure of positional and keyword arguments.
+
+        Raises:
+            ValueError: for a model that has missed what the others remember.
         """
 
         def for_model(value: Any) -> Any:
-            if model == REFERENCE or _is_plain(value):
+            if _is_plain(value):
                 return value
-            return self._copy(model, value)
+            if model in self._missed.get(id(value), ()):
+                raise ValueError(MISSED)
+            return value if model == REFERENCE else self._copy(model, value)
 
         return tree_map(for_model, arguments)
 
-    def note_outputs(self, outputs: dict[int, list[Any]]) -> None:
-        """Remember what each model returned beside tensors, in case it comes back as an argument.
+    def note_evaluation(
+        self,
+        arguments: Any,
+        watch: Watch,
+        outputs: dict[int, list[Any]],
+        others: Iterable[int],
+    ) -> None:
+        """Remember what each model returned, and which models missed that something was written.
+
+        What is returned beside tensors may come back as an argument.
 
         Args:
+            arguments: the pipeline's own.
+            watch: of the same arguments as one model had them, from before the evaluation.
             outputs: the leaves of the output of each model that was evaluated.
+            others: the models that were not evaluated.
         """
+        given = _objects_in(arguments)
+        written = [value for value, is_written in zip(given, watch.are_written()) if is_written]
         first = outputs[min(outputs)]
+        known = {id(value) for value in given}
+        written += [leaf for leaf in first if not _is_plain(leaf) and id(leaf) not in known]
+        for original in written:
+            self._missed.setdefault(id(original), set()).update(others)
+
         for model, leaves in outputs.items():
             for original, leaf in zip(first, leaves):
                 if not _is_plain(original):
@@ -146,6 +180,70 @@ class Memories:
         if key not in self._copies:
             self._copies[key] = (original, copy.deepcopy(original))
         return self._copies[key][1]
+
+
+class Watch:
+    """Sees whether a network writes into objects that it is given.
+
+    Args:
+        arguments: of one evaluation, which is about to begin.
+    """
+
+    def __init__(self, arguments: Any) -> None:
+        self._objects = _objects_in(arguments)
+        self._before = [_content(value) for value in self._objects]
+
+    def are_written(self) -> list[bool]:
+        """Whether each object among the arguments now holds something else."""
+        found = []
+        for value, before in zip(self._objects, self._before):
+            after = _content(value)
+            is_same = len(after) == len(before) and all(map(_is_same_part, before, after))
+            found.append(not is_same)
+        return found
+
+
+def has_objects(values: Any) -> bool:
+    """Whether there are objects among arguments or outputs that a network remembers things in."""
+    return bool(_objects_in(values))
+
+
+def _objects_in(arguments: Any) -> list[Any]:
+    """The objects among arguments that a network may remember things in."""
+    return [leaf for leaf in tree_leaves(arguments) if not _is_plain(leaf)]
+
+
+def _content(value: Any) -> list[tuple[Any, Any]]:
+    """All parts of an object, each with a number that changes where a tensor is written into."""
+    found: list[tuple[Any, Any]] = []
+    ahead = [value]
+    seen = set()
+    while ahead:
+        part = ahead.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, torch.Tensor):
+            # A tensor of inference mode does not count: it may have been written into.
+            found.append((part, object() if part.is_inference() else part._version))
+        elif isinstance(part, dict):
+            ahead += part.values()
+        elif isinstance(part, list | tuple | set):
+            ahead += part
+        elif hasattr(part, "__dict__") and not _is_plain(part):
+            ahead += vars(part).values()
+        else:
+            found.append((part, None))
+    return found
+
+
+def _is_same_part(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
+    """Whether a part of an object is what it was."""
+    if before[1] != after[1]:
+        return False
+    return before[0] is after[0] or (
+        not isinstance(before[0], torch.Tensor) and bool(before[0] == after[0])
+    )
 
 
 def _is_state(value: Any) -> bool:

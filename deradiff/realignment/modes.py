@@ -127,6 +127,14 @@ class Mode(ABC):
             lams: the strength of each anchor at this step.
         """
 
+    def _check_no_caches(self, mode: str) -> None:
+        """Raise ValueError where a cache of diffusers counts evaluations that a mode leaves out."""
+        if self.networks.caches.has_caches:
+            raise ValueError(
+                f"mode={mode!r} leaves evaluations out, which a cache of diffusers on the network "
+                "counts: use mode='exact', or switch off the cache (disable_cache)"
+            )
+
     def weights(self, lams: Sequence[Strength], leaf: Tensor, position: int, call: Call) -> Any:
         """Lams in shapes that broadcast to a leaf.
 
@@ -256,11 +264,7 @@ class Reuse(Mode):
         Raises:
             ValueError: where a cache of diffusers counts the network's evaluations.
         """
-        if self.networks.caches.has_caches:
-            raise ValueError(
-                "mode='reuse' leaves evaluations out, which a cache of diffusers on the network "
-                "counts: use mode='exact', or switch off the cache (disable_cache)"
-            )
+        self._check_no_caches("reuse")
         (lam,) = lams
         history = self._history_now(call)
 
@@ -274,6 +278,14 @@ class Reuse(Mode):
         )
         if is_one_network:
             return _single_network(reference, anchor)
+        # Once it has keys and values of the text, a network may return fewer tokens than before.
+        if not evaluates_both and not _fits(history[-1], _first_known([reference, anchor])):
+            wanted = [reference is None, anchor is None]
+            missing = self.networks.evaluate(call, wanted, as_stock=has_one(lam))
+            reference = missing[0] or reference
+            anchor = missing[1] or anchor
+            evaluates_both = True
+            history.clear()
 
         # The differences, as of now or on the line through the last two.
         if evaluates_both:
@@ -364,20 +376,19 @@ class Weights(Mode):
                 "regions: use mode='exact'"
             )
         numbers = [float(lam) for lam in lams]
-        if not any(numbers):
-            (output,) = self.networks.evaluate(call, [True])
-            return _single_network(output, None)
-        with self._in_place(numbers, asks_for_scale(call.kwargs)):
-            (output,) = self.networks.evaluate(call, [True])
-        assert output is not None
-        reference = None
-        if self.path_kl:
-            (reference,) = self.networks.evaluate(call, [True])
-        return _with_reference(output, reference)
+        is_reference = not any(numbers)
+
+        def summed(own_call: Call) -> Any:
+            with self._in_place(numbers, asks_for_scale(own_call.kwargs)):
+                return own_call()
+
+        needs_reference = self.path_kl and not is_reference
+        output, reference = self.networks.evaluate_sum(call, summed, needs_reference)
+        return _with_reference(output, output if is_reference else reference)
 
     @contextmanager
     def _in_place(self, lams: Sequence[float], is_scaled: bool) -> Iterator[None]:
-        """The network at lams that are not all 0.
+        """The network at its lams.
 
         Args:
             lams: of the anchors.
@@ -434,8 +445,10 @@ class Sampled(Mode):
         """Evaluate the network of this step, and the reference too where the path KL needs it.
 
         Raises:
-            ValueError: for lams that are no probabilities.
+            ValueError: for lams that are no probabilities, and where a cache of diffusers counts
+                the network's evaluations.
         """
+        self._check_no_caches("sampled")
         model = self._draw(_probabilities(lams))
         wanted = [False] * (len(lams) + 1)
         wanted[model] = True
@@ -565,6 +578,14 @@ def _differences(reference: Output | None, anchor: Output | None) -> list[Tensor
 
 def _first_known(outputs: Sequence[Output | None]) -> Output:
     return next(output for output in outputs if output is not None)
+
+
+def _fits(evaluated: _Evaluated, output: Output) -> bool:
+    """Whether the differences of an earlier step have the shapes of an output."""
+    for difference, leaf in zip(evaluated.differences, output.leaves):
+        if difference is not None and difference.shape != leaf.shape:
+            return False
+    return True
 
 
 def _extrapolated(history: Sequence[_Evaluated], fraction: float) -> list[Tensor | None]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
-from deradiff.realignment.cache_states import REFERENCE, CacheStates, Memories
+from deradiff.realignment.cache_states import REFERENCE, CacheStates, Memories, Watch, has_objects
 from deradiff.realignment.full_anchor import FullAnchor
 from deradiff.realignment.merged_lora import MergedLora, mergeable
 from deradiff.realignment.random_numbers import RandomNumbers
@@ -36,6 +36,9 @@ TIME_ARGUMENTS = (
     "timestep_t",
 )
 """What networks call the time that they are told."""
+
+BESIDE = 1
+"""The number of the reference where a sum of weights is evaluated in its place."""
 
 NO_BATCH = "this pipeline's network cannot evaluate a LoRA anchor and its reference as one batch"
 """How a refusal of `batched` begins."""
@@ -288,11 +291,15 @@ class Networks:
 
         # What is evaluated now is remembered, too: `known` may be the memory itself.
         is_shared = is_first_evaluation and self.shared_start
+        is_shared = is_shared and not has_objects((call.args, call.kwargs))
         known = self._remembered(call) if is_shared else {}
         models = [model for model, is_wanted in enumerate(wanted) if is_wanted]
         missing = [model for model in models if (model, model in merged) not in known]
         for model, output in self._evaluate(call, missing, merged).items():
             known[model, model in merged] = output
+        # An object of keys and values is the chain's own: it is not given to the next one.
+        if is_shared and any(has_objects(output.leaves) for output in known.values()):
+            self._first = None
         # What the memory answers counts, too: what a chain costs does not depend on others.
         self.cost.rows_evaluated += len(models) * call.rows
 
@@ -302,6 +309,41 @@ class Networks:
             # The pipeline may write into what it gets.
             outputs[model] = output.copied() if is_shared else output
         return outputs
+
+    def evaluate_sum(
+        self, call: Call, summed: Callable[[Call], Any], with_reference: bool
+    ) -> tuple[Output, Output | None]:
+        """Evaluate the network with other weights, and the reference beside it.
+
+        Args:
+            call: the evaluation that the pipeline asks for.
+            summed: the output with the other weights.
+            with_reference: whether the reference is evaluated, too.
+
+        Returns:
+            Both outputs; None for the reference where it is not evaluated.
+        """
+        for anchor in self.anchors:
+            if isinstance(anchor, Adapter):
+                anchor.follow()
+        # What the pipeline remembers is the sum's, and the reference beside it has a memory of its
+        # own.
+        evaluators = {REFERENCE: summed, BESIDE: Call.__call__}
+        models = [REFERENCE, BESIDE] if with_reference else [REFERENCE]
+        outputs = self._evaluate_apart(call, models, evaluators)
+        self.cost.rows_evaluated += len(models) * call.rows
+        return outputs[REFERENCE], outputs.get(BESIDE)
+
+    def _evaluators(self, merged: Mapping[int, MergedLora]) -> dict[int, Callable[[Call], Any]]:
+        """What evaluates each model.
+
+        Args:
+            merged: LoRA anchors that are evaluated with weights of their own.
+        """
+        evaluators: dict[int, Callable[[Call], Any]] = {REFERENCE: Call.__call__}
+        for number, anchor in enumerate(self.anchors, start=1):
+            evaluators[number] = (merged.get(number) or anchor).output
+        return evaluators
 
     def _remembered(self, call: Call) -> dict[_Form, Output]:
         """The outputs of a chain's first step; empty for another one than last time."""
@@ -319,35 +361,47 @@ class Networks:
             models: the models.
             merged: LoRA anchors that are evaluated with weights of their own.
         """
+        evaluators = self._evaluators(merged)
         joint = self._evaluate_jointly(call, models) if self.batched else {}
         if joint and not self._is_batch_checked:
-            _check_batch(joint, self._evaluate_apart(call, list(joint), merged))
+            _check_batch(joint, self._evaluate_apart(call, list(joint), evaluators))
             self._is_batch_checked = True
         rest = [model for model in models if model not in joint]
-        return joint | self._evaluate_apart(call, rest, merged)
+        return joint | self._evaluate_apart(call, rest, evaluators)
 
     def _evaluate_apart(
-        self, call: Call, models: Sequence[int], merged: Mapping[int, MergedLora]
+        self,
+        call: Call,
+        models: Sequence[int],
+        evaluators: Mapping[int, Callable[[Call], Any]],
     ) -> dict[int, Output]:
-        """Evaluate the models one after the other; see `_evaluate`."""
+        """Evaluate the models one after the other.
+
+        Args:
+            call: the evaluation that the pipeline asks for.
+            models: the models.
+            evaluators: what evaluates each, also those that are not evaluated now.
+        """
+        if not models:
+            return {}
         # Each gets lists, dictionaries and memories of its own before any of them runs.
+        arguments = (call.args, call.kwargs)
         calls = {}
         for model in models:
-            args, kwargs = self._memories.arguments(model, (call.args, call.kwargs))
+            args, kwargs = self._memories.arguments(model, arguments)
             calls[model] = replace(call, args=args, kwargs=kwargs)
+        first = calls[models[0]]
+        watch = Watch((first.args, first.kwargs))
 
         outputs = {}
         random_numbers = RandomNumbers(call.device)
         for model, own_call in calls.items():
             with self.caches.of(model), random_numbers.repeated():
-                if model == REFERENCE:
-                    output = own_call()
-                else:
-                    anchor = merged.get(model) or self.anchors[model - 1]
-                    output = anchor.output(own_call)
+                output = evaluators[model](own_call)
             outputs[model] = Output(*tree_flatten(output))
-        if outputs:
-            self._memories.note_outputs({model: out.leaves for model, out in outputs.items()})
+        others = evaluators.keys() - outputs.keys()
+        leaves = {model: output.leaves for model, output in outputs.items()}
+        self._memories.note_evaluation(arguments, watch, leaves, others)
         return outputs
 
     def _evaluate_jointly(self, call: Call, models: Sequence[int]) -> dict[int, Output]:

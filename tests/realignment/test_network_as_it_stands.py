@@ -118,14 +118,27 @@ def test_each_model_has_a_cache_of_its_own(worlds, anchor, cache):
     assert_dialled(flux.pipe, flux.stock(anchor), flux.anchors[anchor], change, **options)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_path_kl_of_mode_weights_leaves_the_cache_alone(worlds, cache):
+    flux = worlds["flux"].copy()
+    flux.pipe.transformer.enable_cache(CACHES[cache])
+    options = {"num_inference_steps": 5}
+    with realign(flux.pipe, flux.anchors["full1"], 0.5, mode="weights"):
+        expected = sample(flux.pipe, **options)
+    with realign(flux.pipe, flux.anchors["full1"], 0.5, mode="weights", path_kl=True) as dial:
+        assert torch.equal(sample(flux.pipe, **options), expected)
+        assert dial.path_kl.gt(0).all()
+
+
 def test_a_cache_and_modes_that_leave_evaluations_out_are_refused(worlds):
     flux = worlds["flux"].copy()
     flux.pipe.transformer.enable_cache(CACHES["first block"])
-    with (
-        pytest.raises(ValueError, match="which a cache of diffusers on the network counts"),
-        realign(flux.pipe, flux.anchors["full1"], 0.5, mode="reuse"),
-    ):
-        sample(flux.pipe)
+    for mode in ("reuse", "sampled"):
+        with (
+            pytest.raises(ValueError, match="which a cache of diffusers on the network counts"),
+            realign(flux.pipe, flux.anchors["full1"], 0.5, mode=mode),
+        ):
+            sample(flux.pipe)
     with (
         pytest.raises(ValueError, match="do not go together: switch off one of them"),
         realign(flux.pipe, flux.anchors["full1"], 0.5, shared_start=True),
