@@ -226,6 +226,30 @@ def test_the_stage_chooses_among_samples_and_not_references(tmp_path, counting_s
     assert read(run_dir, "selection").query("chosen")["lam"].item() == 1
 
 
+def test_a_planted_hacked_anchor_is_not_recommended_and_a_planted_honest_one_is(tmp_path, capsys):
+    """The hacked one is the more vivid, but its edges blur, by which crisp falls."""
+    honest = write_run(tmp_path, 4000, name="honest", prompts=16)
+    hacked = write_run(tmp_path, 500, name="hacked", prompts=16, softness=2)
+    table = read(evaluate(tmp_path, [honest, hacked], "vivid", "crisp"), "selection")
+
+    best = table.iloc[0]
+    assert "hacked" in best["anchor"] and best["alarm"] == "crisp" and not best["chosen"]
+    assert best["below_chosen_high"] < 0, "it is the more vivid"
+    assert "honest" in table.query("chosen")["anchor"].item()
+    assert table[table["anchor"].str.contains("honest")]["alarm"].isna().all()
+    said = capsys.readouterr().out
+    assert "eval: Choose lam = 2 (beta_target 2,000) of honest: " in said
+    passed_over = (
+        r"Passed over by the reward-hacking alarm: .* of hacked, vivid .* where crisp falls"
+    )
+    assert re.search(passed_over, said)
+
+    # As vivid, with its edges as they were: it is recommended
+    honest_too = write_run(tmp_path, 500, name="strong", prompts=16)
+    table = read(evaluate(tmp_path, [honest, honest_too], "vivid", "crisp"), "selection")
+    assert "strong" in table.query("chosen")["anchor"].item() and table["alarm"].isna().all()
+
+
 def test_stand_ins_are_labelled_and_nothing_that_nobody_asked_for_is_missing(
     tmp_path, counting_scorer, capsys
 ):

@@ -36,7 +36,7 @@ SAMPLING = {"sampler": "ddim", "steps": 20, "guidance_scale": 2.5, "height": 32,
 """What the manifest says of the sampling."""
 
 
-def draw_image(caption: str, seed: int, strength: float) -> bytes:
+def draw_image(caption: str, seed: int, strength: float, edge_width: float = 1.0) -> bytes:
     """A 32-pixel disc as PNG, more saturated the larger the strength.
 
     Where it lies depends on caption and seed alone.
@@ -45,12 +45,13 @@ def draw_image(caption: str, seed: int, strength: float) -> bytes:
         caption: of the shapes world.
         seed: of the image.
         strength: 1000 lam / beta.
+        edge_width: pixels from the disc to its background.
     """
     scene = scene_of(caption)
     rng = np.random.default_rng([seed, zlib.crc32(caption.encode())])
     x, y = np.meshgrid(np.arange(32) - 15.5, np.arange(32) - 15.5)
     distance = np.hypot(x - rng.normal(), y - rng.normal())
-    cover = np.clip(10.5 - distance, 0, 1)[..., None]
+    cover = np.clip(0.5 - (distance - 10) / edge_width, 0, 1)[..., None]
     saturation = 0.35 + 0.2 * rng.uniform() + 0.45 * (1 - np.exp(-strength))
     colour = rgb_of_hsv(np.array([HUES[scene.colour]]), np.array([saturation]), np.array([0.9]))
     values = cover * colour + (1 - cover) * np.array(BACKGROUNDS[scene.background])
@@ -69,6 +70,7 @@ def write_run(
     seeds: int = 2,
     bias: float = 0.0,
     shift: float = 0.0,
+    softness: float = 0.0,
     name: str | None = None,
     **overrides: object,
 ) -> str:
@@ -84,6 +86,7 @@ def write_run(
         seeds: how many images of each prompt and lambda.
         bias: added to the strength of realigned images (lam other than 0 and 1).
         shift: added to the strength of the anchor itself (lam = 1), as a training seed may.
+        softness: how many pixels wider an edge is at lam = 1 than the reference's.
         name: of the training run; None: by beta and training seed.
         overrides: of the manifest's values; `prompt` takes the place of every caption.
 
@@ -104,7 +107,7 @@ def write_run(
                 strength += shift
             elif lam:
                 strength += bias
-            png = draw_image(caption, seed, strength)
+            png = draw_image(caption, seed, strength, 1 + softness * abs(lam))
             image = f"lam={lam:.2f}/p{index}-s{seed}.png"
             (folder / image).parent.mkdir(parents=True, exist_ok=True)
             (folder / image).write_bytes(png)
