@@ -5,6 +5,7 @@ Parallel sums would differ between machines, and the cores are shared.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 
@@ -52,11 +53,18 @@ def sd15(worlds):
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory):
-    """A tiny SD1.5 pipeline on disk, the base model of training runs; not to be changed."""
+def bases(tmp_path_factory):
+    """`bases(family)` is the folder of a tiny pipeline; shared, not to be changed."""
     from tests.support.tiny_pipelines import save_tiny
 
-    return save_tiny("sd15", tmp_path_factory.mktemp("base"))
+    root = tmp_path_factory.mktemp("bases")
+    return functools.cache(lambda family: save_tiny(family, root / family))
+
+
+@pytest.fixture(scope="session")
+def base_folder(bases):
+    """A tiny SD1.5 pipeline on disk, the base model of training runs; not to be changed."""
+    return bases("sd15")
 
 
 @pytest.fixture

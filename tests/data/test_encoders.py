@@ -100,8 +100,8 @@ def test_a_hub_model_is_told_by_its_commit(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(family, tmp_path):
-    base = BaseModel(str(save_tiny(family, tmp_path)))
+def test_one_pipeline_encodes_and_another_trains_and_neither_holds_the_other(family, bases):
+    base = BaseModel(str(bases(family)))
     complete = base.load_pipeline()
     family = family_of(complete)
 

@@ -14,8 +14,8 @@ from tests.support.tiny_pipelines import save_tiny
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_pipeline_is_under_two_megabytes_and_loads(saved, family, pipes):
-    folder = saved[family]
+def test_a_saved_pipeline_is_under_two_megabytes_and_loads(bases, family, pipes):
+    folder = bases(family)
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 2_000_000
 
@@ -35,8 +35,8 @@ def write_index(folder, index, **changes):
     (folder / "model_index.json").write_text(json.dumps(index | changes))
 
 
-def test_a_checkpoint_saved_as_another_kind_loads_as_text_to_image(saved, tmp_path):
-    index = json.loads((saved["sd15"] / "model_index.json").read_text())
+def test_a_checkpoint_saved_as_another_kind_loads_as_text_to_image(bases, tmp_path):
+    index = json.loads((bases("sd15") / "model_index.json").read_text())
     kinds = {"StableDiffusionInpaintPipeline": "sd15", "StableDiffusionXLImg2ImgPipeline": "sdxl"}
     for name, family in kinds.items():
         write_index(tmp_path, index, _class_name=name)
@@ -51,8 +51,8 @@ def test_a_checkpoint_saved_as_another_kind_loads_as_text_to_image(saved, tmp_pa
         {"unet": None},
     ],
 )
-def test_a_checkpoint_of_no_family_is_refused(saved, tmp_path, changes):
-    index = json.loads((saved["sd15"] / "model_index.json").read_text())
+def test_a_checkpoint_of_no_family_is_refused(bases, tmp_path, changes):
+    index = json.loads((bases("sd15") / "model_index.json").read_text())
     write_index(tmp_path, index, **changes)
     with pytest.raises(ValueError, match="belongs to no family"):
         _ = BaseModel(str(tmp_path)).family
@@ -69,28 +69,28 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
         _ = BaseModel(str(tmp_path)).index
 
 
-def test_an_autoencoder_in_place_of_its_own_is_loaded(saved, tmp_path):
+def test_an_autoencoder_in_place_of_its_own_is_loaded(bases, tmp_path):
     other = str(save_tiny("sd15", tmp_path, seed=1) / "vae")
-    base = BaseModel(str(saved["sdxl"]), vae=other)
+    base = BaseModel(str(bases("sdxl")), vae=other)
     base.check()
     weights = base.load_pipeline().vae.state_dict()
     expected = AutoencoderKL.from_pretrained(other).state_dict()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
-    own = BaseModel(str(saved["sdxl"])).load_vae(torch.float32).state_dict()
+    own = BaseModel(str(bases("sdxl"))).load_vae(torch.float32).state_dict()
     assert not all(torch.equal(weights[name], own[name]) for name in own)
 
 
-def test_an_autoencoder_that_is_not_there_is_refused_before_anything_is_loaded(saved, tmp_path):
+def test_an_autoencoder_that_is_not_there_is_refused_before_anything_is_loaded(bases, tmp_path):
     message = "vae=.* is no autoencoder's folder: it has no config.json"
     with pytest.raises(ValueError, match=message):
-        BaseModel(str(saved["sd15"]), vae=str(tmp_path)).check()
+        BaseModel(str(bases("sd15")), vae=str(tmp_path)).check()
     with pytest.raises(ValueError, match=message):
         check_autoencoder("no folder")
 
 
-def test_small_files_are_read_without_weights(saved):
-    base = BaseModel(str(saved["sdxl"]))
+def test_small_files_are_read_without_weights(bases):
+    base = BaseModel(str(bases("sdxl")))
     assert base.read_json("scheduler/scheduler_config.json")["_class_name"] == "DDIMScheduler"
     assert base.denoiser_config["addition_embed_type"] == "text_time"
     with pytest.raises(ValueError, match=r"is not complete: it has no none\.json"):

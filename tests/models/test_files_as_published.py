@@ -80,10 +80,10 @@ def test_plain_files_come_before_a_variant_component_by_component(tmp_path):
     assert_same_weights(base.load_pipeline(), expected)
 
 
-def test_an_autoencoder_with_a_variant_alone_replaces_the_own(tmp_path, saved):
+def test_an_autoencoder_with_a_variant_alone_replaces_the_own(tmp_path, bases):
     folder = tmp_path / "vae"
     tiny_pipeline("sdxl").vae.half().save_pretrained(folder, variant="fp16")
-    base = BaseModel(str(saved["sdxl"]), vae=str(folder))
+    base = BaseModel(str(bases("sdxl")), vae=str(folder))
     base.check()
     assert base.load_pipeline().vae.dtype == torch.float32
     (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
@@ -91,10 +91,10 @@ def test_an_autoencoder_with_a_variant_alone_replaces_the_own(tmp_path, saved):
         check_autoencoder(str(folder))
 
 
-def test_the_own_autoencoder_is_not_needed_where_another_replaces_it(tmp_path, saved):
+def test_the_own_autoencoder_is_not_needed_where_another_replaces_it(tmp_path, bases):
     folder = save_tiny("sdxl", tmp_path)
     shutil.rmtree(folder / "vae")
-    BaseModel(str(folder), vae=str(saved["sdxl"] / "vae")).check()
+    BaseModel(str(folder), vae=str(bases("sdxl") / "vae")).check()
     with pytest.raises(ValueError, match=r"it has no vae/config\.json; fetch or copy the rest"):
         BaseModel(str(folder)).check()
 

@@ -12,7 +12,6 @@ import torch
 from deradiff.models.families import FAMILIES
 from deradiff.models.gpus import GPU, GPUS
 from deradiff.models.published import PUBLISHED_MODELS, PublishedModel
-from tests.support.tiny_pipelines import save_tiny
 from train.build import base_model
 from train.config import DataConfig, ModelConfig
 from train.estimate import estimate
@@ -79,10 +78,10 @@ def test_machines_are_checked():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_familys_phases_are_counted(family, train_config, tmp_path):
+def test_every_familys_phases_are_counted(family, train_config, bases):
     config = replace(
         train_config,
-        model=ModelConfig(base=str(save_tiny(family, tmp_path / "base")), resolution=64),
+        model=ModelConfig(base=str(bases(family)), resolution=64),
         panel=replace(train_config.panel, every=1),
         data=DataConfig(source="shapes_pairs", cache=False),
     )

@@ -14,7 +14,7 @@ from deradiff.anchors.anchor import read_card
 from deradiff.data.cache import Cache
 from deradiff.data.pairs import Pairs
 from deradiff.worlds import shapes
-from tests.support.tiny_pipelines import save_tiny, tiny_pipeline
+from tests.support.tiny_pipelines import tiny_pipeline
 from tests.support.train_runs import go
 from train import build
 from train.build import base_model
@@ -70,8 +70,8 @@ def test_a_dry_run_counts_shows_and_estimates_and_loads_nothing(table, capsys, n
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_estimate_of_the_cache_is_its_size(table, family, precision, tmp_path):
-    model = ModelConfig(base=str(save_tiny(family, tmp_path / "base")), resolution=64)
+def test_the_estimate_of_the_cache_is_its_size(table, family, precision, bases, tmp_path):
+    model = ModelConfig(base=str(bases(family)), resolution=64)
     config = replace(table, model=model, precision=precision)
     pairs = Pairs(table.data.path)
     estimate, _ = cache_need(config, base_model(config), pairs)

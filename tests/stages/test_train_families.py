@@ -12,7 +12,7 @@ from deradiff.anchors.anchor import read_card
 from deradiff.models.base_model import BaseModel
 from deradiff.models.families import FAMILIES
 from deradiff.realignment.context import realign
-from tests.support.tiny_pipelines import EVERY_KIND, save_tiny
+from tests.support.tiny_pipelines import EVERY_KIND
 from tests.support.train_runs import go, small_run
 from train.config import PanelConfig
 
@@ -29,6 +29,7 @@ def trained(base, runs, method):
             model=replace(config.model, gradient_checkpointing=True),
             finetune=replace(config.finetune, method=method),
             optim=replace(config.optim, lr=0.05, pairs_per_step=2, warmup=0),
+            data=replace(config.data, count=2),
             panel=panel,
             precision="bf16",
             steps=1,
@@ -52,9 +53,9 @@ def sample(pipe, name):
     ).images
 
 
-def test_qwen_image_samples_the_pairs_that_it_is_trained_on(tmp_path):
+def test_qwen_image_samples_the_pairs_that_it_is_trained_on(bases, tmp_path):
     """It is guided by an argument of its own, with a negative prompt for each caption."""
-    base = save_tiny("qwen_image", tmp_path / "base")
+    base = bases("qwen_image")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na green square\n")
     config = small_run(base, tmp_path / "runs")
@@ -73,8 +74,10 @@ def test_qwen_image_samples_the_pairs_that_it_is_trained_on(tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", NEW)
-def test_an_anchor_is_trained_loads_in_stock_diffusers_and_is_dialled(name, method, tmp_path):
-    base = save_tiny(name, tmp_path / "base")
+def test_an_anchor_is_trained_loads_in_stock_diffusers_and_is_dialled(
+    name, method, bases, tmp_path
+):
+    base = bases(name)
     anchor = trained(base, tmp_path / "runs", method)
     card = read_card(anchor)
     assert (card.family, card.method, card.steps) == (name, method, 1)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields, is_dataclass, replace
 from typing import get_type_hints
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import read_card
+from deradiff.training.objectives.diffusion import DPO
 from deradiff.worlds import shapes
 from tests.support.processes import start
 from tests.support.train_runs import go
@@ -345,23 +345,35 @@ def lora_of(tmp_path, name):
 def test_a_run_that_is_killed_in_the_middle_ends_as_if_it_had_not_been(
     base_folder, tmp_path, monkeypatch
 ):
-    typed = ["steps=15", "checkpoint_every=3", "log_every=3", "optim.batch_size=2"]
+    typed = ["steps=6", "checkpoint_every=2", "log_every=2"]
+    typed += ["optim.pairs_per_step=4", "optim.batch_size=2"]
     type_here(command([*typed, "name=whole"], base_folder, tmp_path), monkeypatch)
 
-    # Killed after its second checkpoint.
+    # Killed in its fourth step, which begins when six batches are done.
     killed = command([*typed, "name=killed"], base_folder, tmp_path)
-    process = start(lambda: type_here(killed, monkeypatch))
+
+    def die() -> None:
+        batches = []
+
+        def loss(self, network, batch):
+            batches.append(batch)
+            if len(batches) == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return usual_loss(self, network, batch)
+
+        usual_loss = DPO.loss
+        monkeypatch.setattr(DPO, "loss", loss)
+        type_here(killed, monkeypatch)
+
+    _, status = os.waitpid(start(die), 0)
+    assert os.WIFSIGNALED(status)
     run_dir = tmp_path / "train/killed"
-    while not (run_dir / "checkpoints/step-000006").is_dir():
-        time.sleep(0.01)
-    os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status), "it ended before it was killed"
+    assert [path.name for path in run_dir.glob("checkpoints/step-*")] == ["step-000002"]
 
     # The same command goes on.
     type_here(killed, monkeypatch)
     assert_equal(lora_of(tmp_path, "whole"), lora_of(tmp_path, "killed"))
-    assert [row["step"] for row in metrics(run_dir)] == list(range(3, 16, 3))
+    assert [row["step"] for row in metrics(run_dir)] == [2, 4, 6]
 
 
 @pytest.mark.slow
