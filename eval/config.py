@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from configs.checks import positive
 from configs.paths import CHECKPOINT, check_path, check_samples, place
 from configs.settings import setting
 from configs.tracking import TrackingConfig
@@ -119,11 +120,8 @@ class EvalConfig:
         self._check_runs()
         self._check_scorers()
         for name in ("margin", "threshold"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0 %, not {value:g}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+            positive(name, getattr(self, name))
+        positive("batch_size", self.batch_size)
 
     def _check_runs(self) -> None:
         """Give every run its one name; raises ValueError for none, and for one named twice."""

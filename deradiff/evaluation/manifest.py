@@ -210,7 +210,7 @@ def _is_usable(key: str, value: Any) -> bool:
     if key == "prompt":
         return is_encodable(value)
     if isinstance(value, str):
-        return value.isprintable()
+        return bool(value) and value.isprintable()
     if isinstance(value, dict):
         are_lines = all(isinstance(name, str) and name.isprintable() for name in value)
         return are_lines and all(_is_number(share) for share in value.values())

@@ -309,6 +309,7 @@ def spoil_manifest(manifest, lines, how):
         ('{"timesteps_sha256": {}}', "line 1 has timesteps_sha256={}, which is no str or"),
         ('{"every": "4"}', "line 1 has every='4', which is no int or float or"),
         ('{"lam_schedule": [1, ["a"]]}', "line 1 has lam_schedule=.*, which no image"),
+        ('{"anchor": ""}', "line 1 has anchor='', which no image has"),
         ('{"branch": "\\u001b"}', "line 1 has branch=.*, which no image"),
     ],
 )
@@ -402,9 +403,9 @@ def test_a_score_that_is_no_number_is_refused(tmp_path, monkeypatch, counting_sc
             {"select": SelectConfig(score="crisp")},
             "select.score=crisp is not among the scorers vivid",
         ),
-        ({"margin": 0.0}, "margin must be above 0 %"),
+        ({"margin": 0.0}, "margin must be above 0"),
         ({"scorers": {}}, "no scorers"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be above 0"),
     ],
 )
 def test_the_config_refuses(settings, sentence):
