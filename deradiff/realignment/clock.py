@@ -82,7 +82,9 @@ class Clock:
         """Note that the scheduler has taken a step."""
         if not self._is_running:
             return
-        self._steps_taken += 1
+        # Some pipelines call the scheduler twice for one step, and set its own count back.
+        counted = getattr(self.scheduler, "step_index", None)
+        self._steps_taken = self._steps_taken + 1 if counted is None else counted - self.start_index
         self._evaluations_of_step = 0
         if self.start_index + self._steps_taken >= len(self._times):
             self._is_running = False

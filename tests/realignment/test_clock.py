@@ -85,6 +85,31 @@ def test_flow_chains_of_any_length_are_followed_whatever_the_network_is_told(tol
     assert seen == expected
 
 
+def test_a_scheduler_that_is_called_twice_for_a_step_is_followed_to_the_end():
+    """As in Cosmos, which predicts the data by a first call and sets the count back."""
+    scheduler = diffusers.EDMEulerScheduler()
+    clock = Clock()
+    guided = GuidedSteps(clock, PathKL(clock), SimpleNamespace(strengths=[]), None, None, 1)
+    tap = SchedulerTap(guided)
+    guided.follow(SimpleNamespace(scheduler=scheduler), tap)
+    seen = []
+    try:
+        for _ in range(2):
+            scheduler.set_timesteps(5)
+            x = torch.zeros(1, 4, 2, 2)
+            for t in scheduler.timesteps:
+                scheduler.scale_model_input(x, t)
+                clock.tick(t)
+                guided.note_evaluation(1)
+                seen.append((clock.index, clock.is_new_call))
+                scheduler.step(torch.ones_like(x), t, x)
+                scheduler._step_index -= 1
+                x = scheduler.step(torch.ones_like(x), t, x, return_dict=False)[0]
+    finally:
+        tap.release()
+    assert seen == 2 * [(index, index == 0) for index in range(5)]
+
+
 @pytest.mark.parametrize("calls", [1, 2, 3])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_is_followed(name, calls):
