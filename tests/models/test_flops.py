@@ -19,6 +19,7 @@ from deradiff.models.flops import (
     savings,
 )
 from deradiff.models.published import AUTOENCODER, DENOISERS
+from tests.support.products import sparse_product
 from tests.support.tiny_pipelines import WIDTH, tiny_denoiser
 
 TOKENS = 20
@@ -127,8 +128,9 @@ def test_the_published_autoencoder():
     assert encoder_flops(AUTOENCODER, 512, 512) / 1e12 == pytest.approx(1.12, abs=0.01)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("method", "checkpointing"), sparse_product(["full", "lora"], [False, True])
+)
 def test_a_step_costs_what_torch_counts_of_it(method, checkpointing):
     """Forward and backward of SD1.5 on the meta device, and the reference's forward."""
     unet = published(SD15)

@@ -25,6 +25,27 @@ def auto(train_config):
     return replace(train_config, optim=replace(train_config.optim, batch_size="auto"))
 
 
+@pytest.fixture(scope="module")
+def counted():
+    """The needs of steps that tests of this file have counted, by all that they follow from."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def needs(counted, monkeypatch):
+    """`step_requirements`, which takes long, once for the same step."""
+
+    def remembered(config, base):
+        parts = (base.location, config.model, config.finetune, config.optim)
+        key = repr((parts, config.steps, config.precision, config.cpu))
+        if key not in counted:
+            counted[key] = step_requirements(config, base)
+        return counted[key]
+
+    monkeypatch.setattr(batch_size, "step_requirements", remembered)
+    return remembered
+
+
 def chosen(folder):
     return json.loads((folder.parent / "batch_size.json").read_text())["batch_size"]
 
@@ -43,11 +64,11 @@ def test_on_a_cpu_it_follows_from_the_estimate_and_stays_with_the_run(auto, caps
     assert chosen(other) == 1
 
 
-def test_the_estimate_grows_with_the_batch(auto):
+def test_the_estimate_grows_with_the_batch(auto, needs):
     base = base_model(auto)
     memories = []
     for size in (1, 2, 4):
-        memories.append(step_requirements(batch_size.with_batch_size(auto, size), base).memory)
+        memories.append(needs(batch_size.with_batch_size(auto, size), base).memory)
     assert memories[0] < memories[1] < memories[2]
     assert batch_size.sizes_that_may_fit(auto, base, 1, 1.01 * memories[1]) == [2, 1]
     assert batch_size.sizes_that_may_fit(auto, base, 1, 1.01 * memories[0]) == [1]
