@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,15 +59,15 @@ def test_what_a_row_goes_together_with_is_taken_and_the_rest_is_refused(sd15, na
     options = {"particles": 2, "batched": True, "trust_region": 1.0}
     assert options.keys() == NEEDS.keys()
     for option, value in options.items():
-        entered = realign(sd15.pipe, sd15.anchors["lora1"], 0.5, mode=name, **{option: value})
+        enter = partial(realign, sd15.pipe, sd15.anchors["lora1"], 0.5, name, **{option: value})
         config = {"anchor": "x", "mode": name, option: value}
         if getattr(spec, option):
             SampleConfig(**config)
-            with entered:
+            with enter():
                 pass
             continue
-        with pytest.raises(ValueError, match=f"{option} needs .*, not '{name}'"), entered:
-            pass
+        with pytest.raises(ValueError, match=f"{option} needs .*, not '{name}'"):
+            enter()
         with pytest.raises(ValueError, match=f"{option} needs .* give mode=.*, not {name}"):
             SampleConfig(**config)
 

@@ -55,5 +55,7 @@ def test_a_command_is_ready_for_it_before_its_imports_and_hands_it_over_after_th
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     assert ast.unparse(imports[0]) == "from configs import ctrl_c"
+    # Tests that a shell starts in the background ignore Ctrl-C from the beginning.
+    before = signal.getsignal(signal.SIGINT)
     importlib.import_module(command)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
