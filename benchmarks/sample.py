@@ -135,7 +135,7 @@ def lora_anchor(pipe: Any, folder: Path) -> Anchor:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
-    card = AnchorCard(base_model="", family=family.name, method="lora", beta=None)
+    card = AnchorCard(base_model="random weights", family=family.name, method="lora", beta=None)
     save_anchor(folder / "lora", adapted, card)
     return load_anchor(folder / "lora")
 
