@@ -24,7 +24,7 @@ def test_what_is_logged_is_printable_and_ours_has_one_line(caplog):
     logging.setLogRecordFactory(PrintableRecord)
     try:
         logging.getLogger("deradiff.data.cache").warning("%s is torn", EVIL)
-        logging.getLogger("transformers.table").warning("one\ntwo %s", "\x1b[2J")
+        logging.getLogger("others.table").warning("one\ntwo %s", "\x1b[2J")
     finally:
         logging.setLogRecordFactory(former)
     assert [record.getMessage() for record in caplog.records] == [
