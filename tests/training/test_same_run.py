@@ -14,9 +14,9 @@ from deradiff.training.same_run import (
     flattened,
     network_checksum,
 )
+from tests.support.processes import on_ranks
 from tests.support.regression import Regression, examples, options
 from tests.support.tiny_pipelines import tiny_pipeline
-from tests.training.test_sharding import run_on_ranks
 
 
 def test_a_rank_that_differs_is_named_with_the_key():
@@ -60,35 +60,36 @@ def test_one_process_compares_nothing():
     check_same({"a": 1}, Alone())
 
 
-RANKS = """
-from deradiff.training.same_run import check_same
-folder = Path(sys.argv[1])
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
-
 def refusal(work):
+    """What is said where some work is refused; None: it is not."""
     try:
         work()
     except ValueError as error:
         return str(error)
+    return None
 
-def trained_in(run_dir):
-    train(Regression(), examples(), options(batch_size=2), run_dir, accelerator)
 
-said = [
-    refusal(lambda: check_same({"dpo.beta": 2000 + rank}, accelerator)),
-    refusal(lambda: trained_in(folder / f"disk{rank}")),
-    refusal(lambda: trained_in(folder / "shared")),
-]
-(folder / f"rank{rank}.json").write_text(json.dumps(said))
-"""
+def differ(folder):
+    """What a rank hears of another beta, of a disk of its own and of a shared one."""
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+
+    def trained_in(run_dir):
+        train(Regression(), examples(), options(batch_size=2), run_dir, accelerator)
+
+    said = [
+        refusal(lambda: check_same({"dpo.beta": 2000 + rank}, accelerator)),
+        refusal(lambda: trained_in(folder / f"disk{rank}")),
+        refusal(lambda: trained_in(folder / "shared")),
+    ]
+    (folder / f"rank{rank}.json").write_text(json.dumps(said))
 
 
 @pytest.mark.slow
 def test_ranks_of_different_runs_end_with_one_sentence(tmp_path):
     """Another beta; a disk for each rank, of which one has a checkpoint; one disk for both."""
     train(Regression(), examples(), options(), tmp_path / "disk0", Accelerator(cpu=True))
-    run_on_ranks(RANKS, tmp_path, str(tmp_path))
+    on_ranks(lambda: differ(tmp_path))
     said = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert said[0] == said[1]
     beta, disks, shared = said[0]
