@@ -17,13 +17,23 @@ from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.files import slug
 from deradiff.scorers.spec import ScorerSpec
-from eval.endpoint_config import HOW_IT_IS_ASKED, SERVER_KEYS, EndpointConfig
+from eval.endpoint_config import HOW_IT_IS_ASKED, SERVER_KEYS, EndpointConfig, PairwiseConfig
 
 STAND_INS = "asset:shapes/"
 TOKENIZER = "a tokenizer's folder, or a hub id such as org/name"
 
 
-DERIVED = ("batch_size", "runs", "name", "tracking", "select", "margin", "threshold", "votes")
+DERIVED = (
+    "batch_size",
+    "runs",
+    "name",
+    "tracking",
+    "select",
+    "margin",
+    "threshold",
+    "votes",
+    "pairwise",
+)
 """Keys that no score depends on."""
 
 FILES = ("file", "head", "checkpoint", "tokenizer", "model_config")
@@ -106,6 +116,9 @@ class EvalConfig:
     votes: str | None = setting(
         None, "people's votes, which the scorers are held against: a parquet file as Pick-a-Pic's"
     )
+    pairwise: PairwiseConfig = setting(
+        PairwiseConfig(), "a judge that chooses between the images of two models"
+    )
     select: SelectConfig = setting(SelectConfig(), "how lambda is chosen")
     margin: float = setting(
         5.0, "% of the distance within which a realigned model counts as equivalent"
@@ -119,6 +132,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         self._check_runs()
         self._check_scorers()
+        self.pairwise.spec("pairwise")
         for name in ("margin", "threshold"):
             positive(name, getattr(self, name))
         positive("batch_size", self.batch_size)
@@ -190,6 +204,7 @@ class EvalConfig:
             check_samples("samples", run, self.runs)
         for run in self.references:
             check_samples("references", run, self.runs)
+        self.pairwise.check_rubric("pairwise")
         check_path("votes", self.votes, "a parquet file of votes", depth=0)
         for label, scorer in self.scorers.items():
             key = f"scorers.{label}"

@@ -8,7 +8,7 @@ from configs.checks import section
 from configs.paths import check_path
 from configs.settings import setting
 from deradiff.scorers.rubrics import is_shipped
-from deradiff.scorers.spec import Endpoint
+from deradiff.scorers.spec import AGAINST, Endpoint, PairwiseSpec
 
 
 @dataclass
@@ -59,6 +59,35 @@ class EndpointConfig:
         """
         if self.rubric is not None and not is_shipped(self.rubric):
             check_path(f"{key}.rubric", self.rubric, "a rubric's file", depth=0)
+
+
+@dataclass
+class PairwiseConfig(EndpointConfig):
+    """A judge that chooses between the images of two models."""
+
+    against: list[str] = setting(
+        list(AGAINST[:1]), f"what realigned models are judged against, of {', '.join(AGAINST)}"
+    )
+
+    def spec(self, key: str) -> PairwiseSpec | None:
+        """The judge for the library; None where none is named.
+
+        Args:
+            key: of this section, for messages.
+
+        Raises:
+            ValueError: where half of it is missing, or a value cannot be meant.
+        """
+        endpoint = self.endpoint(key)
+        if endpoint is None and self.rubric is not None:
+            raise ValueError(
+                f"{key}.rubric is asked by nobody: give {key}.url=http://localhost:8000/v1 and "
+                f"{key}.model=<as the server names it>"
+            )
+        if endpoint is None:
+            return None
+        with section(key):
+            return PairwiseSpec(endpoint, self.rubric, self.against)
 
 
 ENDPOINT_KEYS = tuple(field.name for field in fields(Endpoint))

@@ -18,6 +18,7 @@ from deradiff.anchors.anchor import AnchorCard
 from deradiff.evaluation import Comparison, Evaluation, Options, evaluate, read_samples, write
 from deradiff.evaluation.asking import JudgeError
 from deradiff.evaluation.assessment import Assessors, assess, write_assessment
+from deradiff.evaluation.judging import PAIRWISE
 from deradiff.evaluation.manifest import read_cards
 from deradiff.evaluation.pairing import Pairs, pair_up
 from deradiff.evaluation.properties import measure_images
@@ -28,6 +29,7 @@ from deradiff.files import slug
 from deradiff.locks import run_lock
 from deradiff.run_directories import claim
 from deradiff.scorers import check_spec
+from deradiff.scorers.pairwise import load_pairwise_judge
 from deradiff.terminal import say
 from eval.config import EvalConfig
 from eval.tracking import track_results
@@ -57,7 +59,12 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
         specs[scorer.shown(label)] = spec
         with section(key):
             check_spec(spec)
-    assessors = Assessors(specs, read_votes(config.votes) if config.votes else None)
+    pairwise = config.pairwise.spec("pairwise")
+    if pairwise is not None:
+        with section("pairwise"):
+            load_pairwise_judge(pairwise)
+    votes = read_votes(config.votes) if config.votes else None
+    assessors = Assessors(specs, votes, pairwise)
     samples = read_samples(config.samples, config.references)
     assessors.check_prompts(samples["prompt"])
     cards = read_cards(samples)
@@ -98,7 +105,8 @@ def _evaluate(
         chosen = str(config.select.score)
         score = config.scorers[chosen].shown(chosen)
         with _keys_in_messages():
-            assessment = assess(samples, assessors, config.batch_size, cache, _say)
+            cells = [*pairs.cells, *pairs.mixtures]
+            assessment = assess(samples, cells, assessors, config.batch_size, cache, _say)
         properties = measure_images(samples, assessors.scorers, score, config.batch_size, cache)
         if assessment is None or properties is None:
             return None
@@ -119,6 +127,7 @@ def _evaluate(
             mixtures=pairs.mixtures,
             properties=properties,
             votes=assessment.votes,
+            judgements=assessment.judgements,
         )
         evaluation = evaluate(comparison)
         write(run_dir, evaluation, assessors.scorers)
@@ -136,6 +145,6 @@ def _keys_in_messages() -> Iterator[None]:
     try:
         yield
     except JudgeError as error:
-        key = f"scorers.{error.label}"
+        key = error.label if error.label == PAIRWISE else f"scorers.{error.label}"
         with section(key):
             raise ValueError(f"{key}: {error}") from error

@@ -24,7 +24,7 @@ from deradiff.evaluation.manifest import read_cards, read_samples
 from deradiff.evaluation.pairing import Cell, SampledModel, by_model, pair_up, per_prompt
 from deradiff.evaluation.properties import ImageProperties, measure_images
 from deradiff.evaluation.votes import read_votes
-from deradiff.scorers.spec import ScorerSpec
+from deradiff.scorers.spec import PairwiseSpec, ScorerSpec
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Comparison:
         model_scores: the scores of each model, where they are not simply those of `scores`.
         properties: what the images are like (`measure_images`); None: not measured.
         votes: which image of people's votes each scorer prefers (`score_votes`); None: no votes.
+        judgements: which image of each pair a judge prefers (`PairJudging.prefer`); None: no judge.
     """
 
     samples: pd.DataFrame
@@ -73,6 +74,7 @@ class Comparison:
     model_scores: dict[SampledModel, pd.DataFrame] | None = None
     properties: ImageProperties | None = None
     votes: pd.DataFrame | None = None
+    judgements: pd.DataFrame | None = None
 
     @cached_property
     def by_model(self) -> dict[SampledModel, pd.DataFrame]:
@@ -109,6 +111,7 @@ def compare(
     batch_size: int = 32,
     cache: str | Path = "runs/cache/scores",
     votes: str | Path | None = None,
+    pairwise: PairwiseSpec | None = None,
 ) -> Comparison:
     """Score sample runs and pair their models, from Python.
 
@@ -121,6 +124,7 @@ def compare(
         cache: the folder of the scores of all runs; nothing is scored twice.
         votes: people's votes, a parquet file with the columns of Pick-a-Pic, which the scorers are
             held against; None: none.
+        pairwise: a judge that chooses between images of two models; None: none.
 
     Raises:
         ValueError: where a run, an image or a scorer is not what it should be.
@@ -129,11 +133,11 @@ def compare(
     if not isinstance(specs, Mapping):
         specs = {name: ScorerSpec(name) for name in specs}
     options = options or Options()
-    assessors = Assessors(specs, None if votes is None else read_votes(votes))
+    assessors = Assessors(specs, None if votes is None else read_votes(votes), pairwise)
     table = read_samples([str(run) for run in samples], [str(run) for run in references])
     cards = read_cards(table)
     pairs = pair_up(table, cards)
-    assessment = assess(table, assessors, batch_size, Path(cache))
+    assessment = assess(table, [*pairs.cells, *pairs.mixtures], assessors, batch_size, Path(cache))
     chosen = options.score or next(iter(specs))
     properties = measure_images(table, specs, chosen, batch_size, Path(cache))
     assert assessment is not None, "only the main process of several has the scores"
@@ -148,4 +152,5 @@ def compare(
         mixtures=pairs.mixtures,
         properties=properties,
         votes=assessment.votes,
+        judgements=assessment.judgements,
     )

@@ -25,6 +25,7 @@ from deradiff.evaluation.figures.mixture_lines import simplex, trade_off
 from deradiff.evaluation.tables.costs import costs_of_anchors, published_cost, savings_of_anchors
 from deradiff.evaluation.tables.early_stopping import early_stopping
 from deradiff.evaluation.tables.errors import approximation_errors, errors_by_mode, summary
+from deradiff.evaluation.tables.judged import judged_pairs
 from deradiff.evaluation.tables.means import mean_scores
 from deradiff.evaluation.tables.mixtures import mixtures_of_anchors
 from deradiff.evaluation.tables.paper import agreement, errors_by_target, paper_errors
@@ -114,6 +115,7 @@ TABLES = (
     TableSpec("agreement", CLOSENESS, agreement, ERRORS),
     TableSpec("by_target", CLOSENESS, errors_by_target, ERRORS, is_tall=True),
     TableSpec("wins", CLOSENESS, win_rates, folded="Win rates"),
+    TableSpec("judged", SCORES, judged_pairs, is_tall=True),
     TableSpec("scorer_agreement", SCORES, scorer_agreement, is_tall=True),
     TableSpec("means", SCORES, mean_scores, folded="Mean scores of every model"),
     TableSpec(

@@ -9,6 +9,7 @@ from pathlib import Path
 from deradiff.evaluation.comparison import Comparison
 from deradiff.evaluation.figures.drawing import FORMATS, Drawing
 from deradiff.evaluation.figures.image_grids import ImageGrid, image_grids
+from deradiff.evaluation.judging import PAIRWISE
 from deradiff.evaluation.registry import draw_figures, make_tables
 from deradiff.evaluation.report.report import ScorerLine, render
 from deradiff.evaluation.tables.early_stopping import early_stopping_verdict
@@ -125,6 +126,18 @@ def scorer_lines(comparison: Comparison, scorers: Mapping[str, ScorerSpec]) -> S
             preprocessing=row["preprocessing"],
         )
         lines.append(line)
+
+    # The judge of pairs
+    if comparison.judgements is not None and len(comparison.judgements):
+        row = comparison.judgements.iloc[0]
+        judge = ScorerLine(
+            label=PAIRWISE,
+            scale=row["scale"],
+            version=row["version"],
+            checkpoint=row["judge"],
+            preprocessing=row["preprocessing"],
+        )
+        lines.append(judge)
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -68,7 +69,8 @@ class SharedWork(ABC):
         is_missing = []
         for keys in things["keys"]:
             is_missing.append(any(key not in self.cache.scores for key in keys))
-        return things[is_missing]
+        # A mask: an empty list would select no columns
+        return things[np.array(is_missing, dtype=bool)]
 
 
 class BatchedWork(SharedWork):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from deradiff.scorers.registry import SCORERS, entry_of, module_of
-from deradiff.scorers.spec import Endpoint, ScorerSpec
+from deradiff.scorers.spec import Endpoint, PairwiseSpec, ScorerSpec
 
 if TYPE_CHECKING:  # it imports torch
     from deradiff.scorers.base import Scorer
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # it imports torch
 __all__ = [
     "SCORERS",
     "Endpoint",
+    "PairwiseSpec",
     "ScorerSpec",
     "check_prompts",
     "check_scorer",

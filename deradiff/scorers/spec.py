@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -128,3 +129,31 @@ class ScorerSpec:
     file: str | None = None
     endpoint: Endpoint | None = None
     rubric: str | None = None
+
+
+AGAINST = ("reference", "target", "anchor")
+"""What a judge of pairs may compare a realigned model with."""
+
+
+@dataclass(frozen=True)
+class PairwiseSpec:
+    """A judge of pairs behind a server, and what it judges.
+
+    Attributes:
+        endpoint: its server.
+        rubric: one about two images, that ships or is a file of the user's; None: the default one.
+        against: of `AGAINST`: what realigned models are compared with.
+
+    Raises:
+        ValueError: for an opponent that there is not.
+    """
+
+    endpoint: Endpoint
+    rubric: str | None = None
+    against: Sequence[str] = AGAINST[:1]
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.against if name not in AGAINST]
+        if unknown or not self.against:
+            named = ",".join(self.against)
+            raise ValueError(f"against=[{named}] must name some of {', '.join(AGAINST)}")

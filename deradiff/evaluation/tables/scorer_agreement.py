@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from deradiff.evaluation.comparison import Comparison
+from deradiff.evaluation.judging import PAIRWISE
 from deradiff.evaluation.manifest import SAMPLING_COLUMNS
 from deradiff.evaluation.preferences import (
     kendall_tau,
@@ -39,6 +40,8 @@ def scorer_agreement(comparison: Comparison) -> ResultTable:
     if comparison.votes is not None:
         rows += _with_people(comparison.votes)
         note += " " + _ties_note(comparison.votes)
+    if comparison.judgements is not None:
+        rows += _with_judge(comparison, comparison.judgements)
     rows += _between_scorers(comparison)
     return ResultTable.from_rows("scorer_agreement", TITLE, note, rows, COLUMNS)
 
@@ -55,6 +58,34 @@ def _with_people(votes: pd.DataFrame) -> list[Row]:
             "pairs": len(own),
             "prompts": own["prompt"].nunique(),
             "same": mean_over_prompts(100 * same, own["prompt"]),
+            "tau": UNKNOWN,
+        }
+        rows.append(row)
+    return rows
+
+
+def _with_judge(comparison: Comparison, judgements: pd.DataFrame) -> list[Row]:
+    """The row of each scorer beside a judge of pairs, on the pairs that were judged."""
+    if not len(judgements):
+        return []
+    rows = []
+    for scorer in comparison.scorers:
+        own = comparison.scores[comparison.scores["scorer"] == scorer]
+        images = zip(own["sha256"], own["prompt"])
+        score_of = dict(zip(images, own["score"]))
+        sides = []
+        for side in (0, 1):
+            images = zip(judgements[f"sha256_{side}"], judgements["prompt"])
+            sides.append(np.array([score_of[image] for image in images]))
+        preference = pd.Series((1 + np.sign(sides[0] - sides[1])) / 2, judgements.index)
+        same = _same_of_shares(preference, judgements["preference"])
+        row: Row = {
+            "scorer": scorer,
+            "other": PAIRWISE,
+            "on": "judged pairs",
+            "pairs": len(judgements),
+            "prompts": judgements["prompt_id"].nunique(),
+            "same": mean_over_prompts(100 * same, judgements["prompt_id"]),
             "tau": UNKNOWN,
         }
         rows.append(row)
