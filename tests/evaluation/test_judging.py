@@ -87,7 +87,10 @@ def test_every_pair_is_shown_in_both_orders_once(server, tmp_path):
     judged = judge.prefer(asked, image_of)
     assert judged["preference"].tolist() == [1, 0, 0.5, 1]
     assert judged["in_order"].tolist() == judged["swapped"].tolist()
-    shown = [tuple(i.getpixel((0, 0))[0] for i in q.images) for q in server.questions]
+    shown = []
+    for question in server.questions:
+        first, second = question.images
+        shown.append((first.getpixel((0, 0))[0], second.getpixel((0, 0))[0]))
     assert sorted(shown) == sorted({(200, 0), (0, 200), (0, 100), (100, 0), (100, 101), (101, 100)})
     assert set(judged["judge"]) == {"eye-1, rubric pair"}
 
