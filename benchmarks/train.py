@@ -44,6 +44,7 @@ from deradiff.data.encoders import encoders_key, encoders_without_weights
 from deradiff.data.pairs import Examples, Pairs
 from deradiff.data.reference_errors import ReferenceErrors
 from deradiff.models.base_model import BaseModel
+from deradiff.models.cuda_graphs import enable_gradient_checkpointing
 from deradiff.models.families import family_of
 from deradiff.models.flops import denoiser_flops, dpo_step_flops
 from deradiff.models.gpus import MEASURED_TFLOPS
@@ -201,7 +202,7 @@ def make_objective(variant: str, method: str, materials: Materials, pairs: int) 
     family = family_of(pipe)
     make_trainable(network, method, family.lora_targets)
     if materials.checkpointing:
-        network.enable_gradient_checkpointing()
+        enable_gradient_checkpointing(network)
     if "compile" in savings:
         network.compile_repeated_blocks()
 

@@ -127,7 +127,9 @@ class SampleConfig:
         "high: the layers of a LoRA anchor get weights of their own, which a GPU runs faster; low: "
         "one network; auto: high on a GPU of which that takes less than half",
     )
-    compile: bool = setting(False, "torch.compile the blocks that repeat in the network")
+    compile: bool = setting(
+        False, "torch.compile the blocks that repeat in the network, and CUDA graphs on a GPU"
+    )
     sampler: str | None = setting(None, "null: the model's default; " + ", ".join(SAMPLERS))
     eta: float = setting(0.0, "of DDIM: 0 (deterministic) to 1")
     steps: int | None = setting(None, "denoising steps; null: the model's default")

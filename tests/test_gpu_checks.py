@@ -53,7 +53,7 @@ def test_the_plan_has_every_group_and_every_mode():
     assert set(names) == set(GROUPS)
     for group, checks in names.items():
         assert len(set(checks)) == len(checks), group
-        for mode in MODES:
+        for mode in MODES if group.endswith("bf16") else ("exact",):
             assert any(name.startswith(f"sample 1: lora {mode}") for name in checks)
             assert any(name.startswith(f"sample 1: full {mode}") for name in checks)
 

@@ -29,6 +29,7 @@ from deradiff.files import nearest_folder
 from deradiff.hub import check_push
 from deradiff.models.autoencoders import overflows
 from deradiff.models.base_model import BaseModel, check_autoencoder
+from deradiff.models.cuda_graphs import enable_gradient_checkpointing
 from deradiff.models.families import family_of
 from deradiff.models.family import Family
 from deradiff.models.flops import meta_denoiser
@@ -295,7 +296,7 @@ class RunParts:
 
         # How it is computed.
         if config.model.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(network)
         if config.model.compile:
             network.compile_repeated_blocks()
         return pipe

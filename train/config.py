@@ -47,7 +47,9 @@ class ModelConfig:
     channels: list[int] = setting([48, 96], "of a new UNet, one number a level, multiples of 8")
     clip_width: int = setting(64, "width of a new CLIP")
     gradient_checkpointing: bool = setting(False, "less memory for one more forward pass a step")
-    compile: bool = setting(False, "torch.compile the repeated blocks of the denoiser")
+    compile: bool = setting(
+        False, "torch.compile the repeated blocks of the denoiser, and CUDA graphs on a GPU"
+    )
 
     def __post_init__(self) -> None:
         if self.resolution <= 0 or self.resolution % 8:

@@ -266,6 +266,7 @@ def _options(config: TrainConfig) -> TrainingOptions:
         keep_last=config.keep_last,
         keep_best=config.keep_best,
         show_every=config.panel.every if config.spec.makes_anchor else 0,
+        cuda_graphs=config.model.compile,
     )
 
 

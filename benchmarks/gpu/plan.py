@@ -15,6 +15,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Finding
 from benchmarks.gpu.sizes import Size
 from benchmarks.sample import PLAIN, Variant, timed_variants
+from benchmarks.train import METHODS
 
 LIMIT = 480.0
 """Seconds of everything."""
@@ -26,12 +27,15 @@ EXPECTED_RATE = 7e14
 """FLOP/s of large matrix products on the card that the seconds are expected on."""
 
 LEFT_OUT = (
-    "fp16: without the published way, large batches, offloading and compiling, and resuming SDXL",
+    "fp16: a LoRA's first beta and mode exact alone, and the bits at both ends",
     "SD1.5: without large batches and compiling",
-    "large batches: without the modes that evaluate one network at most steps",
-    "resuming a full fine-tune of real size: its checkpoint has 10 GB (SD1.5) or 31 GB (SDXL)",
+    "large batches: the plain pipeline, and mode exact with merged weights",
+    "resuming SDXL, and a full fine-tune of real size, whose checkpoint has 10 GB (SD1.5)",
 )
 """What is not in the plan, so that the rest is done in time."""
+
+EXACT_ALONE = ("sample 1: plain", "sample 1: lora exact, merged", "sample 1: full exact")
+"""What is sampled where not every mode is."""
 
 Run = Callable[[Bench], Finding]
 
@@ -93,15 +97,16 @@ class Pace:
 
 
 PACES = {
-    "sd15": Pace(load=1.0, cache=4.0, step=0.4, image=0.4, lora=0.7, compilation=10.0),
-    "sdxl": Pace(load=2.5, cache=7.0, step=1.3, image=0.65, lora=1.2, compilation=15.0),
+    "sd15": Pace(load=1.0, cache=4.0, step=0.6, image=0.6, lora=0.7, compilation=10.0),
+    "sdxl": Pace(load=2.5, cache=7.0, step=2.0, image=1.4, lora=1.5, compilation=14.0),
 }
 
 
 def plan(size: Size) -> list[Section]:
     """All sections, in their order."""
     return [
-        Section("sdxl bf16", "sdxl bf16", _whole(size, "sdxl", [resume("sdxl", "lora")])),
+        Section("sdxl bf16", "sdxl bf16", _whole(size, "sdxl", [])),
+        Section("sdxl bf16 compiled", "sdxl bf16", _compiled("sdxl")),
         Section(
             "sd15 bf16",
             "sd15 bf16",
@@ -120,7 +125,6 @@ def plan(size: Size) -> list[Section]:
         ),
         Section("sdxl fp16", "sdxl fp16", _short(size, "sdxl", [])),
         Section("sd15 fp16", "sd15 fp16", _short(size, "sd15", [resume("sd15", "lora")])),
-        Section("sdxl bf16 compiled", "sdxl bf16", _compiled("sdxl")),
     ]
 
 
@@ -142,11 +146,11 @@ def _whole(size: Size, network: str, more: list[Check]) -> tuple[Check, ...]:
 
 def _short(size: Size, network: str, more: list[Check]) -> tuple[Check, ...]:
     """What is checked again in another precision; see LEFT_OUT."""
-    names = (training.FIRST_BETA, training.KNOWN)
+    exact = [check for check in _modes(network, 1) if check.name in EXACT_ALONE]
     return (
         *_first(network),
-        *_trainings(size, network, names),
-        *_modes(network, 1),
+        *_trainings(size, network, (training.FIRST_BETA,), ("lora",)),
+        *exact,
         *_ends(network),
         *more,
     )
@@ -155,19 +159,21 @@ def _short(size: Size, network: str, more: list[Check]) -> tuple[Check, ...]:
 def _compiled(network: str) -> tuple[Check, ...]:
     """What is compiled; in a section of its own, because compiling leaves traces in a process."""
     pace = PACES[network]
-    trained = Check(
-        "train lora: compiled",
-        1.8 * pace.compilation + pace.load + 4 * pace.step,
-        partial(training.pace, method="lora", name="compiled"),
-    )
-    checks = [trained]
-    for variant in (Variant(PLAIN, "", {}), Variant("lora", "exact", {"mode": "exact"})):
-        check = Check(
-            f"{dial.check_name(variant, 1)}, compiled",
-            pace.load + pace.compilation,
-            partial(dial.compiled_cost, variant=variant),
-        )
-        checks.append(check)
+    checks = []
+    for method in ("lora", "full"):
+        seconds = 1.8 * pace.compilation + pace.load + 4 * pace.step
+        run = partial(training.pace, method=method, name=training.COMPILED)
+        checks.append(Check(f"train {method}: {training.COMPILED}", seconds, run))
+    exact = {"mode": "exact", "memory": "high"}
+    variants = [
+        (Variant(PLAIN, "", {}), pace.load + pace.compilation),
+        (Variant("lora", "exact", exact), pace.load + pace.compilation),
+        (Variant("lora", "weights", {"mode": "weights"}), pace.lora),
+        (Variant("full", "exact", exact), pace.lora),
+    ]
+    for variant, seconds in variants:
+        run = partial(dial.compiled_cost, variant=variant)
+        checks.append(Check(f"{dial.check_name(variant, 1)}, compiled", seconds, run))
     return tuple(checks)
 
 
@@ -179,12 +185,14 @@ def _first(network: str) -> list[Check]:
     ]
 
 
-def _trainings(size: Size, network: str, names: tuple[str, ...]) -> list[Check]:
-    """A row for each variant of both methods."""
+def _trainings(
+    size: Size, network: str, names: tuple[str, ...], methods: tuple[str, ...] = METHODS
+) -> list[Check]:
+    """A row for each variant of each method."""
     pace = PACES[network]
     seconds = 1.5 * pace.load + pace.step * size.works[network].steps
     checks = []
-    for method in ("lora", "full"):
+    for method in methods:
         for name in names:
             run = partial(training.pace, method=method, name=name)
             checks.append(Check(f"train {method}: {name}", seconds, run))
@@ -197,7 +205,7 @@ def _modes(network: str, images: int) -> list[Check]:
     checks = []
     for variant in timed_variants(("lora", "full")):
         evaluations = 2 if variant.options.get("mode") == "exact" else 1.25
-        if images > 1 and evaluations < 2 and variant.anchor != PLAIN:
+        if images > 1 and dial.check_name(variant, 1) not in EXACT_ALONE[:2]:
             continue
         # One image is profiled, too.
         seconds = {PLAIN: pace.load, "lora": pace.lora, "full": 0.3}[variant.anchor]

@@ -48,6 +48,7 @@ class Adapter:
         denoiser: the network.
         name: of the adapter in peft.
         layers: peft's layers that hold the adapter, by their path in the network.
+        is_active: whether it acts now.
 
     Raises:
         ValueError: for a LoRA that does not fit the network, which is then unchanged.
@@ -63,7 +64,7 @@ class Adapter:
         self._parents: dict[str, nn.Module] = {}
         # (parent, name in it, layer) of each layer that `detached` has taken off the network.
         self._detached: list[tuple[nn.Module, str, Any]] = []
-        self._is_active = False
+        self.is_active = False
 
         weights = anchor.lora(pipe, denoiser)
         pipeline = f"the {pipeline_label(pipe)} pipeline"
@@ -152,7 +153,7 @@ class Adapter:
         detached = {id(layer) for _, _, layer in self._detached}
         for path, layer in self.layers.items():
             is_attached = id(layer) in detached or self._module_at(path) is layer
-            if self.name in layer.active_adapters and not self._is_active:
+            if self.name in layer.active_adapters and not self.is_active:
                 layer._active_adapter = [n for n in layer.active_adapters if n != self.name]
             if not is_attached or self.name not in layer.scaling:
                 raise ValueError(
@@ -219,7 +220,7 @@ class Adapter:
             _set(layer, _active_adapter=[*users, self.name], _disable_adapters=False)
         for parameter in self._frozen:
             parameter.requires_grad = False
-        self._is_active = True
+        self.is_active = True
         try:
             with ExitStack() as stack:
                 if isinstance(scale, Tensor):
@@ -229,7 +230,7 @@ class Adapter:
                         layer.scaling[self.name] *= scale
                 yield
         finally:
-            self._is_active = False
+            self.is_active = False
             for parameter in self._frozen:
                 parameter.requires_grad = True
             for state in states:

@@ -37,6 +37,8 @@ class Clock:
         self.evaluation = 0
         self.fraction = 0.0
         self.sees_steps = True
+        # The scheduler's timesteps, and the same as numbers.
+        self._timesteps: Any = None
         self._times: list[float] = []
         # A chain is announced, has begun, and ends with the last of its times.
         self._is_announced = False
@@ -108,6 +110,7 @@ class Clock:
     def _begin(self, timestep: Tensor | float | None) -> None:
         """Begin a chain at its first evaluation."""
         scheduler = self.scheduler
+        self._timesteps = scheduler.timesteps
         self._times = torch.as_tensor(scheduler.timesteps).flatten().tolist()
         self._is_announced = False
         self._is_running = bool(self._times)
@@ -118,7 +121,7 @@ class Clock:
 
         # An image to start from skips steps. The scheduler counts them, or the time tells. No chain
         # starts at a time of 1 in 1000: a network that is told it is told t / 1000.
-        matches = _matches(self._times, timestep)
+        matches = self._matches(timestep)
         matches = [index for index in matches if self._times[index] > 1 or max(self._times) <= 1]
         start = getattr(scheduler, "step_index", None)
         if start is None:
@@ -141,7 +144,7 @@ class Clock:
             counted = min(self.start_index + self._steps_taken, len(self._times) - 1)
         if not self._is_told_time:
             return counted
-        matches = _matches(self._times, timestep)
+        matches = self._matches(timestep)
         if not matches:
             return None
         ahead = [index for index in matches if index >= counted]
@@ -159,6 +162,25 @@ class Clock:
         self._steps_taken = index - self.start_index
         self._evaluations_of_step = 0
 
+    def _matches(self, timestep: Tensor | float | None) -> list[int]:
+        """The indices of a time that the network is told, in the precision in which it is told."""
+        if timestep is None:
+            return []
+        position = _position_in(self._timesteps, timestep)
+        if position is not None:
+            told = self._times[position]
+            return [index for index, time in enumerate(self._times) if time == told]
+
+        # Any other tensor on a GPU has to be waited for.
+        values = torch.as_tensor(timestep).flatten()
+        if not values.numel():
+            return []
+        known = torch.tensor(self._times, dtype=torch.float64)
+        if values.is_floating_point():
+            known = known.to(values.dtype)
+        is_equal = known.double() == values[0].cpu().double()
+        return is_equal.nonzero().flatten().tolist()
+
     def _fraction_of_time(self) -> float:
         """1 - t / T where the times run from T to 0, and the share of the steps elsewhere."""
         assert self.index is not None
@@ -173,15 +195,18 @@ def _is_precise(timestep: Tensor | float | None) -> bool:
     return not isinstance(timestep, Tensor) or timestep.dtype not in (torch.bfloat16, torch.half)
 
 
-def _matches(times: list[float], timestep: Tensor | float | None) -> list[int]:
-    """The indices of a time that the network is told, in the precision in which it is told."""
-    if timestep is None:
-        return []
-    told = torch.as_tensor(timestep).flatten()
-    if not told.numel():
-        return []
-    known = torch.tensor(times, dtype=torch.float64)
-    if told.is_floating_point():
-        known = known.to(told.dtype)
-    is_equal = known.double() == told[0].cpu().double()
-    return is_equal.nonzero().flatten().tolist()
+def _position_in(timesteps: Any, timestep: Any) -> int | None:
+    """Where a time lies in the scheduler's own tensor; None: it is no element of that tensor.
+
+    Most pipelines tell the network an element of it, whose value is then known without asking the
+    device.
+    """
+    if type(timesteps) is not Tensor or type(timestep) is not Tensor or timesteps.ndim != 1:
+        return None
+    is_one_element = timestep.numel() == 1 or not any(timestep.stride())
+    same_memory = timesteps.untyped_storage().data_ptr() == timestep.untyped_storage().data_ptr()
+    if not is_one_element or not same_memory or timesteps.dtype != timestep.dtype:
+        return None
+    distance = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+    position, rest = divmod(distance, timesteps.stride(0) or 1)
+    return position if not rest and 0 <= position < len(timesteps) else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from deradiff.anchors.anchor import Anchor, check_anchor
 from deradiff.anchors.live import live_anchor
 from deradiff.method.branches import ByBranch
 from deradiff.method.lambdas import Lambda
+from deradiff.models.cuda_graphs import Recordings
 from deradiff.models.family import unwrapped
 from deradiff.models.pipelines import (
     known_family,
@@ -123,8 +125,8 @@ def realign(
             `auto` on a GPU of which that takes less than half. At lam = 1 there is no need for it,
             and the LoRA acts as in the stock pipeline, bit for bit.
         compile: compile the blocks that repeat in the network (`torch.compile`), until the context
-            ends. Compiled code rounds otherwise: lam 0 and 1 are then equal to the stock pipeline
-            but for that.
+            ends, and on a GPU replay evaluations of the same shapes as CUDA graphs. Compiled code
+            rounds otherwise: lam 0 and 1 are then equal to the stock pipeline but for that.
 
     Returns:
         The dial: set `dial.lam` at any time; read `dial.path_kl`, `dial.evaluations` and `dial.ess`
@@ -182,8 +184,10 @@ def realign(
         # The networks' side: the mode evaluates in place of a reference's own forward.
         for name in names:
             network = unwrapped(getattr(pipe, name))
+            recordings = None
             if compile:
                 stack.enter_context(compiled_blocks(network))
+                recordings = Recordings(network, own_hook=HOOK)
             attached = attach_all(pipe, name, anchors, stack, on_cpu=MODES[mode].sums_weights)
             networks = Networks(
                 network,
@@ -197,7 +201,9 @@ def realign(
             )
             parts = ModeParts(network, networks, clock, traits.patch_size, path_kl, every)
             evaluator: Mode = MODES[mode].load()(parts)
-            hook = _Hook(pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments)
+            hook = _Hook(
+                pipe, dial, networks, evaluator, steps, tap, traits.shared_arguments, recordings
+            )
             stack.enter_context(_installed(getattr(pipe, name), hook))
         dial.hold(stack.pop_all())
     return dial
@@ -305,6 +311,7 @@ class _Hook(ModelHook):
         steps: GuidedSteps,
         tap: SchedulerTap,
         shared_arguments: tuple[str, ...],
+        recordings: Recordings | None,
     ) -> None:
         super().__init__()
         self.pipe = pipe
@@ -314,6 +321,7 @@ class _Hook(ModelHook):
         self.steps = steps
         self.tap = tap
         self.shared_arguments = shared_arguments
+        self.recordings = recordings
         # The chain that the networks have been made ready for.
         self._chain = 0
         # The network's forward, compiled, where the network was compiled in place.
@@ -327,6 +335,8 @@ class _Hook(ModelHook):
         if self.gate is not None and not self.gate():
             return forward(*args, **kwargs)
         args, kwargs = all_plain((args, kwargs))
+        if self.recordings is not None:
+            forward = partial(self._recorded, self.recordings, forward)
         network_class: Any = type(unwrapped(module))
         parameters = parameters_of(network_class)
         call = Call(forward, args, kwargs, parameters, self.shared_arguments)
@@ -338,6 +348,8 @@ class _Hook(ModelHook):
         clock.tick(call.timestep)
         if clock.chain != self._chain or clock.index is None:
             self.networks.begin_chain()
+            if self.recordings is not None:
+                self.recordings.refresh()
             self._chain = clock.chain
         lams = lams_of_condition(self.dial.begin_evaluation(call.rows), caller, module)
 
@@ -351,6 +363,14 @@ class _Hook(ModelHook):
             return mixed.output.whole()
         self.steps.note_evaluation(call.rows, mixed.blocks)
         return carried(mixed, self.steps.track, self.steps.needs_anchors)
+
+    def _recorded(
+        self, recordings: Recordings, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """An evaluation as a CUDA graph; a LoRA beside the network changes its modules."""
+        if self.networks.has_active_adapter:
+            return forward(*args, **kwargs)
+        return recordings.run(forward, *args, **kwargs)
 
 
 @contextmanager

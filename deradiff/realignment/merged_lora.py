@@ -34,9 +34,9 @@ class MergedLora:
         self.adapter = adapter
         self._weights = SummedWeights(adapter.denoiser)
 
-    def clear(self) -> None:
-        """Forget the weights: the network's own, or the LoRA's, may have changed."""
-        self._weights.clear()
+    def forget(self) -> None:
+        """Have the weights computed anew: the network's own, or the LoRA's, may have changed."""
+        self._weights.forget()
 
     def output(self, call: Any) -> Any:
         """The output of the reference's network with these weights.

@@ -228,6 +228,12 @@ class Networks:
         for adapter in adapters:
             adapter.check_batchable()
 
+    @property
+    def has_active_adapter(self) -> bool:
+        """Whether a LoRA anchor acts beside the network now."""
+        adapters = [anchor for anchor in self.anchors if isinstance(anchor, Adapter)]
+        return any(adapter.is_active for adapter in adapters)
+
     def begin_chain(self) -> None:
         """Look at the network anew, and forget what its models remember of another chain.
 
@@ -260,7 +266,7 @@ class Networks:
         for number, adapter in adapters.items():
             if adapter in chosen:
                 merged[number] = self._merged.get(number) or MergedLora(adapter)
-                merged[number].clear()
+                merged[number].forget()
         self._merged = merged
 
     def evaluate(

@@ -172,7 +172,7 @@ def _micro_step(
     with accelerator.accumulate(trained.network):
         batch = to_device(batch, accelerator.device)
         # Under autocast the frozen networks round as the trained one does.
-        with trained.autocast():
+        with trained.computing():
             loss, terms = objective.loss(trained.network, batch)
         accelerator.backward(weight * loss)
         trained.step(options.max_norm)

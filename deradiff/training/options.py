@@ -40,6 +40,8 @@ class TrainingOptions:
         keep_best: how many checkpoints of the lowest loss stay.
         show_every: steps between two calls of `show`; 0: never.
         flops_per_step: useful FLOPs of one optimiser step on all devices; 0: unknown.
+        cuda_graphs: on a GPU, replay forward and backward as CUDA graphs
+            (`deradiff.models.cuda_graphs`); under FSDP and DeepSpeed the host calls the operators.
     """
 
     steps: int
@@ -59,6 +61,7 @@ class TrainingOptions:
     keep_best: int = 0
     show_every: int = 0
     flops_per_step: float = 0.0
+    cuda_graphs: bool = False
 
     @property
     def max_norm(self) -> float:

@@ -6,13 +6,14 @@ The tensors are whole wherever their shards lie: under FSDP2 and DeepSpeed too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -22,12 +23,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from deradiff.models.cuda_graphs import RecordedTraining
 from deradiff.training import zero
 from deradiff.training.objectives.base import Objective
 from deradiff.training.optimizers import Average, make_optimizer
 from deradiff.training.options import TrainingOptions
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+WHOLE_ON_EACH_DEVICE = (DistributedType.NO, DistributedType.MULTI_GPU)
+"""How accelerate wraps a network that no rank has only a part of."""
 
 
 def read_tensors(file: Path) -> Any:
@@ -82,6 +87,9 @@ class TrainedNetwork:
         if accelerator.state.deepspeed_plugin is not None:
             self.zero = zero.Zero(accelerator, options)
 
+        # Before accelerate wraps the network: the recordings are of what it wraps.
+        self._recorded = self._record_passes() if options.cuda_graphs else []
+
         # The optimiser gets the plain parameters; accelerate replaces them where it shards.
         parameters = [p for p in objective.network.parameters() if p.requires_grad]
         optimizer = make_optimizer(parameters, options)
@@ -102,11 +110,28 @@ class TrainedNetwork:
         """What this rank holds of the weights, by name."""
         return {name: shard_of(tensor) for name, tensor in self.weights.items()}
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """The precision of a forward pass, of frozen networks too."""
-        if self.zero is not None:
-            return self.zero.autocast()
-        return self.accelerator.autocast()
+    def _record_passes(self) -> list[RecordedTraining]:
+        """Have the network's passes recorded, and those of a frozen copy of it.
+
+        Raises:
+            ValueError: for a network whose passes cannot be recorded.
+        """
+        is_whole = self.accelerator.distributed_type in WHOLE_ON_EACH_DEVICE
+        if self.accelerator.device.type != "cuda" or not is_whole:
+            return []
+        network: Any = self.objective.network
+        copies = [other for other in self.objective.frozen if type(other) is type(network)]
+        return [RecordedTraining(own) for own in [network, *copies]]
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """A forward pass, in the run's precision; of frozen networks too."""
+        autocast = self.accelerator.autocast if self.zero is None else self.zero.autocast
+        with ExitStack() as stack:
+            stack.enter_context(autocast())
+            for recorded in self._recorded:
+                stack.enter_context(recorded.active())
+            yield
 
     def step(self, max_norm: float) -> None:
         """Clip the gradient and step; in the middle of an accumulation accelerate does nothing."""
@@ -114,7 +139,8 @@ class TrainedNetwork:
             norm = self.accelerator.clip_grad_norm_(self.weights.values(), max_norm)
             self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        # A recorded backward pass writes where it wrote before.
+        self.optimizer.zero_grad(set_to_none=not self._recorded)
 
     def norm_value(self) -> float:
         """The norm of the last gradient; 0 where it is unknown."""
@@ -210,6 +236,8 @@ class TrainedNetwork:
 
     def finish(self) -> None:
         """End training: the average takes the weights' place, and the objective has the network."""
+        for recorded in self._recorded:
+            recorded.release()
         if self.average is not None:
             self._take_average(self.average)
         if self.sharded:
