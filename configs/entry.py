@@ -29,7 +29,7 @@ from configs.keys import help_text
 from configs.tracking import ABANDONED
 from deradiff.hub import is_hub_error
 from deradiff.terminal import PrintableRecord, say, warn
-from deradiff.training.preemption import REQUEUE, Preempted
+from deradiff.training.preemption import REQUEUE, Preempted, RanksLost
 
 CONFIGS = str(Path(__file__).parent)
 
@@ -44,9 +44,9 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
 
     It composes `<configs>/<stage>.yaml` over the schema and calls `run` with plain dataclasses.
     What a user can mend ends the process with a sentence and status 2; a signal that asks for a
-    stop, once the work is safe, with status 75; Ctrl-C with status 130; anything else with a
-    traceback. Under submitit,
-    Hydra calls the task itself, in the cluster's job.
+    stop, once the work is safe, and a rank that is lost, with status 75; Ctrl-C with status 130;
+    anything else with a traceback. Under submitit, Hydra calls the task itself, in the cluster's
+    job.
 
     Args:
         stage: its name: of the command, the config file and the folder of its runs.
@@ -121,6 +121,9 @@ def _status_of(work: Callable[[], None], command: Command) -> int:
     except Preempted as stop:
         warn(f"{stage}: {stop}")
         return INTERRUPTED_STATUS if stop.signal_number == signal.SIGINT else REQUEUE
+    except RanksLost as lost:
+        warn(f"{stage}: {lost}")
+        return REQUEUE
     except KeyboardInterrupt:
         warn(f"{stage}: interrupted; the same command resumes")
         return INTERRUPTED_STATUS

@@ -361,6 +361,10 @@ class TrainConfig:
     seed: int = setting(0, "fixes the order of the data, all noise, and new weights")
     precision: str = setting("no", "no (float32), fp16 or bf16")
     cpu: bool = setting(False, "leave GPUs alone")
+    ranks_timeout: float = setting(
+        600.0,
+        "seconds after which a rank that is silent, or never came, ends the others",
+    )
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
     checkpoint_every: int = setting(200, "steps between two checkpoints")
     keep_last: int = setting(2, "how many of the newest checkpoints stay")
@@ -376,7 +380,7 @@ class TrainConfig:
         # Values that are wrong by themselves.
         choice("objective", self.objective, OBJECTIVES)
         choice("precision", self.precision, ("no", "fp16", "bf16"))
-        for key in ("steps", "log_every", "checkpoint_every", "keep_last"):
+        for key in ("steps", "ranks_timeout", "log_every", "checkpoint_every", "keep_last"):
             positive(key, getattr(self, key))
         check_seed("seed", self.seed)
         not_negative("keep_best", self.keep_best)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 from dataclasses import asdict
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +21,12 @@ from deradiff.models.base_model import BaseModel
 from deradiff.run_directories import claim
 from deradiff.terminal import say
 from deradiff.training import zero
+from deradiff.training.checkpoints import Checkpoints
 from deradiff.training.dpo import learning_rate
 from deradiff.training.loop import train
 from deradiff.training.objectives.base import AnchorObjective, Objective
 from deradiff.training.options import TrainingOptions
+from deradiff.training.ranks import COLLECTIVE_PATIENCE, Ranks, Watch, gather_ranks
 from deradiff.training.same_run import check_same, flattened, network_checksum
 from train import build, results
 from train.batch_size import check_auto, choose_batch_size, with_batch_size
@@ -44,6 +46,7 @@ COSMETIC = (  # keys that a resumed run may change
     "keep_last",
     "keep_best",
     "cpu",
+    "ranks_timeout",
     "data.workers",
     "data.max_broken",
     "dpo.reference_errors",
@@ -60,7 +63,6 @@ OF_A_MACHINE = (  # keys that ranks on other machines may have other values of
     "model.clip",
     "model.vae",
 )
-PATIENCE = timedelta(hours=24)  # ranks wait while one labels pairs or writes the last of a cache
 
 
 def run(config: TrainConfig, run_dir: Path) -> Path:
@@ -74,14 +76,15 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     build.check(config, base, run_dir)
     if config.data.dry_run:
         return dry_run(config, base)
-    accelerator = _accelerator(config)
-    check_same(_start(config), accelerator)
-    config.optim.shares(accelerator.num_processes)
-    check_auto(config, accelerator)
-    data = make_data(config, base, accelerator)
-    check_same({"the digest of the data's rows": data.rows_digest}, accelerator)
-    with run_lock(run_dir, accelerator.is_main_process):
-        return _run_alone(config, base, data, run_dir, accelerator)
+    with Watch(_gather_ranks(config), partial(_last_checkpoint, run_dir)):
+        accelerator = _accelerator(config)
+        check_same(_start(config), accelerator)
+        config.optim.shares(accelerator.num_processes)
+        check_auto(config, accelerator)
+        data = make_data(config, base, accelerator)
+        check_same({"the digest of the data's rows": data.rows_digest}, accelerator)
+        with run_lock(run_dir, accelerator.is_main_process):
+            return _run_alone(config, base, data, run_dir, accelerator)
 
 
 def _run_alone(
@@ -214,11 +217,30 @@ def _changeable(config: TrainConfig) -> tuple[str, ...]:
     return COSMETIC if config.spec.compares_batch else (*COSMETIC, "optim.batch_size")
 
 
+def _on_cpu(config: TrainConfig) -> bool:
+    """Whether a run computes on the CPU: it is told so, or there is nothing else."""
+    return config.cpu or not torch.accelerator.is_available()
+
+
+def _gather_ranks(config: TrainConfig) -> Ranks:
+    """All ranks of the launch; DeepSpeed makes its group itself."""
+    if zero.asked_for():
+        return Ranks(None, 0, 1, config.ranks_timeout)
+    device = "cpu" if _on_cpu(config) else str(torch.accelerator.current_accelerator())
+    return gather_ranks(device, config.ranks_timeout)
+
+
+def _last_checkpoint(run_dir: Path) -> str:
+    """What a run can go on from, in a few words."""
+    newest = Checkpoints(run_dir, keep_last=1).newest()
+    return "there is no checkpoint yet" if newest is None else f"{newest} is the last checkpoint"
+
+
 def _accelerator(config: TrainConfig) -> Accelerator:
     # Without an accelerator several processes form a group only where they are told so.
-    on_cpu = config.cpu or not torch.accelerator.is_available()
+    on_cpu = _on_cpu(config)
     deepspeed = zero.asked_for()
-    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    group = InitProcessGroupKwargs(timeout=COLLECTIVE_PATIENCE)
     if on_cpu and deepspeed:
         group.backend = "gloo"
 

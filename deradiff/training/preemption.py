@@ -34,6 +34,10 @@ class Preempted(Exception):
         self.signal_number = signal_number
 
 
+class RanksLost(Exception):
+    """Another rank is gone; the same command resumes. The exit status is that of a preemption."""
+
+
 class Listening:
     """A block in which the signals of SIGNALS are only noted; a second Ctrl-C interrupts at once.
 
