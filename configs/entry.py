@@ -91,6 +91,8 @@ def entry(stage: str, schema: type, run: str, configs: str = CONFIGS) -> Callabl
         logging.raiseExceptions = False
         # transformers advises torchvision, which we do without.
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
+        # It tells of each table of a font that a figure's PDF holds.
+        logging.getLogger("fontTools").setLevel(logging.WARNING)
         # Hydra would print a shortened traceback and exit; so it raises, and we print the sentence.
         os.environ["HYDRA_FULL_ERROR"] = "1"
 

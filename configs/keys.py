@@ -17,6 +17,9 @@ KEY_WIDTH = 26
 WIDTH = 100
 """Columns of --help."""
 
+WITHIN = ("calibrate", "needs")
+"""Commands that are no package of their own."""
+
 LIKENESS = 0.75
 """How alike two keys must be for one to be suggested; 1: equal."""
 
@@ -92,7 +95,7 @@ def _default_choice(group: str, configs: Path, stage: str) -> str | None:
 
 def command_of(stage: str) -> str:
     """What starts a stage."""
-    return "python -m deradiff needs" if stage == "needs" else f"python -m {stage}"
+    return f"python -m deradiff {stage}" if stage in WITHIN else f"python -m {stage}"
 
 
 def help_text(stage: str, schema: type, configs: Path) -> str:

@@ -1,4 +1,4 @@
-"""`deradiff train | sample | eval | needs`: the commands, wherever deradiff is installed.
+"""`deradiff train | sample | eval | ...`: the commands, wherever deradiff is installed.
 
 `deradiff train key=value` is `python -m train key=value` of a checkout. In a wheel the stages lie
 in `deradiff/commands/`; this module puts that folder on the path of its own process and of the
@@ -19,9 +19,10 @@ STAGES = {
     "train": "align a model at one beta: an anchor",
     "sample": "sample an anchor, realigned over a list of lambdas",
     "eval": "score samples, and write tables, figures and a report",
+    "calibrate": "what an anchor is, from pairs that it was not trained on",
     "needs": "what a training needs on 1 to 64 GPUs: hours, memory, disk and cost; nothing is run",
 }
-MODULES = {"needs": "train.needs"}
+MODULES = {"calibrate": "sample.calibrate", "needs": "train.needs"}
 """Where a command is, if not in a package of its name."""
 
 PACKAGE = Path(__file__).parent
@@ -37,7 +38,7 @@ def usage() -> str:
     """What `deradiff --help` prints."""
     lines = ["deradiff <command> key=value ...", "", "commands:"]
     for stage, meaning in STAGES.items():
-        lines.append(f"  {stage:<8}{meaning}")
+        lines.append(f"  {stage:<10}{meaning}")
     lines += ["", "deradiff <command> --help lists the keys of one; deradiff --version"]
     return "\n".join(lines)
 

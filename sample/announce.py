@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import diffusers
 
 from deradiff.anchors.anchor import Anchor
 from deradiff.anchors.mixtures import MixedAnchor, anchor_name, as_one_anchor
+from deradiff.evaluation.statistics import Estimate
+from deradiff.evaluation.tables.table import interval
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
 from deradiff.realignment.dial import BEYOND_ANCHOR, NEGATIVE
 from deradiff.realignment.registry import LABELS, MODES, is_one_network
@@ -52,6 +54,7 @@ def announcement(
         f"guidance {config.guidance_scale:g}, {config.dtype} on {device}",
         f"sample: {prompts} prompts x {len(config.seeds)} seeds x {len(config.lambdas)} lambdas",
     ]
+    lines += [line for anchor in anchors if (line := calibrated(anchor))]
     lines += _cautions(config, base)
     numbers = [lams_text(lams) for lams in config.points]
     width = max(6, *map(len, numbers))
@@ -70,6 +73,29 @@ def lams_text(lams: Lams) -> str:
 
 def _beta(anchor: Anchor) -> float | None:
     return anchor.card.beta if anchor.card else None
+
+
+def calibrated(anchor: Anchor) -> str:
+    """What held-out pairs said of an anchor; empty where its card does not know it.
+
+    Args:
+        anchor: one of those that are sampled.
+    """
+    numbers = anchor.card.calibration if anchor.card else None
+    if not numbers or "beta_eff" not in numbers:
+        return ""
+    acts = interval(_estimate(numbers, "beta_eff"))
+    pairs = numbers.get("pairs", 0)
+    line = f"sample: on {pairs:g} held-out pairs {anchor.source} acts like beta {acts}"
+    if "best_lam" in numbers:
+        best = interval(_estimate(numbers, "best_lam"))
+        line += f", and lam {best} has the lowest loss at its own beta"
+    return line
+
+
+def _estimate(numbers: Mapping[str, float], name: str) -> Estimate:
+    """An estimate from a card."""
+    return Estimate(*(numbers.get(name + end, math.nan) for end in ("", "_low", "_high")))
 
 
 def _mode(config: SampleConfig) -> str:

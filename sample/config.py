@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -375,7 +376,7 @@ class SampleConfig:
         if self.name:
             return self.name
         detail = "" if self.mode_detail is None else self.mode_detail
-        parts = [self._anchor_name(), f"{self.mode_name}{detail}", *self._sampler_name()]
+        parts = [name_of_anchors(self.anchors), f"{self.mode_name}{detail}", *self._sampler_name()]
         if self.branch != "both":
             parts.append(self.branch)
         if self.lam_schedule:
@@ -393,19 +394,6 @@ class SampleConfig:
         if self.height or self.width:
             parts.append(f"{self.width or ''}x{self.height or ''}")
         return "-".join(parts)
-
-    def _anchor_name(self) -> str:
-        """The names of the anchors: of the training run, or the last two parts of the path."""
-        names = []
-        for anchor in self.anchors:
-            path = Path(anchor)
-            if path.name == ANCHOR:
-                path = path.parent
-            parts = path.parts[-2:]
-            if "train" in path.parts[:-1]:
-                parts = path.parts[path.parts.index("train") + 1 :]
-            names.append(slug("-".join(parts)))
-        return "-and-".join(names)
 
     def _sampler_name(self) -> list[str]:
         """The sampler; nothing where it is not known before the anchor is read.
@@ -454,6 +442,24 @@ def _floats(lam: Any) -> Any:
     if isinstance(lam, list):
         return [_floats(one) for one in lam]
     return float(lam) + 0.0
+
+
+def name_of_anchors(anchors: Sequence[str]) -> str:
+    """The names of anchors: of the training run, or the last two parts of the path.
+
+    Args:
+        anchors: each by its one name.
+    """
+    names = []
+    for anchor in anchors:
+        path = Path(anchor)
+        if path.name == ANCHOR:
+            path = path.parent
+        parts = path.parts[-2:]
+        if "train" in path.parts[:-1]:
+            parts = path.parts[path.parts.index("train") + 1 :]
+        names.append(slug("-".join(parts)))
+    return "-and-".join(names)
 
 
 def _check_distinct(key: str, values: Any, example: str) -> None:

@@ -18,10 +18,11 @@ from deradiff.method.samplers import SAMPLERS, samplers_for
 from deradiff.models.base_model import SCHEDULER_CONFIG, BaseModel
 from deradiff.models.families import FAMILIES
 from deradiff.realignment.registry import MODES
-from sample.config import SAMPLING_DEFAULTS, SHAPES, SampleConfig
+from sample.config import SAMPLING_DEFAULTS, SHAPES, ModelConfig, SampleConfig
 from sample.dial_values import scheduled
 
 SHAPES_ASSETS = "asset:shapes/"
+"""How the sources of the shapes world's models begin."""
 
 
 def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, list[Anchor]]:
@@ -30,24 +31,34 @@ def resolve(config: SampleConfig) -> tuple[SampleConfig, BaseModel, list[Anchor]
     Raises:
         ValueError: in one sentence, for what cannot work.
     """
-    anchors = [_find_anchor(anchor, config.read_pickled_tensors) for anchor in config.anchors]
+    anchors = [find_anchor(anchor, config.read_pickled_tensors) for anchor in config.anchors]
     # What `model=` says is known before the hub is asked for anything
-    if config.model.name in FAMILIES:
+    base = base_for(config.model, anchors)
+    resolved = _with_defaults(config, base, anchors)
+    _check_fits(resolved, base, anchors)
+    return resolved, base, anchors
+
+
+def base_for(model: ModelConfig, anchors: Sequence[Anchor]) -> BaseModel:
+    """The base model of anchors, which is there and is of their family.
+
+    Raises:
+        ValueError: in one sentence, for what does not fit.
+    """
+    if model.name in FAMILIES:
         for anchor in anchors:
-            check_anchor_family(anchor, str(config.model.name))
-    base = find_base(config, anchors)
+            check_anchor_family(anchor, str(model.name))
+    base = find_base(model, anchors)
     with section("model"):
         family = base.family.name
     for anchor in anchors:
         check_anchor_family(anchor, family)
     with section("model"):
         base.check()
-    resolved = _with_defaults(config, base, anchors)
-    _check_fits(resolved, base, anchors)
-    return resolved, base, anchors
+    return base
 
 
-def _find_anchor(source: str, pickles_allowed: bool) -> Anchor:
+def find_anchor(source: str, pickles_allowed: bool) -> Anchor:
     """`load_anchor`, whose refusal of a pickle names the stage's key."""
     try:
         return load_anchor(source, read_pickled_tensors=pickles_allowed)
@@ -56,13 +67,12 @@ def _find_anchor(source: str, pickles_allowed: bool) -> Anchor:
         raise ValueError(message) from error
 
 
-def find_base(config: SampleConfig, anchors: Sequence[Anchor]) -> BaseModel:
-    """The base model that the config names, or else the one that the anchors' cards name.
+def find_base(model: ModelConfig, anchors: Sequence[Anchor]) -> BaseModel:
+    """The base model that a config names, or else the one that the anchors' cards name.
 
     Raises:
         ValueError: where neither does, or where the cards disagree.
     """
-    model = config.model
     base = BaseModel(model.base, model.revision, model.vae) if model.base else None
     if base is None:
         base = _base_of_cards(anchors, model.vae)

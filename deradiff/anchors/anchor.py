@@ -114,6 +114,8 @@ class AnchorCard:
         flops: of the whole training.
         weights_digest: of the weights that it lies beside (`deradiff.digests.anchor_digest`); None:
             unknown.
+        calibration: what held-out pairs said of the anchor, by name (`deradiff calibrate`); None:
+            it was not asked.
 
     Raises:
         ValueError: for values of another type, another method, and a beta that is not above 0.
@@ -138,6 +140,7 @@ class AnchorCard:
     device: str = ""
     flops: float = 0.0
     weights_digest: str | None = field(default=None, compare=False)
+    calibration: dict[str, float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         # A card is somebody's file: what is printed, compared and multiplied has its type.
@@ -156,6 +159,8 @@ class AnchorCard:
         _check_card("beta", self.beta, is_beta, "a number above 0, or null where it is unknown")
         is_reward = self.reward is None or _maps_texts_to(self.reward, _is_number)
         _check_card("reward", self.reward, is_reward, "numbers by scorer, or null")
+        is_calibration = self.calibration is None or _maps_texts_to(self.calibration, _is_number)
+        _check_card("calibration", self.calibration, is_calibration, "numbers by name, or null")
         are_versions = _maps_texts_to(self.versions, _is_line)
         _check_card("versions", self.versions, are_versions, "texts by package")
 
@@ -341,17 +346,20 @@ class Anchor:
 PLACES = ("base_model", "base_revision", "vae")
 """Keys of a card that say where something lies. It may be moved."""
 
+AFTERWARDS = ("calibration",)
+"""Keys of a card that are found out after the anchor was trained."""
+
 
 def cards_digest(cards: Iterable[AnchorCard | None]) -> str | None:
     """16 hexadecimal digits that tell whether anchors' cards say the same later; None: no card.
 
     Args:
-        cards: in any order. Where a base model lies does not count.
+        cards: in any order. Where a base model lies does not count, nor what was found out later.
     """
     texts = []
     for card in cards:
         values = asdict(card) if card else {}
-        stated = {key: value for key, value in values.items() if key not in PLACES}
+        stated = {key: v for key, v in values.items() if key not in (*PLACES, *AFTERWARDS)}
         texts.append(json.dumps(stated, sort_keys=True))
     if not any(text != "{}" for text in texts):
         return None

@@ -59,6 +59,8 @@ counted on the model's own config).
 OBJECTIVE_NAMES = {"dpo": "Diffusion-DPO"}
 """The names that the field has for objectives; any other is called as its card calls it."""
 
+CALIBRATION_HEADING = "## Calibration\n"
+
 EXPLANATIONS = {
     BETA_CONVENTION: """: it multiplies half the difference of the errors, each a
 mean over channels, height and width, as the published code has it; diffusers' example calls half of
@@ -103,6 +105,24 @@ def write_model_card(
         flops=card.flops,
     )
     write_atomic(folder / README, text)
+
+
+def write_calibration(folder: Path, sentence: str) -> None:
+    """Say in the `README.md` of an anchor folder what held-out pairs said of the anchor.
+
+    Args:
+        folder: the anchor folder; without a README nothing is written.
+        sentence: the verdict, in place of an earlier one.
+    """
+    file = folder / README
+    if not file.is_file():
+        return
+    text = file.read_text()
+    kept, heading, rest = text.partition(CALIBRATION_HEADING)
+    following = rest.find("\n## ") if heading else -1
+    after = rest[following:] if following >= 0 else ""
+    said = f"{CALIBRATION_HEADING}\n{in_markdown(sentence)}\n"
+    write_atomic(file, f"{kept.rstrip()}\n\n{said}{after}")
 
 
 def _objective_name(card: AnchorCard) -> str:

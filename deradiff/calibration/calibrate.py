@@ -77,6 +77,19 @@ class CalibratedAnchor:
         return best_lam(self.moments, beta)
 
     @property
+    def numbers(self) -> dict[str, float]:
+        """What a card holds: the estimates with the ends of their intervals, and the pairs."""
+        estimates = {
+            "beta_eff": self.beta_eff,
+            "accuracy": self.accuracy,
+            "best_lam": self.best_lam,
+            "loss": self.loss,
+            "best_loss": self.best_loss,
+        }
+        known = {name: value for name, value in estimates.items() if value is not None}
+        return {"pairs": float(self.moments.pairs), **flatten(known)}
+
+    @property
     def verdict(self) -> str:
         """What the anchor is, in a sentence."""
         acts = f"acts like beta {interval(self.beta_eff)}"
@@ -129,13 +142,22 @@ class Calibration:
             A row for each anchor, beta and lambda: `anchor`, `beta`, `lam`, `loss`, `accuracy` and
             `winner_error` (less the reference's), each with `_low` and `_high`.
         """
+        return pd.DataFrame([flatten(row) for row in self.rows(lams, betas)])
+
+    def rows(self, lams: Sequence[float], betas: Sequence[float]) -> list[dict[str, Any]]:
+        """The rows of `table`, with estimates that hold their intervals.
+
+        Args:
+            lams: lambdas of the rows.
+            betas: betas of the rows; an anchor's own is among them.
+        """
         rows = []
         for anchor in self.anchors:
             own = [] if anchor.beta is None else [anchor.beta]
             for beta in sorted({*betas, *own}):
                 for lam in lams:
-                    rows.append(flatten(_row(anchor, beta, lam)))
-        return pd.DataFrame(rows)
+                    rows.append(_row(anchor, beta, lam))
+        return rows
 
 
 def _row(anchor: CalibratedAnchor, beta: float, lam: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train.__main__", "sample.__main__", "eval.__main__", "train.needs")
+COMMANDS = ("train.__main__", "sample.__main__", "eval.__main__", "train.needs", "sample.calibrate")
 
 CODE = """
 from configs import ctrl_c
