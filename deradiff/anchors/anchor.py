@@ -403,6 +403,9 @@ def write_card(folder: Path, card: AnchorCard, weights: Path) -> None:
     for file in [weights] if weights.is_file() else weights.rglob("*.safetensors"):
         sort_metadata(file)
     values = asdict(replace(card, weights_digest=anchor_digest(weights)))
+    for key in AFTERWARDS:
+        if values[key] is None:
+            del values[key]
     write_atomic(folder / CARD, json.dumps(sealed(values), indent=2) + "\n")
 
 
