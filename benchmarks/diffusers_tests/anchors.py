@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 RANK = 4
@@ -95,17 +95,27 @@ def lora_anchor(pipe: Any, name: str, folder: Path) -> SavedAnchor:
         if "lora_" in path:
             parameter.data = LORA_SCALE * torch.randn(parameter.shape, generator=generator)
     adapted.eval()
-    _save_lora(pipe, name, adapted, folder)
-    return SavedAnchor(str(folder), {name: adapted}, {name: _merged(network, adapted)})
-
-
-def _save_lora(pipe: Any, name: str, adapted: nn.Module, folder: Path) -> None:
-    """Save the adapter of a network."""
     state = {}
     for key, value in get_peft_model_state_dict(adapted, adapter_name="default").items():
         state[key] = value.contiguous()
-    config = adapted.peft_config["default"].to_dict()  # type: ignore[union-attr, operator]
-    config["target_modules"] = sorted(config["target_modules"])
+    settings = adapted.peft_config["default"].to_dict()
+    settings["target_modules"] = sorted(settings["target_modules"])
+    file, prefix = _save_lora(pipe, name, state, settings, folder)
+    # As pipelines load it, for the same reason as above: it stays where the file has it.
+    loaded = copy.deepcopy(network)
+    loaded.load_lora_adapter(
+        load_file(folder / file),
+        prefix=prefix,
+        metadata={f"{prefix}.{key}": value for key, value in settings.items()},
+        low_cpu_mem_usage=True,
+    )
+    return SavedAnchor(str(folder), {name: loaded.eval()}, {name: _merged(network, adapted)})
+
+
+def _save_lora(
+    pipe: Any, name: str, state: dict[str, Tensor], config: dict[str, Any], folder: Path
+) -> tuple[str, str]:
+    """Save an adapter of a network; returns the file's name and the prefix of its layers."""
     saver = getattr(type(pipe), "save_lora_weights", None)
     parameters = inspect.signature(saver).parameters if saver else {}
     folder.mkdir(parents=True)
@@ -114,12 +124,13 @@ def _save_lora(pipe: Any, name: str, adapted: nn.Module, folder: Path) -> None:
         if f"{name}_lora_adapter_metadata" in parameters:
             options[f"{name}_lora_adapter_metadata"] = config
         saver(folder, **options)
-        return
-    peft_state = {f"base_model.model.{key}": value for key, value in state.items()}
-    save_file(peft_state, folder / "adapter_model.safetensors")
+        return "pytorch_lora_weights.safetensors", name
+    file, prefix = "adapter_model.safetensors", "base_model.model"
+    save_file({f"{prefix}.{key}": value for key, value in state.items()}, folder / file)
     keys = ("peft_type", "r", "lora_alpha", "target_modules", "bias")
     settings = {key: config[key] for key in keys}
     (folder / "adapter_config.json").write_text(json.dumps(settings, default=str))
+    return file, prefix
 
 
 def _merged(network: nn.Module, adapted: nn.Module) -> Weights:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -24,6 +24,16 @@ from deradiff.method.transitions import kl_factors
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Generator, nn.Module)
 """Types of arguments that a network remembers nothing in."""
+
+
+class _Step(NamedTuple):
+    """What guidance made of the networks' outputs, and whether the pipeline's own scheduler got it.
+
+    A pipeline may take further steps with copies of its scheduler, as LTX-2 does for its sound.
+    """
+
+    guided: Tensor
+    is_own: bool
 
 
 class ByHand:
@@ -39,40 +49,49 @@ class ByHand:
         self.subject = subject
         self.weights = weights
         self.lam = lam
-        # What guidance made of the mixture at each step of the last chain.
-        self._guided: list[Tensor] = []
+        # What guidance made of the mixture at each step, chain by chain.
+        self._chains: list[list[_Step]] = []
 
     def sample(self) -> Tensor:
         """What the pipeline makes of the mixture."""
-        self._guided = []
-        with self._evaluations(self.lam), self._steps(self._note, self._guided.clear):
+        self._chains = [[]]
+
+        def note(guided: Tensor, is_own: bool) -> Tensor:
+            self._chains[-1].append(_Step(guided.clone(), is_own))
+            return guided
+
+        with self._evaluations(self.lam), self._steps(note, lambda: self._chains.append([])):
             return self.subject.sample()
 
+    @property
+    def steps(self) -> list[Tensor]:
+        """What guidance made of the mixture at each step of the last chain of the last `sample`."""
+        return _of_last_chain(self._chains)
+
     def path_kl(self) -> Tensor:
-        """The path KL of each image (images,), after `sample`.
+        """The path KL of each image (images,) in the last chain, after `sample`.
 
         Raises:
             ValueError: where the scheduler does not tell its noise levels.
         """
-        mixtures = self._guided
-        references: list[Tensor] = []
+        chains: list[list[_Step]] = [[]]
 
-        def take_mixture(reference: Tensor) -> Tensor:
-            references.append(reference.clone())
-            return mixtures[len(references) - 1]
+        # Every scheduler, that of the sound too, goes on with the mixture.
+        def take_mixture(reference: Tensor, is_own: bool) -> Tensor:
+            steps = chains[-1]
+            steps.append(_Step(reference.clone(), is_own))
+            return self._chains[len(chains) - 1][len(steps) - 1].guided
 
-        with self._evaluations(0.0), self._steps(take_mixture, references.clear):
+        with self._evaluations(0.0), self._steps(take_mixture, lambda: chains.append([])):
             self.subject.sample()
+        mixtures = self.steps
+        references = _of_last_chain(chains)
         factors = kl_factors(self.subject.pipe.scheduler)[-len(mixtures) :]
         total = torch.zeros(len(mixtures[0]), dtype=torch.float64)
         for factor, mixture, reference in zip(factors, mixtures, references):
             shift = mixture.double() - reference.double()
             total += factor * shift.square().flatten(1).sum(1)
         return total
-
-    def _note(self, guided: Tensor) -> Tensor:
-        self._guided.append(guided.clone())
-        return guided
 
     @contextmanager
     def _evaluations(self, lam: float) -> Iterator[None]:
@@ -86,12 +105,13 @@ class ByHand:
 
     @contextmanager
     def _steps(
-        self, replace: Callable[[Tensor], Tensor], begin: Callable[[], None]
+        self, replace: Callable[[Tensor, bool], Tensor], begin: Callable[[], object]
     ) -> Iterator[None]:
-        """Have the pipeline's scheduler take each step with another guided output.
+        """Have the pipeline's scheduler, and copies of it, take steps with other guided outputs.
 
         Args:
-            replace: gets the guided output, and returns the one to take.
+            replace: gets the guided output, and whether the step is one of the pipeline's own
+                scheduler; returns the output to take.
             begin: is called where a chain begins.
         """
         scheduler = self.subject.pipe.scheduler
@@ -104,9 +124,8 @@ class ByHand:
         @functools.wraps(own_step)
         def step(instance: Any, *args: Any, **kwargs: Any) -> Any:
             call = signature.bind(instance, *args, **kwargs)
-            if instance is scheduler:
-                output = call.arguments["model_output"]
-                call.arguments["model_output"] = replace(output)
+            output = call.arguments["model_output"]
+            call.arguments["model_output"] = replace(output, instance is scheduler)
             return own_step(*call.args, **call.kwargs)
 
         @functools.wraps(own_set_timesteps)
@@ -120,6 +139,13 @@ class ByHand:
             patch.object(kind, "set_timesteps", set_timesteps),
         ):
             yield
+
+
+def _of_last_chain(chains: Sequence[Sequence[_Step]]) -> list[Tensor]:
+    """What the pipeline's own scheduler got in the last chain in which it took steps."""
+    found = [[step.guided for step in chain if step.is_own] for chain in chains]
+    taken = [guided for guided in found if guided]
+    return taken[-1] if taken else []
 
 
 def mixing_forward(network: nn.Module, weights: Weights, lam: float) -> Callable[..., Any]:

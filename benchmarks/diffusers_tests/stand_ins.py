@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
@@ -280,6 +282,10 @@ def _flattened(images: Any) -> list[Any]:
     return found
 
 
+SMALL_AREA = 64 * 64
+"""Pixels of an image to edit."""
+
+
 # Text encoders, of the widths that the tests' denoisers expect.
 
 
@@ -404,18 +410,22 @@ def qwen2_config() -> Any:
     return transformers.Qwen2VLConfig(text_config=qwen_text(16), vision_config=vision)
 
 
-def qwen3_config() -> Any:
-    """Qwen 3 VL's."""
+def qwen3_config(width: int = 32) -> Any:
+    """Qwen 3 VL's.
+
+    Args:
+        width: of its hidden states.
+    """
     vision = {
         "depth": 2,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
-        "out_hidden_size": 32,
+        "out_hidden_size": width,
         "patch_size": PATCH,
         "deepstack_visual_indexes": [0],
     }
-    return transformers.Qwen3VLConfig(text_config=qwen_text(32), vision_config=vision)
+    return transformers.Qwen3VLConfig(text_config=qwen_text(width), vision_config=vision)
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -432,12 +442,18 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 """By the beginning of the class's name, the first one that it has."""
 
 
-def model_of(model_class: Any) -> Any:
+CONFIGS_OF: dict[str, Callable[[], Any]] = {
+    "huangfeice/tiny-random-Qwen3VLForConditionalGeneration": partial(qwen3_config, 16),
+}
+"""By the hub id, where a class has several widths."""
+
+
+def model_of(model_class: Any, hub_id: str) -> Any:
     """A random model in place of one on the hub. Raises OSError for one that is not known."""
     for beginning, make in CONFIGS.items():
         if model_class.__name__.startswith(beginning):
             torch.manual_seed(0)
-            model = model_class(make()).eval()
+            model = model_class(CONFIGS_OF.get(hub_id, make)()).eval()
             # ChatGLM leaves its memory as it finds it.
             for parameter in model.parameters():
                 if beginning == "ChatGLM":
@@ -503,7 +519,7 @@ def _image_processor(owner: Any, hub_id: str, **kwargs: Any) -> Any:
 
 
 def _model(owner: Any, hub_id: str, **kwargs: Any) -> Any:
-    return model_of(owner)
+    return model_of(owner, hub_id)
 
 
 def _unet(owner: Any, hub_id: str, **kwargs: Any) -> Any:
@@ -532,6 +548,9 @@ def install() -> None:
     """Have every `from_pretrained` of a hub id answer with a stand-in, until the process ends."""
     for owner, stand_in in STAND_INS:
         owner.from_pretrained = classmethod(_local_or(owner.from_pretrained.__func__, stand_in))
+    # Those that edit an image bring it to a million pixels, whatever its size: 30 s a call.
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        module.calculate_dimensions = partial(_small_sides, module.calculate_dimensions)
     # torchvision, which does not install beside a torch for the CPU, resizes a mask for Cosmos.
     for module in (transformer_cosmos, controlnet_cosmos):
         if not hasattr(module, "transforms"):
@@ -539,6 +558,11 @@ def install() -> None:
                 functional=SimpleNamespace(resize=_resized),
                 InterpolationMode=SimpleNamespace(NEAREST="nearest"),
             )
+
+
+def _small_sides(sides: Callable[..., Any], area: float, ratio: float) -> Any:
+    """The sides of a small image. The function `sides` has those of one of a given area."""
+    return sides(min(area, SMALL_AREA), ratio)
 
 
 def _resized(mask: Tensor, size: list[int], interpolation: str) -> Tensor:

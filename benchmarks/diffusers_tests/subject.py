@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from deradiff.models.pipelines import denoiser_name, denoiser_names
@@ -95,12 +96,38 @@ class Subject:
         Args:
             options: other arguments of the pipeline.
         """
+        return numbers_of(self._output(options))
+
+    def _output(self, options: Mapping[str, Any]) -> Any:
+        """What one call returns."""
         _seed()
         with torch.no_grad():
             # Those that edit an image first go back to its noise.
             if hasattr(self._test, "get_dummy_inversion_inputs"):
                 self.pipe.invert(**_given(self._test.get_dummy_inversion_inputs))
-            return numbers_of(self.pipe(**self._arguments() | options))
+            return self.pipe(**self._arguments() | options)
+
+    def sample_each(self, images: int, **options: Any) -> list[Tensor]:
+        """What one call makes, as a row of numbers for each image.
+
+        Args:
+            images: that the call makes.
+            options: other arguments of the pipeline.
+        """
+        parts: list[list[Tensor]] = [[] for _ in range(images)]
+        for value in self._output(options).values():
+            length = 0 if value is None else len(value)
+            if not length or length % images:
+                continue
+            each = length // images
+            for image, own in enumerate(parts):
+                own.append(numbers_of(value[image * each : (image + 1) * each]))
+        return [torch.cat(own) for own in parts]
+
+    def longer(self) -> dict[str, Any]:
+        """Arguments for twice the steps, where the pipeline takes a number of steps."""
+        steps = self._arguments().get("num_inference_steps")
+        return {"num_inference_steps": 2 * steps} if isinstance(steps, int) else {}
 
     def _samples(self) -> bool:
         """Whether the pipeline takes its arguments."""
@@ -126,11 +153,16 @@ class Subject:
             networks: by the attribute of the denoiser.
         """
         own = {name: getattr(self.pipe, name) for name in networks}
-        self.pipe.register_modules(**networks)
+        # A pipeline of several stages has a pipeline for each.
+        stages = [part for part in vars(self.pipe).values() if isinstance(part, DiffusionPipeline)]
+        pipes = [self.pipe, *stages]
+        for pipe in pipes:
+            pipe.register_modules(**networks)
         try:
             yield
         finally:
-            self.pipe.register_modules(**own)
+            for pipe in pipes:
+                pipe.register_modules(**own)
 
 
 def _given(make: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -150,6 +182,9 @@ def _with_steps(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> Non
     steps = arguments.get("num_inference_steps")
     if isinstance(steps, int):
         arguments["num_inference_steps"] = min(max(steps, 2), STEPS)
+        # Sana Sprint names a time between for two steps alone.
+        if "intermediate_timesteps" in parameters:
+            arguments["intermediate_timesteps"] = None
         if "strength" in parameters:
             arguments |= {"num_inference_steps": STEPS, "strength": STRENGTH}
 

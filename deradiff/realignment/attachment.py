@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from deradiff.anchors.anchor import Anchor
+from deradiff.anchors.live import LiveAdapter
 from deradiff.models.family import unwrapped
 from deradiff.models.pipelines import denoiser_name, denoiser_names, pipeline_label
 from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
@@ -62,6 +63,26 @@ def check_not_realigned(pipe: Any, names: Sequence[str]) -> None:
             raise ValueError(
                 "this pipeline is being realigned already: leave that context or close its dial "
                 "first, or give several anchors to one"
+            )
+
+
+def check_parts(pipe: Any, names: Sequence[str], anchors: Sequence[Anchor]) -> None:
+    """Raise ValueError for a LoRA file where a pipeline has a second denoiser.
+
+    Stock pipelines load a file into one of the two, as they are told.
+
+    Args:
+        pipe: the pipeline.
+        names: of its denoisers.
+        anchors: the anchors.
+    """
+    for anchor in anchors:
+        if len(names) > 1 and anchor.method == "lora" and not isinstance(anchor, LiveAdapter):
+            raise ValueError(
+                f"the LoRA anchor {anchor.source} is for one denoiser, and {type(pipe).__name__} "
+                f"has {' and '.join(names)}: load a LoRA into each under one adapter_name (with "
+                "load_into_transformer_2=True into the second), and give "
+                "deradiff.adapter_anchor(pipe, name)"
             )
 
 

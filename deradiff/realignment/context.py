@@ -36,6 +36,7 @@ from deradiff.realignment.attachment import (
     HOOK,
     attach_all,
     check_not_realigned,
+    check_parts,
     realigned_denoisers,
 )
 from deradiff.realignment.caller import calling_pipeline
@@ -161,6 +162,7 @@ def realign(
     _check_pipeline(pipe, names)
     lams = validated_lams(lam, len(sources))
     anchors = [check_anchor(source, pipe) for source in sources]
+    check_parts(pipe, names, anchors)
 
     # What is put into the pipeline below is taken out in reverse order.
     with ExitStack() as stack:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
 from deradiff.realignment.cache_states import REFERENCE, CacheStates, Memories, Watch, has_objects
@@ -251,6 +252,12 @@ class Networks:
                 f"{option} and a cache of diffusers on the network do not go together: switch off "
                 "one of them (disable_cache)"
             )
+        keeper = keeping_processor(self.denoiser) if self.batched else None
+        if keeper:
+            raise ValueError(
+                f"batched=True and attention processors that keep something of each row ({keeper}) "
+                "do not go together: remove batched=True"
+            )
         for anchor in self.anchors:
             if isinstance(anchor, FullAnchor):
                 anchor.refresh()
@@ -439,6 +446,30 @@ class Networks:
                 raise ValueError(f"{NO_BATCH} ({reason}): remove batched=True") from error
         leaves, structure = tree_flatten(output)
         return _split(leaves, structure, joint, call.rows)
+
+
+PLAIN = (type(None), bool, int, float, str, torch.dtype, FunctionType, Tensor, nn.Module)
+"""Types of what a processor of attention may have without remembering rows."""
+
+
+def keeping_processor(network: Any) -> str | None:
+    """The class of an attention processor with an object of its own, which may remember rows.
+
+    Such are those of LEDITS++ and prompt-to-prompt, whose pipelines read attention maps from it.
+
+    Args:
+        network: the reference's.
+
+    Returns:
+        Its name; None: no processor has one.
+    """
+    for processor in getattr(network, "attn_processors", {}).values():
+        if isinstance(processor, nn.Module):
+            continue
+        values = list(getattr(processor, "__dict__", {}).values())
+        if any(not isinstance(leaf, PLAIN) for leaf in tree_leaves(values)):
+            return type(processor).__name__
+    return None
 
 
 def _check_batch(joint: dict[int, Output], apart: dict[int, Output]) -> None:
