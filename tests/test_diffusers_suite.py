@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from benchmarks.diffusers_tests import __main__ as command
 from benchmarks.diffusers_tests import cases, outcomes
 from benchmarks.diffusers_tests.checks import Checks
 from benchmarks.diffusers_tests.own_cases import DDPM, ErnieImage, OwnCase
+from benchmarks.diffusers_tests.scheduler_cases import schedulers_in
 from benchmarks.diffusers_tests.subject import Subject
 from deradiff.realignment import modes, path_kl
+from deradiff.realignment.clock import Clock
 from deradiff.realignment.networks import Networks
 
 
@@ -146,6 +149,46 @@ def test_cases_are_the_classes_that_build_a_pipeline():
         found = list(cases._test_classes(module))
         member.__module__ = before
         assert found == ([member] if member is ErnieImage else [])
+
+
+def test_schedulers_have_cases_with_their_settings():
+    class Base(OwnCase):
+        def get_dummy_components(self):
+            return {"scheduler": DDIMScheduler(beta_end=0.012)}
+
+    found = dict(schedulers_in(Base, with_variants=True))
+    assert {"EulerDiscreteScheduler", "TCDScheduler", "DDIMScheduler"} <= found.keys()
+    clipping = found["DDPMScheduler(clip_sample=True)"]().get_dummy_components()["scheduler"]
+    assert type(clipping) is DDPMScheduler
+    assert clipping.config.clip_sample
+    assert clipping.config.beta_end == 0.012
+    assert len(dict(schedulers_in(Base, with_variants=False))) < len(found)
+
+
+def test_the_outputs_of_a_call_are_told_apart_by_image(monkeypatch):
+    """Pictures and sounds are two outputs, each with all images in it."""
+    subject = Subject(DDPM)
+    output = {"frames": torch.arange(8.0).view(2, 4), "audio": torch.tensor([[8.0], [9.0]])}
+    monkeypatch.setattr(subject, "_output", lambda options: output)
+    first, second = subject.sample_each(2)
+    assert first.tolist() == [0, 1, 2, 3, 8]
+    assert second.tolist() == [4, 5, 6, 7, 9]
+
+
+def test_the_stages_of_a_pipeline_get_other_networks_too():
+    subject = Subject(DDPM)
+    stage = Subject(DDPM).pipe
+    own = stage.unet
+    subject.pipe.stage = stage
+    other = torch.nn.Linear(1, 1)
+    with subject.replaced({"unet": other}):
+        assert subject.pipe.unet is stage.unet is other
+    assert subject.pipe.unet is stage.unet is not own
+
+
+def test_a_schedule_that_stands_still_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(Clock, "_fraction_of_time", lambda clock: 0.5)
+    assert answers(tmp_path)["schedule"].startswith("wrong: the fractions of time are [0.5")
 
 
 def test_a_folder_without_tests_is_refused(tmp_path):

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.diffusers_tests.own_cases import OWN_CASES
+from benchmarks.diffusers_tests.scheduler_cases import schedulers_in
 
 PIPELINE_TESTS = "tests/pipelines"
 
@@ -32,6 +33,12 @@ OTHER_OUTPUTS = (
 )
 """The folders of pipelines that make sound, text or shapes."""
 
+SCHEDULER_TESTS = (
+    ("stable_diffusion.test_stable_diffusion", "StableDiffusionPipelineTesterConfig"),
+    ("stable_diffusion_xl.test_stable_diffusion_xl", "StableDiffusionXLPipelineFastTests"),
+)
+"""The classes of diffusers' tests, by their module, whose pipelines get other schedulers."""
+
 VIDEO_WORDS = ("video", "frames")
 """Some argument of a pipeline that makes videos has one of these in its name."""
 
@@ -46,7 +53,8 @@ class Case:
     Attributes:
         name: `flux/test_pipeline_flux.py::FluxPipelineTesterConfig`.
         test_class: the class; None: its file could not be imported.
-        kind: what its pipeline makes, `image` or `video`; `own` for a case of OWN_CASES.
+        kind: what its pipeline makes, `image` or `video`; `own` for a case of OWN_CASES,
+            `scheduler` for one of a scheduler.
         problem: why its file could not be imported; empty: it was.
     """
 
@@ -62,7 +70,7 @@ class Case:
 
 
 def find_cases(checkout: Path, pattern: str) -> list[Case]:
-    """All cases of a checkout, and those of pipelines that its tests do not build.
+    """All cases of a checkout, those of pipelines that its tests do not build, and of schedulers.
 
     Args:
         checkout: of diffusers' repository; its tests are imported.
@@ -88,7 +96,18 @@ def find_cases(checkout: Path, pattern: str) -> list[Case]:
         name = f"own_cases.py::{own_case.__name__}"
         if re.search(pattern, name):
             cases.append(Case(name, own_case, "own"))
+    if re.search(pattern, "schedulers"):
+        cases += _cases_of_schedulers()
     return cases
+
+
+def _cases_of_schedulers() -> Iterator[Case]:
+    """A case for each scheduler in the pipelines of SD1.5 and SDXL."""
+    for number, (file, name) in enumerate(SCHEDULER_TESTS):
+        module = importlib.import_module(f"tests.pipelines.{file}")
+        found = schedulers_in(getattr(module, name), with_variants=number == 0)
+        for scheduler, test_class in found:
+            yield Case(f"schedulers/{name}::{scheduler}", test_class, "scheduler")
 
 
 def _cases_of(file: Path, name: str) -> Iterator[Case]:

@@ -33,6 +33,7 @@ KINDS = {
     "image": "image pipelines",
     "video": "video pipelines",
     "own": "without a test of diffusers",
+    "scheduler": "schedulers",
 }
 """Of cases, and the headers of their columns."""
 
@@ -63,7 +64,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         counts[result["kind"]]["cases"] += 1
         counts[result["kind"]][result["outcome"]] += 1
-    lines = [f"| | {' | '.join(KINDS.values())} |", "|---|---|---|---|"]
+    lines = [f"| | {' | '.join(KINDS.values())} |", "|---" * (1 + len(KINDS)) + "|"]
     for row in ("cases", *OUTCOMES):
         numbers = [counts[kind][row] for kind in KINDS]
         if any(numbers):

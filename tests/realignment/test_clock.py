@@ -110,6 +110,23 @@ def test_a_scheduler_that_is_called_twice_for_a_step_is_followed_to_the_end():
     assert seen == 2 * [(index, index == 0) for index in range(5)]
 
 
+@pytest.mark.parametrize("told", ["first frame", "each frame"])
+def test_the_largest_of_several_times_tells_where_copies_of_the_scheduler_step(told):
+    """As in SkyReels V2, where each frame has a scheduler and a given frame is told 0."""
+    scheduler = diffusers.UniPCMultistepScheduler()
+    clock = Clock()
+    clock.follow(scheduler)
+    scheduler.set_timesteps(4)
+    clock.announce_chain()
+    seen = []
+    for t in scheduler.timesteps:
+        times = torch.stack([torch.zeros_like(t) if told == "first frame" else t, t])
+        clock.tick(times.expand(2, 2))
+        seen.append((clock.index, round(clock.fraction, 3)))
+    expected = [round(1 - float(t) / 1000, 3) for t in scheduler.timesteps]
+    assert seen == list(enumerate(expected))
+
+
 @pytest.mark.parametrize("calls", [1, 2, 3])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_is_followed(name, calls):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from peft import LoraConfig
 
+import deradiff
 from deradiff.method.transitions import kl_factors
 from deradiff.realignment.context import realign
 from tests.support.realign_world import fingerprint
@@ -83,3 +85,27 @@ def test_an_anchor_of_one_part_is_refused_by_name(pair):
         realign(pipe, folder, 0.5),
     ):
         pass
+
+
+def test_a_lora_file_for_one_of_two_is_refused_and_loaded_ones_for_both_are_dialled(pair, sd15):
+    pipe, _, _ = pair
+    with pytest.raises(ValueError, match=r"is for one denoiser, and .* under one adapter_name"):
+        realign(pipe, sd15.anchors["lora1"], 0.5)
+
+    reference = pipe()
+    networks = (pipe.transformer, pipe.transformer_2)
+    generator = torch.Generator().manual_seed(2)
+    for network in networks:
+        network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]), "mine")
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+    aligned = pipe()
+    anchor = deradiff.adapter_anchor(pipe, "mine")
+    for network in networks:
+        network.delete_adapters("mine")
+    with realign(pipe, anchor, 1) as dial:
+        torch.testing.assert_close(pipe(), aligned, rtol=0, atol=1e-4)
+        dial.lam = 0
+        assert torch.equal(pipe(), reference)
+    assert not torch.allclose(aligned, reference, atol=1e-2)
