@@ -143,9 +143,11 @@ class ByHand:
 
 def _of_last_chain(chains: Sequence[Sequence[_Step]]) -> list[Tensor]:
     """What the pipeline's own scheduler got in the last chain in which it took steps."""
-    found = [[step.guided for step in chain if step.is_own] for chain in chains]
-    taken = [guided for guided in found if guided]
-    return taken[-1] if taken else []
+    last: list[Tensor] = []
+    for chain in chains:
+        taken = [step.guided for step in chain if step.is_own]
+        last = taken or last
+    return last
 
 
 def mixing_forward(network: nn.Module, weights: Weights, lam: float) -> Callable[..., Any]:
