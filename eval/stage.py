@@ -23,7 +23,7 @@ from deradiff.evaluation.manifest import read_cards
 from deradiff.evaluation.pairing import Pairs, pair_up
 from deradiff.evaluation.properties import measure_images
 from deradiff.evaluation.results import REPORT
-from deradiff.evaluation.shared_work import process_state
+from deradiff.evaluation.shared_work import check_shared_disk, process_state, watch
 from deradiff.evaluation.votes import read_votes
 from deradiff.files import slug
 from deradiff.locks import run_lock
@@ -51,6 +51,13 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
     Raises:
         ValueError: in one sentence.
     """
+    # Whatever one process refuses, the others hear.
+    with watch("eval", "the scores so far are kept"):
+        return _run_together(config, run_dir)
+
+
+def _run_together(config: EvalConfig, run_dir: Path) -> Path:
+    """As `run`, in a process of several."""
     # What is evaluated
     specs = {}
     for label, scorer in config.scorers.items():
@@ -69,7 +76,9 @@ def run(config: EvalConfig, run_dir: Path) -> Path:
     assessors.check_prompts(samples["prompt"])
     cards = read_cards(samples)
     pairs = pair_up(samples, cards)
-    is_main = process_state().is_main_process
+    state = process_state()
+    check_shared_disk(run_dir, state)
+    is_main = state.is_main_process
     with run_lock(run_dir, is_main):
         if is_main:
             claim(run_dir, asdict(config), ignore=config.derived())

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
 from deradiff.data.prompts import load_prompts
+from deradiff.evaluation.shared_work import check_shared_disk, process_state, watch
 from deradiff.locks import run_lock
 from sample.baking import bake_and_compare
 from sample.config import SampleConfig
@@ -33,17 +31,19 @@ def run(config: SampleConfig, run_dir: Path) -> Path:
     Raises:
         ValueError: for a mistake in the config, before a weight is loaded.
     """
-    # What is to be sampled
-    config, base, anchors = resolve(config)
-    prompts = load_prompts(config.prompts, config.prompts_limit)
+    # Whatever one process refuses, the others hear.
+    with watch("sample", "the images so far are kept"):
+        config, base, anchors = resolve(config)
+        prompts = load_prompts(config.prompts, config.prompts_limit)
+        state = process_state()
+        check_shared_disk(run_dir, state)
 
-    # Sample it
-    state = PartialState(cpu=not torch.cuda.is_available())
-    sweep = Sweep(config, base, anchors, prompts, run_dir, state)
-    with run_lock(run_dir, state.is_main_process):
-        if config.bake:
-            bake_and_compare(sweep)
-        else:
-            sweep.run()
+        # Sample it
+        sweep = Sweep(config, base, anchors, prompts, run_dir, state)
+        with run_lock(run_dir, state.is_main_process):
+            if config.bake:
+                bake_and_compare(sweep)
+            else:
+                sweep.run()
     state.destroy_process_group()
     return run_dir

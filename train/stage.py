@@ -76,7 +76,7 @@ def run(config: TrainConfig, run_dir: Path) -> Path:
     build.check(config, base, run_dir)
     if config.data.dry_run:
         return dry_run(config, base)
-    with Watch(_gather_ranks(config), partial(_last_checkpoint, run_dir)):
+    with Watch(_gather_ranks(config), "train", partial(_last_checkpoint, run_dir)):
         accelerator = _accelerator(config)
         check_same(_start(config), accelerator)
         config.optim.shares(accelerator.num_processes)

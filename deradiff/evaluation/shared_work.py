@@ -6,21 +6,75 @@ stopped.
 
 from __future__ import annotations
 
+import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from deradiff.scorers.cache import ScoreCache, ScoreKey
+from deradiff.training.ranks import TIMEOUT, Watch, gather_ranks
+
+SHOWS_WITHIN = 10.0
+"""Seconds within which a shared disk shows a new file to all machines."""
+
+
+def watch(stage: str, kept: str) -> Watch:
+    """A block in which no process waits for one that is lost; the first thing of a command.
+
+    Args:
+        stage: of the command.
+        kept: what the command can go on from, in words.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Watch(gather_ranks(device, TIMEOUT), stage, lambda: kept)
 
 
 def process_state() -> PartialState:
     """This process among those of torchrun or accelerate launch; alone it is the main process."""
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def check_shared_disk(folder: Path, state: PartialState) -> None:
+    """Check that all processes see the folder that they are about to fill; collective.
+
+    Args:
+        folder: of the run; it is made.
+        state: this process among all.
+
+    Raises:
+        ValueError: in all processes, where one does not see what the main one has written.
+    """
+    if state.num_processes == 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    token = [uuid.uuid4().hex if state.is_main_process else ""]
+    (name,) = broadcast_object_list(token)
+    file = folder / f".seen-by-all-{name}"
+    if state.is_main_process:
+        file.touch()
+    state.wait_for_everyone()
+
+    # A disk of the network may show a new file late.
+    end = time.monotonic() + SHOWS_WITHIN
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    seen = gather_object([file.exists()])
+    if state.is_main_process:
+        file.unlink()
+    if not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise ValueError(
+            f"process {blind} of {state.num_processes} does not see {folder}, which is on another "
+            "machine: give runs=<a folder on a disk that all machines share>, or run on one machine"
+        )
 
 
 class SharedWork(ABC):

@@ -30,6 +30,9 @@ COLLECTIVE_PATIENCE = timedelta(hours=24)
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """What the ranks talk through, by device. accelerate chooses for others."""
 
+TIMEOUT = 600.0
+"""Seconds after which a silent rank is given up where no key says it."""
+
 HURRY = 30.0
 """Seconds of silence that are enough once a signal has asked for a stop."""
 
@@ -179,19 +182,14 @@ class Watch:
 
     Args:
         ranks: of the launch.
-        last_checkpoint: says what the run can go on from.
-        end: ends the process.
+        stage: of the command, for the sentence.
+        kept: says what the command can go on from.
     """
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        last_checkpoint: Callable[[], str],
-        end: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, ranks: Ranks, stage: str, kept: Callable[[], str]) -> None:
         self.ranks = ranks
-        self.last_checkpoint = last_checkpoint
-        self.end = end or _end_at_once
+        self.stage = stage
+        self.kept = kept
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         # When each other rank was last heard, and what it said; the seconds are of this process.
@@ -324,8 +322,9 @@ class Watch:
             self._note_signals()
             why = self.lost(now)
             if why and not self._over.is_set():
-                self.end(self._sentence(why))
-                return
+                # The main thread may wait in a collective.
+                warn(f"{self.stage}: {self._sentence(why)}")
+                os._exit(REQUEUE)
 
     def lost(self, now: float) -> str:
         """Which rank is lost, and how; empty where none is.
@@ -360,7 +359,7 @@ class Watch:
         return f"rank {rank} ({host})" if host else f"rank {rank}"
 
     def _sentence(self, why: str) -> str:
-        return f"{why}; {self.last_checkpoint()}, and the same command resumes"
+        return f"{why}; {self.kept()}, and the same command resumes"
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -369,12 +368,6 @@ def is_lost_connection(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return any(word in text for word in LOST_CONNECTION)
-
-
-def _end_at_once(why: str) -> None:
-    """End the process, whose main thread may wait in a collective."""
-    warn(f"train: {why}")
-    os._exit(REQUEUE)
 
 
 def _first_line(error: BaseException) -> str:

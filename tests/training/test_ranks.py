@@ -68,7 +68,7 @@ def working(timeout=1.5, then=lambda: None):
     """What a rank does: it comes, and waits for the others in a collective again and again."""
 
     def work():
-        with Watch(gather_ranks("cpu", timeout), lambda: "step 7 is the last checkpoint"):
+        with Watch(gather_ranks("cpu", timeout), "train", lambda: "step 7 is the last checkpoint"):
             for _ in range(400):
                 then()
                 dist.all_reduce(torch.ones(1))
@@ -177,7 +177,7 @@ def test_a_signal_that_came_while_a_rank_waits_shortens_its_patience(tmp_path, m
 
 def test_one_rank_has_nobody_to_watch():
     assert gather_ranks("cpu", 1.0).store is None
-    with Watch(Ranks(None, 0, 1, 1.0), lambda: ""):
+    with Watch(Ranks(None, 0, 1, 1.0), "train", lambda: ""):
         pass
 
 
