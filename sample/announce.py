@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 
 from deradiff.anchors.anchor import Anchor
+from deradiff.anchors.beta_maps import PREFERENCE
 from deradiff.anchors.mixtures import MixedAnchor, anchor_name, as_one_anchor
 from deradiff.evaluation.statistics import Estimate
 from deradiff.evaluation.tables.table import interval
@@ -20,7 +21,7 @@ from deradiff.training.dpo import kl_strength
 from deradiff.training.noising import noising_of
 from sample.config import SampleConfig
 from sample.manifest import Lams, Record, lam_folder
-from sample.sampling import beta_of, beta_target
+from sample.sampling import beta_target
 
 NO_BETA = "beta unknown"
 
@@ -132,8 +133,10 @@ def _target(
     """What a lambda imitates."""
     if model.lam == 0:
         return "the reference"
-    target = beta_target(model, beta_of(model, config.anchors, anchors), config)
+    target = beta_target(model, config, anchors)
     text = f"beta_target {_strength(target, unit)}" if target else "beta_target unknown"
+    if target and config.targets_by == PREFERENCE:
+        text += ", by preference"
     if len(anchors) > 1:
         text = f"{anchor_name(model.anchor)}, {text}"
     return text

@@ -25,6 +25,7 @@ from configs.paths import (
 )
 from configs.settings import setting
 from configs.tracking import TrackingConfig
+from deradiff.anchors.beta_maps import MAPS, PAPER
 from deradiff.files import slug
 from deradiff.method.samplers import SAMPLERS
 from deradiff.models.families import FAMILIES
@@ -100,6 +101,11 @@ class SampleConfig:
     )
     targets: list[float] = setting(
         [], "betas to imitate: each adds lambda = beta / target; the anchor's card must know beta"
+    )
+    targets_by: str = setting(
+        PAPER,
+        "from beta to lambda: paper (beta / target), or preference (the lowest held-out loss at "
+        "the target, which python -m deradiff calibrate writes onto the anchor's card)",
     )
     prompts: Any = setting(
         None,
@@ -195,6 +201,8 @@ class SampleConfig:
         self.anchor = names[0] if len(names) == 1 else names
         if len(names) == 1:
             return
+        if self.targets_by != PAPER:
+            raise ValueError("targets_by is for one anchor: remove it")
         if self.targets or self.bake or self.trust_region is not None:
             raise ValueError(
                 "targets, bake and trust_region are for one anchor: remove these, or give "
@@ -263,6 +271,7 @@ class SampleConfig:
     def _check_lists(self) -> None:
         """Raises ValueError for targets or seeds that are not what they should be."""
         _check_distinct("seeds", self.seeds, "[0]")
+        choice("targets_by", self.targets_by, MAPS)
         for target in self.targets:
             if not (math.isfinite(target) and target > 0):
                 raise ValueError(
@@ -381,6 +390,8 @@ class SampleConfig:
             parts.append(self.branch)
         if self.lam_schedule:
             parts.append(f"schedule-{_short_digest(self.lam_schedule)}")
+        if self.targets_by != PAPER:
+            parts.append(self.targets_by)
         numbers = {
             "steps": self.steps,
             "guidance": self.guidance_scale,

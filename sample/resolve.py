@@ -12,6 +12,7 @@ import torch
 
 from configs.checks import section
 from deradiff.anchors.anchor import BETA_CONVENTION, Anchor, check_anchor_family, load_anchor
+from deradiff.anchors.beta_maps import PREFERENCE, PreferenceMap
 from deradiff.anchors.mixtures import DECIMALS
 from deradiff.anchors.weight_files import PICKLES_ARGUMENT
 from deradiff.method.samplers import SAMPLERS, samplers_for
@@ -150,11 +151,15 @@ def _by_share(lams: Sequence[float]) -> tuple[float, list[float]]:
 
 
 def lams_of_targets(config: SampleConfig, anchor: Anchor) -> list[float]:
-    """lambda = beta / target, for each target.
+    """The lambda of each target: beta / target, or by the preferences on the anchor's card.
 
     Raises:
-        ValueError: where the anchor's beta is not known, or not in the convention of the targets.
+        ValueError: where the anchor's beta is not known, or not in the convention of the targets;
+            and where its card does not know the targets' lambdas.
     """
+    if config.targets_by == PREFERENCE:
+        by_preference = PreferenceMap(anchor)
+        return [by_preference.lam_of(target) for target in config.targets]
     if not config.targets:
         return []
     card = anchor.card

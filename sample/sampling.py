@@ -19,6 +19,7 @@ import torch
 
 from deradiff import realign
 from deradiff.anchors.anchor import Anchor, cards_digest
+from deradiff.anchors.beta_maps import PREFERENCE, PreferenceMap
 from deradiff.anchors.mixtures import MixedAnchor, as_one_anchor, mixed_beta
 from deradiff.data.prompts import Prompt
 from deradiff.image_tables import encode_png
@@ -124,18 +125,23 @@ def beta_of(model: MixedAnchor, names: Sequence[str], anchors: Sequence[Anchor])
     return mixed_beta(model.shares, betas) if len(conventions) == 1 else None
 
 
-def beta_target(model: MixedAnchor, beta: float | None, config: SampleConfig) -> float | None:
+def beta_target(
+    model: MixedAnchor, config: SampleConfig, anchors: Sequence[Anchor]
+) -> float | None:
     """The beta that a realigned model imitates; None: unknown, or it imitates none.
 
     Args:
         model: the model.
-        beta: of its anchor.
         config: a lambda on one branch, or one that changes in time, imitates no model.
+        anchors: the run's.
     """
     is_plain = config.branch == "both" and not config.lam_schedule
-    if beta is None or model.lam <= 0 or not is_plain:
+    if model.lam <= 0 or not is_plain:
         return None
-    return beta / model.lam
+    if config.targets_by == PREFERENCE:
+        return PreferenceMap(anchors[0]).target_of(model.lam)
+    beta = beta_of(model, config.anchors, anchors)
+    return None if beta is None else beta / model.lam
 
 
 @contextmanager
@@ -299,7 +305,7 @@ class Images:
             "base_model": config.model.base,
             "beta": beta,
             "lam": model.lam,
-            "beta_target": beta_target(model, beta, config),
+            "beta_target": beta_target(model, config, self.anchors),
             "mode": config.mode_name,
             **mode_options(config),
             "sampler": config.sampler,

@@ -10,10 +10,12 @@ from typing import Any
 import pandas as pd
 
 from deradiff.anchors.anchor import BETA_CONVENTION, Anchor, check_anchor
+from deradiff.anchors.beta_maps import POINT
 from deradiff.calibration.estimates import (
     BETAS,
     LN_2,
     best_lam,
+    best_lam_value,
     effective_beta,
     is_found,
     loss_at_best_lam,
@@ -35,6 +37,10 @@ TABLE_BETAS = (500.0, 1000.0, 2000.0, 5000.0, 10000.0)
 
 TABLE_LAMS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Lambdas of the table."""
+
+
+MAP_STEPS = 8
+"""Half octaves from the middle of the map of a card to its ends."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,14 @@ class CalibratedAnchor:
             "best_loss": self.best_loss,
         }
         known = {name: value for name, value in estimates.items() if value is not None}
-        return {"pairs": float(self.moments.pairs), **flatten(known)}
+        points = {f"{POINT}{beta:g}": best_lam_value(self.moments, beta) for beta in self._grid}
+        return {"pairs": float(self.moments.pairs), **flatten(known), **points}
+
+    @property
+    def _grid(self) -> list[float]:
+        """Betas around its own, of the map that a card holds."""
+        middle = self.beta or self.beta_eff.value
+        return [middle * 2 ** (step / 2) for step in range(-MAP_STEPS, MAP_STEPS + 1)]
 
     @property
     def verdict(self) -> str:

@@ -91,6 +91,16 @@ def best_lam(moments: Moments, beta: float, seed: int = 0) -> Estimate:
     return paired_bootstrap(_losses_by_lam(moments, beta), lowest_lam, seed)
 
 
+def best_lam_value(moments: Moments, beta: float) -> float:
+    """lam*(beta) without its interval.
+
+    Args:
+        moments: of one anchor.
+        beta: in the convention `mean-half`.
+    """
+    return float(lowest_lam(_losses_by_lam(moments, beta).mean(axis=0)))
+
+
 def _losses_by_lam(moments: Moments, beta: float) -> Array:
     """The loss of each pair at each of `LAMS`, (N, L)."""
     return np.stack([pair_losses(moments, [lam], beta) for lam in LAMS], axis=1)

@@ -9,12 +9,15 @@ import pytest
 
 from configs.tracking import TrackingConfig
 from deradiff.anchors.anchor import load_anchor, read_card, write_card
+from deradiff.anchors.beta_maps import PreferenceMap
 from deradiff.calibration.calibrate import calibrate
 from deradiff.calibration.figure import loss_over_lambda
 from sample import calibration
-from sample.announce import calibrated
+from sample.announce import announcement, calibrated
 from sample.calibrate_config import CalibrateConfig
 from sample.calibration import run
+from sample.config import SampleConfig
+from sample.resolve import resolve
 
 SETTINGS = {"count": 6, "draws": 2, "batch_size": 3, "tracking": TrackingConfig(kind="none")}
 
@@ -69,6 +72,24 @@ def test_it_leaves_table_figure_card_and_sentence(config, anchor, tmp_path, caps
     # A second time the README still has one such section.
     run(config, run_dir)
     assert (anchor / "README.md").read_text() == readme
+
+
+def test_targets_by_preference_are_read_off_the_card(config, anchor, bases, tmp_path):
+    sampled = SampleConfig(anchor=str(anchor), lambdas=[0.0, 1.0], targets_by="preference")
+    sampled.model.base = str(bases("sd15"))
+    sampled.prompts = ["a fox"]
+    with pytest.raises(ValueError, match=r"type python -m deradiff calibrate anchor="):
+        resolve(replace(sampled, targets=[3000.0]))
+
+    run(config, tmp_path / "run")
+    resolved, base, anchors = resolve(replace(sampled, targets=[3000.0]))
+    (own,) = set(resolved.lambdas) - {0.0, 1.0}
+    assert own == pytest.approx(PreferenceMap(anchors[0]).lam_of(3000.0))
+    assert own != pytest.approx(2000 / 3000)
+    lines = announcement(resolved, base, anchors, 1, "cpu")
+    assert any(f"lam {own:g}" in line and "3000" in line for line in lines)
+    assert any(line.endswith(", by preference") for line in lines)
+    assert "preference" in resolved.run_name()
 
 
 def test_the_card_is_left_alone_where_that_is_asked(config, anchor, tmp_path):
