@@ -12,7 +12,7 @@ help:
 	@echo "make test       install, then the default tests"
 	@echo "make test-all   the slow tests too"
 	@echo "make gpu        every check that needs a GPU, in eight minutes; it installs nothing"
-	@echo "make test-faults  kills, full disks and spoilt files by a seed, and what became of them"
+	@echo "make test-faults  kills, full disks, spoilt files, pulled cables, and what became of them"
 	@echo "make test-versions  the default tests with the oldest and newest packages and Pythons"
 	@echo "make check      lint, format and types"
 	@echo "make docs       the documentation as a site in site/"
