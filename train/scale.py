@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deradiff.models.base_model import BaseModel
-from deradiff.models.gpus import GPUS, MEASURED_MFU
+from deradiff.models.gpus import GPUS, MEASURED_MFU, MEASURED_MFU_OF_GRAPHS
 from deradiff.models.published import DATA_SETS, PUBLISHED_MODELS, PublishedModel
 from deradiff.models.requirements import SINGLE
 from deradiff.terminal import say
@@ -225,7 +225,12 @@ def pace(config: NeedsConfig, found: Estimate, card: str) -> Pace:
 
 def mfu_of(config: NeedsConfig) -> float:
     """The share of the peak that is assumed."""
-    return config.needs.mfu or MEASURED_MFU[config.finetune.method]
+    if config.needs.mfu:
+        return config.needs.mfu
+    method = config.finetune.method
+    if config.model.compile and method in MEASURED_MFU_OF_GRAPHS:
+        return MEASURED_MFU_OF_GRAPHS[method]
+    return MEASURED_MFU[method]
 
 
 def hours_table(config: NeedsConfig, found: Estimate) -> list[str]:

@@ -16,7 +16,7 @@ from train.build import base_model
 from train.config import DataConfig, ModelConfig
 from train.estimate import estimate
 from train.needs_config import NeedsConfig, ScaleConfig
-from train.scale import Pace, run
+from train.scale import Pace, mfu_of, run
 
 
 def on_machines(config, **scale):
@@ -40,6 +40,16 @@ def test_hours_and_costs_by_number_of_gpus(train_config, tmp_path, capsys):
     assert "50% of the 16-bit peak, as given" in out
     assert "of checkpoints" in out
     assert "A100-80GB: the network takes longer" in out
+
+
+def test_recorded_passes_take_fewer_hours(train_config, tmp_path):
+    plain = on_machines(train_config)
+    compiled = replace(plain, model=replace(plain.model, compile=True))
+    assert mfu_of(plain) < mfu_of(compiled)
+    full = replace(compiled, finetune=replace(compiled.finetune, method="full"))
+    assert mfu_of(full) == mfu_of(replace(full, model=plain.model))
+    given = replace(compiled, needs=ScaleConfig(mfu=0.5))
+    assert mfu_of(given) == 0.5
 
 
 def test_a_ring_sends_the_gradients_nearly_twice():
