@@ -197,10 +197,34 @@ class Watch:
         """Whether each object among the arguments now holds something else."""
         found = []
         for value, before in zip(self._objects, self._before):
-            after = _content(value)
-            is_same = len(after) == len(before) and all(map(_is_same_part, before, after))
-            found.append(not is_same)
+            found.append(not _is_same_content(before, _content(value)))
         return found
+
+
+class ProcessorWatch:
+    """Sees whether a network's attention processors keep something of an evaluation.
+
+    Those of prompt-to-prompt and LEDITS++ count evaluations, or keep their maps. They belong to the
+    pipeline, which reads them, and cannot tell one model from another.
+
+    Args:
+        network: that is about to be evaluated.
+    """
+
+    def __init__(self, network: Any) -> None:
+        processors = getattr(network, "attn_processors", {}).values()
+        self._processors = {id(processor): processor for processor in processors}
+        self._before = {key: _content(own) for key, own in self._processors.items()}
+
+    def check(self) -> None:
+        """Raise ValueError where a processor has kept something since the watch began."""
+        for key, processor in self._processors.items():
+            if not _is_same_content(self._before[key], _content(processor)):
+                raise ValueError(
+                    f"an attention processor ({type(processor).__name__}) keeps something of each "
+                    "evaluation of the network, and there are several for a step: use "
+                    "mode='weights', or a lam of 0 or 1"
+                )
 
 
 def has_objects(values: Any) -> bool:
@@ -230,11 +254,16 @@ def _content(value: Any) -> list[tuple[Any, Any]]:
             ahead += part.values()
         elif isinstance(part, list | tuple | set):
             ahead += part
-        elif hasattr(part, "__dict__") and not _is_plain(part):
+        elif hasattr(part, "__dict__") and not isinstance(part, (*PLAIN_TYPES, type)):
             ahead += vars(part).values()
         else:
             found.append((part, None))
     return found
+
+
+def _is_same_content(before: list[tuple[Any, Any]], after: list[tuple[Any, Any]]) -> bool:
+    """Whether the parts of an object are what they were."""
+    return len(before) == len(after) and all(map(_is_same_part, before, after))
 
 
 def _is_same_part(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:

@@ -13,15 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from deradiff.realignment.adapters import Adapter, check_unfused, lora_layers
-from deradiff.realignment.cache_states import REFERENCE, CacheStates, Memories, Watch, has_objects
+from deradiff.realignment.cache_states import (
+    REFERENCE,
+    CacheStates,
+    Memories,
+    ProcessorWatch,
+    Watch,
+    has_objects,
+)
 from deradiff.realignment.full_anchor import FullAnchor
 from deradiff.realignment.merged_lora import MergedLora, mergeable
 from deradiff.realignment.random_numbers import RandomNumbers
@@ -216,6 +222,8 @@ class Networks:
         # The first evaluation of a chain, and its outputs.
         self._first: tuple[Call, dict[_Form, Output]] | None = None
         self._is_batch_checked = not checks_batches
+        # Whether the attention processors were seen to keep nothing of an evaluation.
+        self._are_processors_checked = False
         if batched:
             self._check_batchable()
 
@@ -252,12 +260,7 @@ class Networks:
                 f"{option} and a cache of diffusers on the network do not go together: switch off "
                 "one of them (disable_cache)"
             )
-        keeper = keeping_processor(self.denoiser) if self.batched else None
-        if keeper:
-            raise ValueError(
-                f"batched=True and attention processors that keep something of each row ({keeper}) "
-                "do not go together: remove batched=True"
-            )
+        self._are_processors_checked = False
         for anchor in self.anchors:
             if isinstance(anchor, FullAnchor):
                 anchor.refresh()
@@ -375,7 +378,11 @@ class Networks:
             merged: LoRA anchors that are evaluated with weights of their own.
         """
         evaluators = self._evaluators(merged)
+        watch = self._processor_watch(len(models)) if self.batched else None
         joint = self._evaluate_jointly(call, models) if self.batched else {}
+        if joint and watch:
+            watch.check()
+            self._are_processors_checked = True
         if joint and not self._is_batch_checked:
             _check_batch(joint, self._evaluate_apart(call, list(joint), evaluators))
             self._is_batch_checked = True
@@ -408,14 +415,31 @@ class Networks:
 
         outputs = {}
         random_numbers = RandomNumbers(call.device)
+        processors = None
         for model, own_call in calls.items():
+            # By the last model, what is made once is there.
+            if model == models[-1]:
+                processors = self._processor_watch(len(models))
             with self.caches.of(model), random_numbers.repeated():
                 output = evaluators[model](own_call)
             outputs[model] = Output(*tree_flatten(output))
+        if processors:
+            processors.check()
+            self._are_processors_checked = True
         others = evaluators.keys() - outputs.keys()
         leaves = {model: output.leaves for model, output in outputs.items()}
         self._memories.note_evaluation(arguments, watch, leaves, others)
         return outputs
+
+    def _processor_watch(self, models: int) -> ProcessorWatch | None:
+        """A watch of the attention processors, once a chain, where they would serve several models.
+
+        Args:
+            models: that are evaluated at this step.
+        """
+        if self._are_processors_checked or (models < 2 and not self.shared_start):
+            return None
+        return ProcessorWatch(self.denoiser)
 
     def _evaluate_jointly(self, call: Call, models: Sequence[int]) -> dict[int, Output]:
         """Evaluate the models on the reference's network as one batch, where there are several."""
@@ -446,30 +470,6 @@ class Networks:
                 raise ValueError(f"{NO_BATCH} ({reason}): remove batched=True") from error
         leaves, structure = tree_flatten(output)
         return _split(leaves, structure, joint, call.rows)
-
-
-PLAIN = (type(None), bool, int, float, str, torch.dtype, FunctionType, Tensor, nn.Module)
-"""Types of what a processor of attention may have without remembering rows."""
-
-
-def keeping_processor(network: Any) -> str | None:
-    """The class of an attention processor with an object of its own, which may remember rows.
-
-    Such are those of LEDITS++ and prompt-to-prompt, whose pipelines read attention maps from it.
-
-    Args:
-        network: the reference's.
-
-    Returns:
-        Its name; None: no processor has one.
-    """
-    for processor in getattr(network, "attn_processors", {}).values():
-        if isinstance(processor, nn.Module):
-            continue
-        values = list(getattr(processor, "__dict__", {}).values())
-        if any(not isinstance(leaf, PLAIN) for leaf in tree_leaves(values)):
-            return type(processor).__name__
-    return None
 
 
 def _check_batch(joint: dict[int, Output], apart: dict[int, Output]) -> None:

@@ -14,6 +14,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from deradiff.realignment.context import realign
 from tests.support.realign_world import fingerprint, sample
@@ -364,3 +365,60 @@ def test_a_lora_that_is_fused_inside_is_answered_in_one_sentence(sd15, anchor):
         with pytest.raises(ValueError, match=r"call\s+pipe\.unfuse_lora\(\)"):
             sample(sd15.pipe)
         sd15.pipe.unfuse_lora()
+
+
+class Controller:
+    """What prompt-to-prompt's and LEDITS++' processors share: it keeps the maps that it is given.
+
+    It is called, as theirs are.
+    """
+
+    def __init__(self):
+        self.maps = []
+
+    def __call__(self, attention_map):
+        self.maps.append(attention_map)
+
+
+class Controlled(AttnProcessor2_0):
+    """An attention processor with a controller."""
+
+    def __init__(self, controller):
+        super().__init__()
+        self.controller = controller
+
+    def __call__(self, attention, hidden_states, *args, **kwargs):
+        out = super().__call__(attention, hidden_states, *args, **kwargs)
+        self.controller(out)
+        return out * (1 + 0.01 * len(self.controller.maps))
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_processors_that_keep_something_serve_one_model_a_step(sd15, anchor):
+    pipe = sd15.pipe
+    stock = sd15.stock(anchor)
+    controllers = []
+    for unet in (pipe.unet, stock.unet):
+        controllers.append(Controller())
+        unet.set_attn_processor(Controlled(controllers[-1]))
+
+    def sampled(changed, **options):
+        for controller in controllers:
+            controller.maps.clear()
+        return sample(changed, **options)
+
+    reference = sampled(pipe)
+    aligned = sampled(stock)
+    options = {"batched": True} if anchor == "lora1" else {}
+    for own in ({}, {"shared_start": True}, {"mode": "reuse"}, options):
+        with (
+            realign(pipe, sd15.anchors[anchor], 0.5, **own),
+            pytest.raises(ValueError, match=r"processor \(Controlled\) keeps .* mode='weights'"),
+        ):
+            sampled(pipe)
+    with realign(pipe, sd15.anchors[anchor], 0) as dial:
+        assert torch.equal(sampled(pipe), reference)
+        dial.lam = 1
+        assert torch.equal(sampled(pipe), aligned)
+    with realign(pipe, sd15.anchors[anchor], 1e-5, mode="weights"):
+        assert torch.allclose(sampled(pipe), reference, atol=1e-3)

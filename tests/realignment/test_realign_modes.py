@@ -1,10 +1,7 @@
 """What a dial can be turned to inside a pipeline, and the cheaper ways to evaluate it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 
 from deradiff.method.lambdas import piecewise, ramp
 from deradiff.realignment.context import realign
@@ -235,24 +232,3 @@ def test_modes_for_one_lambda_refuse_several(sd15):
         pytest.raises(ValueError, match="of 2 images"),
     ):
         sample(sd15.pipe, (0, 1, 2))
-
-
-def test_a_batch_for_processors_that_keep_attention_maps_is_refused(sd15):
-    """LEDITS++ and prompt-to-prompt read maps from them, row by row."""
-
-    class Keeping(AttnProcessor2_0):
-        def __init__(self):
-            super().__init__()
-            self.store = SimpleNamespace(maps=[])
-
-    own = sd15.pipe.unet.attn_processors
-    try:
-        with realign(sd15.pipe, sd15.anchors["lora1"], 0.5, batched=True):
-            sample(sd15.pipe)
-            sd15.pipe.unet.set_attn_processor(Keeping())
-            with pytest.raises(ValueError, match=r"keep something of each row \(Keeping\)"):
-                sample(sd15.pipe)
-        with realign(sd15.pipe, sd15.anchors["lora1"], 0.5):
-            sample(sd15.pipe)
-    finally:
-        sd15.pipe.unet.set_attn_processor(own)
