@@ -12,7 +12,7 @@ from benchmarks.diffusers_tests import cases, outcomes
 from benchmarks.diffusers_tests.checks import Checks
 from benchmarks.diffusers_tests.own_cases import DDPM, ErnieImage, OwnCase
 from benchmarks.diffusers_tests.scheduler_cases import schedulers_in
-from benchmarks.diffusers_tests.subject import Subject
+from benchmarks.diffusers_tests.subject import Subject, _fill_zeros
 from deradiff.realignment import modes, path_kl
 from deradiff.realignment.clock import Clock
 from deradiff.realignment.networks import Networks
@@ -149,6 +149,16 @@ def test_cases_are_the_classes_that_build_a_pipeline():
         found = list(cases._test_classes(module))
         member.__module__ = before
         assert found == ([member] if member is ErnieImage else [])
+
+
+def test_weights_that_are_zero_or_that_nobody_drew_are_drawn():
+    network = torch.nn.Linear(2, 2)
+    own = network.weight.detach().clone()
+    network.bias.data = torch.tensor([0.0, 3e30])
+    _fill_zeros(network)
+    assert network.bias.abs().max() < 1
+    assert network.bias.all()
+    assert torch.equal(network.weight, own)
 
 
 def test_schedulers_have_cases_with_their_settings():

@@ -36,6 +36,9 @@ MORE_INPUTS: dict[str, dict[str, Any]] = {
 GATE = 0.1
 """Standard deviation of weights that a network begins with as 0."""
 
+LARGEST_DRAWN = 100.0
+"""No weight that was drawn is larger."""
+
 IMAGES_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt")
 """What pipelines call the number of images that they make of a prompt."""
 
@@ -202,10 +205,16 @@ def _with_guidance(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> 
 
 
 def _fill_zeros(network: nn.Module) -> None:
-    """Draw the weights that are all 0: gates that are closed hide the layers behind them."""
+    """Draw the weights that are all 0: gates that are closed hide the layers behind them.
+
+    And those that nobody draws, which are whatever lay in memory: Lumina's pad_token.
+    """
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
-        if parameter.is_floating_point() and not bool(parameter.any()):
+        if not parameter.is_floating_point():
+            continue
+        largest = float(parameter.abs().max()) if len(parameter.flatten()) else 0.0
+        if largest == 0 or not largest < LARGEST_DRAWN:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data = (GATE * noise).to(parameter.dtype)
 
