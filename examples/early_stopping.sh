@@ -2,7 +2,8 @@
 # Stopping a training early, or turning lambda down after it: on the shapes world, three trainings.
 # About forty minutes on two CPU cores. The same command resumes.
 #
-#   make early-stopping             or, with the packages on the path,   bash examples/early_stopping.sh
+#   make early-stopping
+#   bash examples/early_stopping.sh     the same, with the packages on the path
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 SEEDS=(0 1 2)

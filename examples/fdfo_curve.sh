@@ -3,8 +3,9 @@
 #
 # Five trainings are published as LoRAs, an epoch in every five up to 1000, under a non-commercial
 # licence. No beta belongs to them: lambda of the last epoch is compared with earlier epochs at the
-# same path KL (docs/early-stopping.md). Images are sampled as the authors' evaluation does: 512 pixels, 40
-# steps, no guidance. The hub asks for an account that has accepted the licence of SD3.5 medium.
+# same path KL (docs/early-stopping.md). Images are sampled as the authors' evaluation does: 512
+# pixels, 40 steps, no guidance. The hub asks for an account that has accepted the licence of SD3.5
+# medium.
 #
 #   bash examples/fdfo_curve.sh                          800 prompts, an image of each
 #   PROMPTS=3200 SEEDS=[0,1,2,3] bash examples/fdfo_curve.sh    as many as the authors' evaluation

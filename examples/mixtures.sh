@@ -34,5 +34,5 @@ done
 
 # Evaluate
 IFS=,
-$PYTHON -m eval name=mixtures scorers=[vivid,crisp] select.score=vivid samples=[runs/sample/mixtures] \
-  references="[${references[*]}]"
+$PYTHON -m eval name=mixtures scorers=[vivid,crisp] select.score=vivid \
+  samples=[runs/sample/mixtures] references="[${references[*]}]"

@@ -94,6 +94,9 @@ OPTIONAL = {
     "torch.utils.tensorboard",
 }
 
+COLUMNS = 100
+TEXTS = {".md", ".yaml", ".yml", ".toml", ".sh", ".j2", ".css", ".cff", ".txt"}
+
 RUFF_RULES = "C901,PLR0912,PLR0915,E501"
 """Complexity of at most 10, 12 branches and 50 statements a function, 100 columns a line."""
 
@@ -243,6 +246,26 @@ def test_functions_are_simple_and_lines_short():
     command = [sys.executable, "-m", "ruff", "check", "--select", RUFF_RULES, "--quiet", "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def long_lines(text):
+    """The numbers of lines of over 100 columns. A table's row cannot be broken."""
+    lines = enumerate(text.splitlines(), start=1)
+    return [number for number, line in lines if len(line) > COLUMNS and not line.startswith("|")]
+
+
+def test_lines_are_short_in_what_is_not_python_too():
+    """Pages, configs, scripts and templates; by those of git, so that no build counts."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = [ROOT / name for name in listed.stdout.splitlines()]
+    files = [file for file in files if file.suffix in TEXTS and "assets" not in file.parts]
+    assert len(files) > 100 or listed.returncode
+    long = {relative_name(file): long_lines(file.read_text()) for file in files}
+    assert not {name: numbers for name, numbers in long.items() if numbers}
+
+
+def test_a_long_line_is_seen():
+    assert long_lines("a" * 101 + "\n| " + "a" * 101 + "\n" + "a" * 100) == [1]
 
 
 @pytest.mark.parametrize(
