@@ -343,13 +343,14 @@ class Watch:
 
     def _who_is_lost(self) -> str:
         """Who is gone, after a collective has failed: the words of the last seconds tell it."""
-        end = time.monotonic() + max(5.0, 4 * self.period)
+        silence = max(STANDSTILL, 2 * self.period)
+        end = time.monotonic() + 2 * silence + self.period
         while time.monotonic() < end:
             now = time.monotonic()
             for rank, (_, why) in self._failed.items():
                 return f"{self._name(rank)} has ended ({why})"
             for rank, since in self._heard.items():
-                if now - since > 2 * self.period:
+                if now - since > silence:
                     return f"{self._name(rank)} has been silent for {now - since:.0f} s"
             time.sleep(POLL)
         return ""
