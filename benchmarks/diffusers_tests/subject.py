@@ -213,7 +213,7 @@ def _fill_zeros(network: nn.Module) -> None:
     for parameter in network.parameters():
         if not parameter.is_floating_point():
             continue
-        largest = float(parameter.abs().max()) if len(parameter.flatten()) else 0.0
+        largest = float(parameter.detach().abs().max()) if len(parameter.flatten()) else 0.0
         if largest == 0 or not largest < LARGEST_DRAWN:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data = (GATE * noise).to(parameter.dtype)
