@@ -17,7 +17,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from configs.keys import (
     LIKENESS,
-    command_of,
     groups_of,
     instead_of,
     is_list,
@@ -26,6 +25,7 @@ from configs.keys import (
     suggestion,
     usual_keys,
 )
+from deradiff.command_line import command_of
 from deradiff.hub import is_hub_error
 
 NO_MEMORY = "can't allocate memory"

@@ -11,14 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from deradiff.command_line import command_of
+
 KEY_WIDTH = 26
 """Columns of a key in --help."""
 
 WIDTH = 100
 """Columns of --help."""
-
-WITHIN = ("calibrate", "needs")
-"""Commands that are no package of their own."""
 
 LIKENESS = 0.75
 """How alike two keys must be for one to be suggested; 1: equal."""
@@ -91,11 +90,6 @@ def _default_choice(group: str, configs: Path, stage: str) -> str | None:
     composed = (configs / f"{stage}.yaml").read_text()
     found = re.search(rf"- (?:override /?)?{group}: *([^#\n]*)", composed)
     return found[1].strip() if found else None
-
-
-def command_of(stage: str) -> str:
-    """What starts a stage."""
-    return f"python -m deradiff {stage}" if stage in WITHIN else f"python -m {stage}"
 
 
 def help_text(stage: str, schema: type, configs: Path) -> str:

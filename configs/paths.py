@@ -12,6 +12,7 @@ from pathlib import Path
 
 from configs.keys import LIKENESS
 from deradiff.assets import locate
+from deradiff.command_line import command_of
 from deradiff.data.published_prompts import PROMPT_SETS, SHAPES
 from deradiff.hub import is_hub_id
 
@@ -176,7 +177,7 @@ def check_anchor(text: str, runs: str) -> None:
         raise ValueError(f"anchor={text} is an evaluation: give {_anchor_example(runs)}")
     if (path / RUN_CONFIG).is_file() and not (path / ANCHOR).exists():
         raise ValueError(
-            f"anchor={text} holds no anchor yet: run its python -m train command to its end"
+            f"anchor={text} holds no anchor yet: run its {command_of('train')} command to its end"
         )
     inside = [one for one in _folders_in(path) if (one / ANCHOR / CARD).is_file()]
     if inside:
@@ -220,7 +221,7 @@ def check_samples(key: str, text: str, runs: str) -> None:
     if is_anchor:
         anchor = anchor_path(text, runs)
         sampled = [str(one) for one in _samples_in(Path(runs)) if _anchor_of(one) == anchor]
-        remedy = f"sample it first, python -m sample anchor={anchor}"
+        remedy = f"sample it first, {command_of('sample')} anchor={anchor}"
         if sampled:
             remedy = f"give its samples, '{key}=[{','.join(sampled)}]'"
         raise ValueError(f"{key}: {text} is an anchor: {remedy}")
@@ -230,7 +231,8 @@ def check_samples(key: str, text: str, runs: str) -> None:
     if inside:
         raise ValueError(f"{key}: {text} holds several runs: give '{key}=[{','.join(inside)}]'")
     if not path.exists():
-        wanted = f"a folder that python -m sample wrote, as in '{key}=[{runs}/sample/<name>]'"
+        example = f"'{key}=[{runs}/sample/<name>]'"
+        wanted = f"a folder that {command_of('sample')} wrote, as in {example}"
         near = _instead(key, text).replace(f"{key}=", "")
         raise ValueError(f"{key}: {text} is not there{near or f': give {wanted}'}")
 

@@ -34,6 +34,17 @@ def commands_folder() -> Path:
     return installed if installed.is_dir() else PACKAGE.parent
 
 
+def command_of(stage: str) -> str:
+    """How a command is typed: `deradiff train` in a wheel, `python -m train` in a checkout.
+
+    Args:
+        stage: a key of `STAGES`.
+    """
+    if commands_folder().parent == PACKAGE:
+        return f"deradiff {stage}"
+    return f"python -m deradiff {stage}" if stage in MODULES else f"python -m {stage}"
+
+
 def usage() -> str:
     """What `deradiff --help` prints."""
     lines = ["deradiff <command> key=value ...", "", "commands:"]

@@ -12,6 +12,7 @@ from configs.checks import at_most, check_seed, choice, positive
 from configs.paths import AUTOENCODER, PIPELINE, anchor_path, check_anchor, check_path
 from configs.settings import setting
 from configs.tracking import TrackingConfig
+from deradiff.command_line import command_of
 from sample.config import DTYPES, ModelConfig, name_of_anchors
 
 MOST_PAIRS = 1_000_000
@@ -37,7 +38,8 @@ class CalibrateConfig:
         "name",
     )
     anchor: Any = setting(
-        "???", "what python -m train left, a folder, a file, or a hub id; [a,b] calibrates several"
+        "???",
+        f"what {command_of('train')} left, a folder, a file, or a hub id; [a,b] calibrates several",
     )
     pairs: str | None = setting(
         None,

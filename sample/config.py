@@ -26,6 +26,7 @@ from configs.paths import (
 from configs.settings import setting
 from configs.tracking import TrackingConfig
 from deradiff.anchors.beta_maps import MAPS, PAPER
+from deradiff.command_line import command_of
 from deradiff.files import slug
 from deradiff.method.samplers import SAMPLERS
 from deradiff.models.families import FAMILIES
@@ -86,7 +87,8 @@ class SampleConfig:
         "name",
     )
     anchor: Any = setting(
-        "???", "what python -m train left, a folder, a file, or a hub id; [a,b] mixes several"
+        "???",
+        f"what {command_of('train')} left, a folder, a file, or a hub id; [a,b] mixes several",
     )
     lambdas: Any = setting(
         None,
@@ -105,7 +107,7 @@ class SampleConfig:
     targets_by: str = setting(
         PAPER,
         "from beta to lambda: paper (beta / target), or preference (the lowest held-out loss at "
-        "the target, which python -m deradiff calibrate writes onto the anchor's card)",
+        f"the target, which {command_of('calibrate')} writes onto the anchor's card)",
     )
     prompts: Any = setting(
         None,

@@ -11,6 +11,7 @@ from configs.checks import at_most, check_seed, choice, not_negative, positive, 
 from configs.paths import AUTOENCODER, CHECKPOINT, PIPELINE, check_path, check_prompts
 from configs.settings import setting
 from configs.tracking import TrackingConfig
+from deradiff.command_line import command_of
 from deradiff.training.objectives.registry import OBJECTIVES, ObjectiveSpec
 from deradiff.training.options import DECAYS, LEARNING_RATE_RULES, OPTIMIZERS
 from deradiff.training.shares import Shares
@@ -104,7 +105,7 @@ class DataConfig:
     flip: bool = setting(False, "mirror all images of an example, every other time")
     max_broken: float = setting(0.01, "share of rows that may hold images that cannot be decoded")
     prompts: str | None = setting(
-        None, "of sampled_pairs: a file of prompts, or a set that python -m sample knows"
+        None, f"of sampled_pairs: a file of prompts, or a set that {command_of('sample')} knows"
     )
     pipeline: str | None = setting(None, "samples sampled_pairs; null: model.base")
     steps: int = setting(50, "steps of the sampler of sampled_pairs")
@@ -139,8 +140,8 @@ class DataConfig:
         # What a source needs.
         if self.source == "sampled_pairs" and not self.prompts:
             raise ValueError(
-                "data.prompts is missing; give a file of prompts, or a set that python -m sample "
-                "knows"
+                "data.prompts is missing; give a file of prompts, or a set that "
+                f"{command_of('sample')} knows"
             )
         reads_path = self.source in ("table", "scored_pairs")
         if self.path and not reads_path:
@@ -164,8 +165,8 @@ class DataConfig:
             )
         if "judge" in self.scorer_weights:
             raise ValueError(
-                "data.scorer=judge is a model behind a server, which scores images in python -m "
-                "eval: give a scorer that runs here, such as data.scorer=pickscore"
+                "data.scorer=judge is a model behind a server, which scores images in "
+                f"{command_of('eval')}: give a scorer that runs here, such as data.scorer=pickscore"
             )
         if isinstance(self.scorer, dict) and self.scorer_checkpoint:
             raise ValueError(

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from configs.tracking import tracker
+from deradiff.command_line import command_of
 from deradiff.data.pairs import CaptionedImages, Examples
 from deradiff.files import slug
 from deradiff.locks import run_lock
@@ -185,7 +186,7 @@ def _next_command(config: TrainConfig, folder: Path) -> str:
     """What to type next, after an anchor; empty after what is none."""
     if not config.spec.makes_anchor:
         return ""
-    return f"; next: {shlex.join(['python', '-m', 'sample', f'anchor={folder}'])}"
+    return f"; next: {command_of('sample')} {shlex.quote(f'anchor={folder}')}"
 
 
 def _start(config: TrainConfig) -> dict[str, Any]:

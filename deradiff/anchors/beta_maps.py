@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from deradiff.command_line import command_of
+
 if TYPE_CHECKING:  # not imported when a command starts
     from deradiff.anchors.anchor import Anchor
 
@@ -50,7 +52,7 @@ class PreferenceMap:
         if len(points) < 2:
             raise ValueError(
                 f"the card of {self.anchor} does not say which lambda is best at which beta: type "
-                f"python -m deradiff calibrate anchor={self.anchor} pairs=..., or give "
+                f"{command_of('calibrate')} anchor={self.anchor} pairs=..., or give "
                 f"targets_by={PAPER}"
             )
         self.betas = sorted(points)

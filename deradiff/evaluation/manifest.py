@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from deradiff.anchors.anchor import AnchorCard, cards_digest, read_card
+from deradiff.command_line import command_of
 from deradiff.digests import unsealed
 from deradiff.models.weight_headers import short_reason
 from deradiff.realignment.registry import SETTINGS, full_name, is_one_network
@@ -144,7 +145,7 @@ def read_manifest(run: str) -> list[dict[str, Any]]:
     if not Path(run).is_dir():
         raise ValueError(
             f"there is no sample run {run}; type samples=[runs/sample/<name>] with a folder that "
-            "python -m sample wrote"
+            f"{command_of('sample')} wrote"
         )
     manifest = Path(run) / MANIFEST
     if not manifest.is_file():

@@ -92,7 +92,7 @@ class AestheticScorer(EmbeddingScorer):
         self.model = tower.load().to(device)
         self.version = digest([*tower.files(), *head.weights()])
         self.preprocessing = (
-            f"picture: RGB, bicubic, shortest side to {self.side}, centre crop, CLIP mean and "
+            f"image: RGB, bicubic, shortest side to {self.side}, centre crop, CLIP mean and "
             "deviation; the prompt is not read"
         )
 

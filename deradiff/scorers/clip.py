@@ -56,7 +56,7 @@ class CLIPScorer(EmbeddingScorer):
         words = "as the tokenizer reads it"
         if self.published.clean:
             words = "mended, HTML-unescaped twice, white space collapsed, lower case"
-        return f"picture: RGB, bicubic, {resizing}, CLIP mean and deviation; prompt: {words}"
+        return f"image: RGB, bicubic, {resizing}, CLIP mean and deviation; prompt: {words}"
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores (N,). A prompt of many images is encoded once."""

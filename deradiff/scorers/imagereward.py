@@ -285,7 +285,7 @@ class ImageRewardScorer(BatchedScorer):
         # What it states of itself
         self.version = digest([*checkpoint.location.weights(), checkpoint.vocabulary])
         self.preprocessing = (
-            f"picture: RGB, bicubic, shortest side to {self.side}, centre crop, CLIP mean and "
+            f"image: RGB, bicubic, shortest side to {self.side}, centre crop, CLIP mean and "
             f"deviation; prompt: BERT's lower-case words, the first {CONTEXT} tokens"
         )
 

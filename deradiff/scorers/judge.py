@@ -56,7 +56,7 @@ class ModelJudge:
         size = "size as it is"
         if endpoint.image_side is not None:
             size = f"longest side at most {endpoint.image_side}"
-        self.preprocessing = f"picture: RGB, {size}, PNG; prompt: as typed, in the rubric"
+        self.preprocessing = f"image: RGB, {size}, PNG; prompt: as typed, in the rubric"
 
     def answer(self, images: Sequence[Image.Image], prompt: str) -> float:
         """What the model says of images of one prompt, read by the rubric.
