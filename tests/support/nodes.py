@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -108,18 +108,23 @@ class Nodes:
         return seconds
 
     def kill(self) -> None:
-        """End whatever still runs."""
-        for process in self.processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        """End whatever still runs; torchrun's workers are in sessions of their own."""
+        for side, process in self.processes.items():
+            for pid in self._pids(side):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
 
-    def signal_worker(self, side: str, number: int) -> None:
-        """Send a signal to the process that trains on a node, not to its launcher."""
+    def _pids(self, side: str) -> list[int]:
+        """The processes of a node."""
         listed = subprocess.run(
             ["ip", "netns", "pids", f"deradiff-{side}"], capture_output=True, text=True, check=True
         )
-        for pid in map(int, listed.stdout.split()):
+        return [int(pid) for pid in listed.stdout.split()]
+
+    def signal_worker(self, side: str, number: int) -> None:
+        """Send a signal to the process that trains on a node, not to its launcher."""
+        for pid in self._pids(side):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             if b"-u" in words:
                 os.kill(pid, number)
