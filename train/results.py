@@ -130,7 +130,7 @@ def add_cost(
     )
 
 
-def finished(config: TrainConfig, run_dir: Path) -> Path | None:
+def finished_folder(config: TrainConfig, run_dir: Path) -> Path | None:
     """The folder of the trained model if the run is finished and the model whole; else None.
 
     An anchor that is not what was written is named on stderr: it is made again, from the last

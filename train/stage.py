@@ -102,7 +102,7 @@ def _run_alone(
 
     # A finished run is only uploaded, where that has not happened yet. Rank 0 has the results, on a
     # disk that others may not see.
-    (folder,) = broadcast_object_list([results.finished(config, run_dir)])
+    (folder,) = broadcast_object_list([results.finished_folder(config, run_dir)])
     if folder is not None:
         say(
             f"train: {run_dir} is finished: see {folder}{_next_command(config, folder)}; another "

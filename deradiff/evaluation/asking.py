@@ -48,7 +48,7 @@ def judge_errors(label: str) -> Iterator[None]:
 
 
 @contextmanager
-def counted(judges: Mapping[str, ModelJudge], notify: Notify) -> Iterator[None]:
+def report_usage(judges: Mapping[str, ModelJudge], notify: Notify) -> Iterator[None]:
     """Say in the end what was asked of judges and what it cost, also where it was interrupted.
 
     Args:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from deradiff.evaluation.asking import Notify, counted
+from deradiff.evaluation.asking import Notify, report_usage
 from deradiff.evaluation.judging import JUDGEMENTS, PAIRWISE, PairJudging, pairs_of_models
 from deradiff.evaluation.pairing import Cell
 from deradiff.evaluation.scoring import SCORES, score_images, write_scores
@@ -97,7 +97,7 @@ def assess(
 
     judgements = None
     if judging is not None:
-        with counted({PAIRWISE: judging.judge}, notify):
+        with report_usage({PAIRWISE: judging.judge}, notify):
             judgements = judging.prefer(pairs)
             if voted is not None:
                 own = judging.prefer(voted.table, voted.image)[VOTE_COLUMNS]

@@ -164,9 +164,9 @@ def pair_up(samples: pd.DataFrame, cards: Cards) -> Pairs:
     pairs = Pairs([], [], [])
     with_others = _with_others(samples)
     for _, images in samples.groupby(SAMPLING_COLUMNS):
-        bench = _Bench.of(images, cards, with_others)
-        for model in bench.realigned_models():
-            cell = bench.find_cell(model)
+        group = _SameSampling.of(images, cards, with_others)
+        for model in group.realigned_models():
+            cell = group.find_cell(model)
             if cell is None:
                 continue
             if isinstance(cell, str):
@@ -210,7 +210,7 @@ def _without_partner(cell: Cell, images: pd.DataFrame) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _SameSampling:
     """All models that were sampled in one way.
 
     Attributes:
@@ -235,8 +235,8 @@ class _Bench:
     earlier: set[str]
 
     @classmethod
-    def of(cls, images: pd.DataFrame, cards: Cards, with_others: set[str]) -> _Bench:
-        """The bench of images that were sampled in one way."""
+    def of(cls, images: pd.DataFrame, cards: Cards, with_others: set[str]) -> _SameSampling:
+        """The models of images that were sampled in one way."""
         # A model of samples and of references counts as one of samples, which come first
         models = images.drop_duplicates(MODEL_COLUMNS).sort_values(["beta", "lam", "mode"])
         betas = {}

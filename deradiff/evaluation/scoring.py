@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from deradiff.evaluation.asking import Notify, Row, ask_each, counted, judge_errors
+from deradiff.evaluation.asking import Notify, Row, ask_each, judge_errors, report_usage
 from deradiff.evaluation.shared_work import BatchedWork, SharedWork, process_state
 from deradiff.files import write_atomic
 from deradiff.image_files import read_image
@@ -71,7 +71,10 @@ def score_images(
     tables = []
     total = len(samples) * len(scorers)
     is_shown = state.is_main_process
-    with counted(judges, notify), progress_bar(total, None, "image", is_shown=is_shown) as progress:
+    with (
+        report_usage(judges, notify),
+        progress_bar(total, None, "image", is_shown=is_shown) as progress,
+    ):
         for label, spec in scorers.items():
             progress.set_description(label)
             judge = judges.get(label)

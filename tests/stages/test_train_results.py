@@ -306,7 +306,7 @@ def test_a_finished_anchor_that_is_not_what_was_written_is_made_again(train_conf
     # A mark that cannot be read, or names another folder, marks nothing.
     for mark in ("{torn", '{"folder": "../secrets"}', '{"folder": "checkpoints"}', "[]"):
         (folder.parent / "finished.json").write_text(mark)
-        assert results.finished(train_config, folder.parent) is None
+        assert results.finished_folder(train_config, folder.parent) is None
 
 
 def test_the_card_says_the_same_cost_wherever_a_run_was_interrupted(train_config, monkeypatch):
