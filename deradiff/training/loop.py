@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from deradiff.data.pairs import Examples
+from deradiff.progress import LivingBar
 from deradiff.training.batches import micro_batches, to_device
 from deradiff.training.checkpoints import Checkpoints, Progress
 from deradiff.training.meters import EndedStep, Metrics, MetricsFile, Window
@@ -94,9 +94,9 @@ def train(
             rate = learning_rate_at(progress.step, options)
             set_learning_rate(trained.optimizer, rate)
             for turn in range(shares.accumulation):
+                report.bar.doing = f"batch {turn + 1} of {shares.accumulation}"
                 weight = shares.weight(turn, accelerator.process_index)
-                batch = next(batches)
-                loss, terms, batch = _micro_step(objective, trained, batch, weight, options)
+                loss, terms, batch = _micro_step(objective, trained, next(batches), weight, options)
                 if weight:
                     window.add(loss, terms, batch)
                     checkpoint_loss.add(loss)
@@ -227,7 +227,7 @@ class _Report:
         self.file = None
         if accelerator.is_main_process:
             self.file = MetricsFile(run_dir / "metrics.jsonl", progress.step)
-        self.bar = tqdm(
+        self.bar = LivingBar(
             total=options.steps,
             initial=progress.step,
             unit="step",
