@@ -5,7 +5,7 @@ Every row is there, and the published loop samples what `realign` does.
 
 import torch
 
-from benchmarks import published_loop, sample
+from benchmarks import published_loop, rehearsal, sample
 from deradiff import realign
 
 
@@ -73,3 +73,14 @@ def test_the_published_loop_samples_the_same_images(tmp_path):
             stopwatch.pipe, anchor, 0.3, 3, 5.0, tuple(ours.shape[1:]), image, prompt
         )
         torch.testing.assert_close(theirs[0], ours[image], rtol=1e-3, atol=1e-3)
+
+
+def test_a_rehearsed_command_has_its_seconds_silence_and_memory(tmp_path):
+    done = rehearsal.rehearse("zen", ["this"])
+    assert done.status == 0
+    assert "Beautiful is better than ugly" in done.output
+    assert 0 < done.silence <= done.seconds
+    assert done.memory > 1e6
+    assert rehearsal.table([done]).splitlines()[-1].startswith("| zen | ")
+    commands = rehearsal.commands(tmp_path, rehearsal.NETWORKS["tiny"])
+    assert {"train: LoRA", "sample: exact", "sample: bake"} <= set(commands)
